@@ -1,0 +1,561 @@
+"""`AgentFlow`: the one object that a program holds."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from datetime import datetime
+from types import TracebackType
+from typing import Any, Literal, TypeVar, cast
+
+from langgraph.checkpoint.base import BaseCheckpointSaver
+from langgraph.graph import StateGraph
+from langgraph.pregel import Pregel
+from langgraph.types import StateSnapshot
+
+from agentflow.config import Settings, load_settings
+from agentflow.drive import AttemptControl, Driver, RegisteredGraph
+from agentflow.errors import (
+    InvalidInputError,
+    RunCancelledError,
+    RunFailedError,
+    UnknownGraphError,
+)
+from agentflow.inputs import check_input, check_options
+from agentflow.interrupts import parse_decision, validate
+from agentflow.lease import LeaseKeeper
+from agentflow.retry import LangGraphRetryPolicy, RetryPolicy
+from agentflow.serializer import AllowList
+from agentflow.storage import OnExisting, RunStore
+from agentflow.telemetry import APPROVAL_OUTCOME, APPROVAL_WAIT, decide_span, traceparent
+from agentflow.types import (
+    Approval,
+    AuditEvent,
+    Clock,
+    Decision,
+    Duration,
+    Page,
+    Run,
+    RunSpec,
+    RunStatus,
+    SystemClock,
+    WaitStatus,
+    new_id,
+    to_timedelta,
+)
+from agentflow.worker import Changes, Worker, drive_held
+
+_EVENT_PAGE = 100
+
+Until = Literal["ended", "parked"]
+_Status = TypeVar("_Status", RunStatus, WaitStatus)
+
+
+class AgentFlow:
+    """Runs LangGraph graphs durably, on one database.
+
+    Nothing connects before the first use. Safe to use from one event loop; use one object per loop.
+
+    Example:
+        ```python
+        app = AgentFlow("sqlite:///agents.db")
+        app.register(graph, name="refund")
+        async with app.worker():
+            handle = await app.submit("refund", {"ticket": "…"})
+            result = await handle.result()
+        ```
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        checkpoints: str | BaseCheckpointSaver[Any] | None = None,
+        clock: Clock | None = None,
+        tenant: str = "",
+        allow: AllowList = "imported",
+    ) -> None:
+        """Set where runs and checkpoints live.
+
+        Args:
+            url: The database; without one the environment's `AGENTFLOW_DB_URL`, else
+                `sqlite:///agentflow.db`.
+            checkpoints: Where checkpoints live, if not in the same database: a URL, or any LangGraph
+                checkpointer. One that is not agentflow's is not fenced.
+            clock: The clock of timers and deadlines.
+            tenant: Keeps the runs and threads of different tenants apart.
+            allow: Which classes may be stored; see `open_checkpointer`.
+
+        Raises:
+            UnsupportedUrlError: A URL's scheme is unknown.
+            MissingDriverError: A database's driver is not installed.
+        """
+        # Imported with the first object: SQLAlchemy takes longer to import than all else here.
+        from agentflow.checkpoint import Saver, open_checkpointer
+        from agentflow.codec import Codec
+        from agentflow.database import Database
+        from agentflow.storage.sql import SqlRunStore
+
+        self._settings: Settings = load_settings()
+        self.url = url or self._settings.db_url
+        self.tenant = tenant
+        self._options = {"checkpoints": checkpoints, "clock": clock, "allow": allow}
+        self._clock = clock or SystemClock()
+        codec = Codec(allow=allow)
+        database = Database(self.url, self._settings)
+        self._store: RunStore = SqlRunStore(database, codec=codec, owns_database=True)
+        self._owned_saver: Saver | None = None
+        self._saver: BaseCheckpointSaver[Any]
+        if checkpoints is None:
+            self._saver = Saver(database, codec=codec, tenant=tenant)
+        elif isinstance(checkpoints, str):
+            self._saver = self._owned_saver = open_checkpointer(
+                checkpoints, allow=allow, tenant=tenant
+            )
+        else:
+            self._saver = checkpoints
+        self._graphs: dict[tuple[str, str], RegisteredGraph] = {}
+        self._changes = Changes()
+        self.approvals = Approvals(self)
+
+    def with_url(self, url: str) -> AgentFlow:
+        """Return an `AgentFlow` with the same graphs and options on another database."""
+        other = AgentFlow(url, tenant=self.tenant, **cast(Any, self._options))
+        other._graphs = dict(self._graphs)
+        return other
+
+    def register(
+        self,
+        graph: StateGraph[Any, Any, Any, Any] | Pregel[Any, Any, Any, Any],
+        *,
+        name: str,
+        version: str = "1",
+        retry: RetryPolicy | LangGraphRetryPolicy | None = None,
+        queue: str = "default",
+        context: Callable[[Run], Any] | None = None,
+        input_schema: Any = None,
+    ) -> None:
+        """Make a graph known under a name and version.
+
+        Args:
+            graph: A `StateGraph` or a compiled graph; the checkpointer of a compiled one is replaced by
+                agentflow's, in a copy.
+            name: What runs refer to.
+            version: Runs stay with the version that they were submitted under.
+            retry: When a failed attempt is tried again; LangGraph's policy is accepted too.
+            queue: Where runs are queued unless `submit` says otherwise.
+            context: Makes the graph's context for each attempt, from the run; may be `async`.
+            input_schema: A type that inputs must fit, instead of the graph's own input schema.
+
+        Raises:
+            InvalidInputError: The name and version are taken by another graph.
+        """
+        if not name or not version:
+            raise InvalidInputError("graph", ("name, version: must not be empty",))
+        if (name, version) in self._graphs:
+            raise InvalidInputError(
+                "graph", (f"name: {name!r} version {version!r} is registered already",)
+            )
+        self._graphs[name, version] = RegisteredGraph(
+            graph=graph.compile() if isinstance(graph, StateGraph) else graph,
+            name=name,
+            version=version,
+            queue=queue,
+            retry=RetryPolicy.of(retry),
+            context=context,
+            input_schema=input_schema,
+        )
+
+    async def submit(
+        self,
+        name: str,
+        input: Any,  # noqa: A002 -- LangGraph's name
+        *,
+        run_id: str | None = None,
+        thread_id: str | None = None,
+        version: str | None = None,
+        queue: str | None = None,
+        priority: int = 0,
+        start_at: datetime | None = None,
+        config: Mapping[str, Any] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        on_existing: OnExisting = "return",
+        by: str | None = None,
+    ) -> RunHandle:
+        """Store a run of a graph, to be driven by any worker; it is durable on return.
+
+        Args:
+            name: The graph's name.
+            input: The graph's input.
+            run_id: An id of your own, for submitting at most once; a new one by default.
+            thread_id: The thread to advance; by default a new one, named like the run.
+            version: The graph's version; by default the one registered last.
+            queue: The queue, if not the graph's.
+            priority: Higher goes first.
+            start_at: Not before this time.
+            config: `configurable`, `recursion_limit` and `tags` for LangGraph.
+            metadata: Kept with the run and with its checkpoints.
+            on_existing: What to do if `run_id` is known with the same graph and input: return that run,
+                `reject`, or `restart_if_failed`.
+            by: Who submits.
+
+        Raises:
+            UnknownGraphError: The graph or version is not registered here.
+            InvalidInputError: The input does not fit the graph, or an option is malformed.
+            SerializationError: The input could not be loaded back.
+            IdempotencyConflictError: The id is known with another graph, thread or input.
+        """
+        registered = self._find_graph(name, version)
+        check_input(registered, input)
+        options = check_options(
+            config=config, metadata=metadata, start_at=start_at, on_existing=on_existing
+        )
+        chosen_id = run_id or new_id()
+        spec = RunSpec(
+            run_id=chosen_id,
+            thread_id=thread_id or chosen_id,
+            graph=registered.name,
+            version=registered.version,
+            queue=queue or registered.queue,
+            input=input,
+            metadata=options.metadata,
+            config=options.config,
+            priority=priority,
+            start_at=start_at,
+            submitted_by=by,
+            traceparent=traceparent(),
+        )
+        run, _ = await self._store.create_run(self.tenant, spec, on_existing=on_existing)
+        self._changes.notify()
+        return RunHandle(self, run.id, run.thread_id)
+
+    def handle(self, run_id: str) -> RunHandle:
+        """Return a handle on a run; whether it exists shows with its first use."""
+        return RunHandle(self, run_id, None)
+
+    async def get_run(self, run_id: str) -> Run:
+        """Return a run as it stands; `NotFoundError` if there is none."""
+        return await self._store.get_run(self.tenant, run_id)
+
+    async def list_runs(
+        self,
+        *,
+        status: RunStatus | str | None = None,
+        graph: str | None = None,
+        thread_id: str | None = None,
+        limit: int = 100,
+        cursor: str | None = None,
+    ) -> Page[Run]:
+        """Return a page of runs, newest first; give `cursor` of one page for the next."""
+        return await self._store.list_runs(
+            self.tenant,
+            status=_member(RunStatus, status),
+            graph=graph,
+            thread_id=thread_id,
+            limit=limit,
+            cursor=cursor,
+        )
+
+    async def wait(
+        self, run_id: str, *, until: Until = "ended", timeout: Duration | None = None
+    ) -> Run:
+        """Return the run once it has ended, or (`parked`) waits or has ended.
+
+        A failed run is returned like any other; `RunHandle.result` raises.
+
+        Raises:
+            TimeoutError: It took longer than `timeout`.
+        """
+        limit = None if timeout is None else to_timedelta(timeout).total_seconds()
+        with self._changes.listen() as listener:
+            async with asyncio.timeout(limit):
+                while True:
+                    run = await self.get_run(run_id)
+                    is_parked = until == "parked" and run.status is RunStatus.WAITING
+                    if run.status.is_ended or is_parked:
+                        return run
+                    await listener.wait(self._settings.poll_interval.total_seconds())
+
+    async def drive(self, run_id: str) -> Run:
+        """Drive a run here and now, under a lease, to its end or to its first wait.
+
+        Raises:
+            NotFoundError: There is no such run.
+            ThreadBusyError: Somebody else holds the run, or its thread.
+            UnknownGraphError: The run's graph is not registered here.
+        """
+        name = f"drive-{new_id()[-6:]}"
+        keeper = LeaseKeeper(
+            self._store, lease=self._settings.lease, heartbeat=self._settings.heartbeat
+        )
+        with keeper, self._changes.listen() as listener:
+            while True:
+                run = await self.get_run(run_id)
+                if run.status.is_ended or run.status is RunStatus.WAITING:
+                    return run
+                registered = self._find_graph(run.graph, run.version)
+                delay = (run.available_at - self._clock.now()).total_seconds()
+                if run.status is RunStatus.QUEUED and delay > 0:
+                    await listener.wait(delay)
+                    continue
+                claimed = await self._store.claim_run(
+                    self.tenant, run_id, worker=name, lease=self._settings.lease
+                )
+                if claimed is not None:
+                    driver = Driver(self._store, self._saver)
+                    await drive_held(driver, registered, keeper, claimed, AttemptControl())
+                    self._changes.notify()
+
+    async def cancel(self, run_id: str, *, reason: str | None = None, by: str | None = None) -> Run:
+        """Cancel a run: at once if it is queued or waiting, else as soon as its worker hears of it.
+
+        Raises:
+            IllegalTransitionError: It succeeded or failed already.
+        """
+        run = await self._store.cancel_run(self.tenant, run_id, reason=reason, by=by)
+        self._changes.notify()
+        return run
+
+    async def list_events(
+        self, run_id: str, *, after: int = 0, limit: int = _EVENT_PAGE
+    ) -> tuple[AuditEvent, ...]:
+        """Return the run's audit events with numbers above `after`, as far as there are any now."""
+        await self.get_run(run_id)
+        return await self._store.list_events(self.tenant, run_id, after=after, limit=limit)
+
+    async def events(self, run_id: str, *, after: int = 0) -> AsyncIterator[AuditEvent]:
+        """Yield the run's audit events with numbers above `after`, following it until it has ended."""
+        seen = after
+        with self._changes.listen() as listener:
+            while True:
+                run = await self.get_run(run_id)
+                page = await self._store.list_events(
+                    self.tenant, run_id, after=seen, limit=_EVENT_PAGE
+                )
+                for event in page:
+                    seen = event.seq
+                    yield event
+                if page:
+                    continue
+                if run.status.is_ended:
+                    return
+                await listener.wait(self._settings.poll_interval.total_seconds())
+
+    def worker(
+        self,
+        *,
+        concurrency: int = 10,
+        queues: Sequence[str] = ("default",),
+        name: str | None = None,
+    ) -> Worker:
+        """Return a worker for the graphs registered so far; use it with `async with`.
+
+        Args:
+            concurrency: How many runs it drives at once.
+            queues: The queues that it takes runs from.
+            name: Shown in audit events; need not be unique.
+        """
+        if concurrency < 1 or not queues:
+            raise InvalidInputError(
+                "worker", ("concurrency: must be at least 1; queues: must not be empty",)
+            )
+        return Worker(
+            self._store,
+            self._saver,
+            dict(self._graphs),
+            self._settings,
+            self._changes,
+            tenant=self.tenant,
+            concurrency=concurrency,
+            queues=queues,
+            name=name,
+        )
+
+    async def state(self, run_id: str) -> StateSnapshot:
+        """Return the state of the run's thread, as LangGraph shows it, with subgraphs."""
+        run = await self.get_run(run_id)
+        registered = self._find_graph(run.graph, run.version)
+        graph = registered.graph.copy(update={"checkpointer": self._saver})
+        return await graph.aget_state(
+            {"configurable": {"thread_id": run.thread_id}}, subgraphs=True
+        )
+
+    async def aclose(self) -> None:
+        """Write what is queued and close all connections."""
+        if self._owned_saver is not None:
+            await self._owned_saver.aclose()
+        await self._store.close()
+
+    async def __aenter__(self) -> AgentFlow:
+        """Return the app, which connects on first use."""
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close the app."""
+        await self.aclose()
+
+    def _find_graph(self, name: str, version: str | None) -> RegisteredGraph:
+        # The newest version is the one registered last.
+        for (known, known_version), registered in reversed(self._graphs.items()):
+            if known == name and version in {None, known_version}:
+                return registered
+        registered_names = tuple(f"{known}@{number}" for known, number in self._graphs)
+        raise UnknownGraphError(name, version, registered_names)
+
+
+class Approvals:
+    """Questions to people, and their answers; `app.approvals`."""
+
+    def __init__(self, app: AgentFlow) -> None:
+        """Work on the app's run store."""
+        self._app = app
+
+    async def list(
+        self,
+        *,
+        status: WaitStatus | str | None = WaitStatus.PENDING,
+        run_id: str | None = None,
+        graph: str | None = None,
+        limit: int = 100,
+        cursor: str | None = None,
+    ) -> Page[Approval]:
+        """Return a page of approvals, oldest first; `status=None` returns all."""
+        return await self._app._store.list_waits(
+            self._app.tenant,
+            status=_member(WaitStatus, status),
+            run_id=run_id,
+            graph=graph,
+            limit=limit,
+            cursor=cursor,
+        )
+
+    async def get(self, approval_id: str) -> Approval:
+        """Return an approval as it stands; `NotFoundError` if there is none."""
+        return await self._app._store.get_wait(self._app.tenant, approval_id)
+
+    async def decide(
+        self,
+        approval_id: str,
+        decision: Decision | Mapping[str, Any] | str,
+        *,
+        by: str,
+        comment: str | None = None,
+        version: int | None = None,
+        idempotency_key: str | None = None,
+    ) -> Approval:
+        """Answer a request, once; its run goes on with the answer.
+
+        The answer is checked against the request before anything is stored, and the graph sees it only
+        after that.
+
+        Args:
+            approval_id: Which request.
+            decision: A `Decision`, the same as a mapping, or a bare type like `"approve"`.
+            by: Who decides.
+            comment: Kept with the decision; the graph does not see it.
+            version: Decide only if the request still is at this version.
+            idempotency_key: Makes a repeated call return the first one's result.
+
+        Raises:
+            NotFoundError: There is no such request.
+            InvalidDecisionError: The answer does not fit the request.
+            AlreadyResolvedError: It was answered before; that answer stands.
+            SupersededError: It is gone: the run was cancelled or moved past it.
+            VersionChangedError: It is not at `version` any more.
+        """
+        with decide_span(approval_id) as span:
+            approval = await self.get(approval_id)
+            parsed = parse_decision(approval_id, decision)
+            if approval.status is WaitStatus.PENDING:
+                validate(approval_id, approval.request, parsed)
+            resolved = await self._app._store.resolve_wait(
+                self._app.tenant,
+                approval_id,
+                parsed,
+                by=by,
+                comment=comment,
+                version=version,
+                idempotency_key=idempotency_key,
+                request=approval.request,
+            )
+            span.set_attribute(APPROVAL_OUTCOME, parsed.type)
+            if resolved.decided_at is not None:
+                waited = resolved.decided_at - resolved.created_at
+                span.set_attribute(APPROVAL_WAIT, waited.total_seconds())
+        self._app._changes.notify()
+        return resolved
+
+
+class RunHandle:
+    """One run, by its id."""
+
+    def __init__(self, app: AgentFlow, run_id: str, thread_id: str | None) -> None:
+        """Refer to the run `run_id` of `app`."""
+        self._app = app
+        self.id = run_id
+        self.thread_id = thread_id
+
+    async def run(self) -> Run:
+        """Return the run as it stands."""
+        return await self._app.get_run(self.id)
+
+    async def wait(self, *, until: Until = "ended", timeout: Duration | None = None) -> Run:
+        """Return the run once it has ended, or parked; see `AgentFlow.wait`."""
+        return await self._app.wait(self.id, until=until, timeout=timeout)
+
+    async def result(self, *, timeout: Duration | None = None) -> Any:
+        """Return the run's output once it has succeeded.
+
+        Raises:
+            RunFailedError: It failed.
+            RunCancelledError: It was cancelled.
+            TimeoutError: It took longer than `timeout`.
+        """
+        run = await self.wait(timeout=timeout)
+        if run.status is RunStatus.CANCELLED:
+            raise RunCancelledError(run.id)
+        if run.status is RunStatus.FAILED:
+            error = run.error
+            raise RunFailedError(
+                run.id,
+                error.type if error else "unknown",
+                error.node if error else None,
+                error.attempt if error else run.attempt,
+            )
+        return run.output
+
+    async def status(self) -> RunStatus:
+        """Return the run's status."""
+        return (await self.run()).status
+
+    async def state(self) -> StateSnapshot:
+        """Return the state of the run's thread, as LangGraph shows it."""
+        return await self._app.state(self.id)
+
+    async def approvals(self) -> tuple[Approval, ...]:
+        """Return the run's pending approvals, oldest first."""
+        page = await self._app.approvals.list(run_id=self.id, limit=1000)
+        return page.items
+
+    async def cancel(self, *, reason: str | None = None, by: str | None = None) -> Run:
+        """Cancel the run; see `AgentFlow.cancel`."""
+        return await self._app.cancel(self.id, reason=reason, by=by)
+
+    def __repr__(self) -> str:
+        """Show the id."""
+        return f"RunHandle({self.id!r})"
+
+
+def _member(kind: type[_Status], value: _Status | str | None) -> _Status | None:
+    if value is None:
+        return None
+    try:
+        return kind(value)
+    except ValueError as exc:
+        allowed = ", ".join(member.value for member in kind)
+        raise InvalidInputError("status", (f"must be one of: {allowed}",)) from exc

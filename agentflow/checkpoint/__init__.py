@@ -1,0 +1,36 @@
+"""Durable checkpointers for LangGraph: `graph.compile(checkpointer=open_checkpointer(url))`."""
+
+from __future__ import annotations
+
+from agentflow.checkpoint.base import Saver as Saver
+from agentflow.codec import Codec
+from agentflow.config import load_settings
+from agentflow.database import Database
+from agentflow.serializer import AllowList
+
+
+def open_checkpointer(url: str, *, allow: AllowList = "imported", tenant: str = "") -> Saver:
+    """Open a checkpointer on the database at `url`.
+
+    It is usable at once: it connects with the first call, creates its tables in an empty database, and
+    closes with `with`, `async with`, `close()` or `aclose()`.
+
+    Args:
+        url: `memory://`, `sqlite:///file` or `postgresql://user@host/database`.
+        allow: Which classes of your own may be stored: `"imported"`, those whose modules are imported
+            when they are loaded; or exactly the given ones, as classes or as `"module:Name"`.
+        tenant: Keeps the threads of different tenants in one database apart.
+
+    Raises:
+        UnsupportedUrlError: The URL's scheme is unknown.
+        MissingDriverError: The database's driver is not installed.
+
+    Example:
+        ```python
+        with open_checkpointer("sqlite:///agents.db") as checkpointer:
+            graph = builder.compile(checkpointer=checkpointer)
+            graph.invoke({"question": "…"}, {"configurable": {"thread_id": "1"}})
+        ```
+    """
+    database = Database(url, load_settings())
+    return Saver(database, codec=Codec(allow=allow), tenant=tenant, owns_database=True)

@@ -1,0 +1,60 @@
+"""Settings, and the only reader of the process environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+from agentflow.errors import InvalidInputError
+
+DEFAULT_URL = "sqlite:///agentflow.db"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How this process behaves; every field has an environment variable."""
+
+    db_url: str = DEFAULT_URL
+    """Where runs and checkpoints are stored (`AGENTFLOW_DB_URL`)."""
+    lease: timedelta = timedelta(seconds=10)
+    """How long a claim holds without a heartbeat (`AGENTFLOW_LEASE`, seconds)."""
+    poll_interval: timedelta = timedelta(milliseconds=200)
+    """How often a worker, or a wait, looks at the database (`AGENTFLOW_POLL_INTERVAL`, seconds)."""
+    store_timeout: timedelta = timedelta(seconds=30)
+    """How long to wait for a locked or unreachable database (`AGENTFLOW_STORE_TIMEOUT`)."""
+
+    @property
+    def heartbeat(self) -> timedelta:
+        """How often a lease is extended: three times within its length, with slack."""
+        return self.lease * 0.3
+
+
+def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
+    """Read the settings from the environment.
+
+    Raises:
+        InvalidInputError: A variable does not hold a positive number of seconds.
+    """
+    env = os.environ if environ is None else environ
+    defaults = Settings()
+    return Settings(
+        db_url=env.get("AGENTFLOW_DB_URL") or defaults.db_url,
+        lease=_seconds(env, "AGENTFLOW_LEASE", defaults.lease),
+        poll_interval=_seconds(env, "AGENTFLOW_POLL_INTERVAL", defaults.poll_interval),
+        store_timeout=_seconds(env, "AGENTFLOW_STORE_TIMEOUT", defaults.store_timeout),
+    )
+
+
+def _seconds(env: Mapping[str, str], name: str, default: timedelta) -> timedelta:
+    text = env.get(name)
+    if not text:
+        return default
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise InvalidInputError("setting", (f"{name}: must be a positive number of seconds",))
+    return timedelta(seconds=value)

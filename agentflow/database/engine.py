@@ -1,0 +1,148 @@
+"""Storage URLs, engines, and what differs between the databases."""
+
+from __future__ import annotations
+
+import importlib.util
+from contextlib import contextmanager
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import URL, Connection, Engine, make_url
+from sqlalchemy.pool import StaticPool
+
+from agentflow.config import Settings
+from agentflow.database.tables import Timestamp
+from agentflow.errors import MissingDriverError, StoreUnavailableError, UnsupportedUrlError
+
+SUPPORTED = ("memory://", "sqlite:///file", "postgresql://")
+READERS = 4
+
+
+def parse_url(url: str) -> URL:
+    """Turn a storage URL into SQLAlchemy's, with the driver that agentflow uses.
+
+    Raises:
+        UnsupportedUrlError: The scheme is unknown, or the text is no URL.
+        MissingDriverError: The database's driver is not installed.
+    """
+    scheme = url.partition(":")[0] if ":" in url else url
+    if url in {"memory://", "sqlite://", "sqlite:///:memory:"}:
+        return make_url("sqlite://")
+    try:
+        parsed = make_url(url)
+    except sa.exc.ArgumentError as exc:
+        raise UnsupportedUrlError(scheme, SUPPORTED) from exc
+    if parsed.drivername == "sqlite" and parsed.database:
+        return parsed
+    if parsed.drivername in {"postgresql", "postgres", "postgresql+psycopg"}:
+        if importlib.util.find_spec("psycopg") is None:
+            raise MissingDriverError("psycopg", "postgres")
+        return parsed.set(drivername="postgresql+psycopg")
+    raise UnsupportedUrlError(parsed.drivername, SUPPORTED)
+
+
+def make_engine(url: URL, settings: Settings) -> Engine:
+    """Make the engine of a database; nothing connects yet."""
+    if url.get_backend_name() == "sqlite":
+        return _sqlite_engine(url, settings)
+    timeout = int(settings.store_timeout.total_seconds())
+    engine = sa.create_engine(
+        url,
+        hide_parameters=True,  # parameters are payloads; messages of errors must not show them
+        pool_size=READERS + 1,
+        max_overflow=0,
+        pool_timeout=timeout,
+        connect_args={"connect_timeout": max(2, timeout)},
+    )
+    # A process that is stopped inside a transaction holds row locks that no one can pass; the
+    # server ends its session, so that a takeover waits no longer than a lease lasts.
+    idle_ms = max(1, int(settings.lease.total_seconds() * 1000))
+
+    @sa.event.listens_for(engine, "connect")
+    def _limit_idle(connection: Any, _record: Any) -> None:
+        with connection.cursor() as cursor:
+            cursor.execute(f"SET idle_in_transaction_session_timeout = {idle_ms}")
+        connection.commit()
+
+    return engine
+
+
+def _sqlite_engine(url: URL, settings: Settings) -> Engine:
+    busy_ms = int(settings.store_timeout.total_seconds() * 1000)
+    options: dict[str, Any] = {
+        "hide_parameters": True,
+        "connect_args": {"check_same_thread": False, "timeout": busy_ms / 1000},
+    }
+    in_memory = is_memory(url)
+    if in_memory:
+        # One connection for everything: each further one would be a database of its own.
+        options["poolclass"] = StaticPool
+    engine = sa.create_engine(url, **options)
+
+    @sa.event.listens_for(engine, "connect")
+    def _prepare(connection: Any, _record: Any) -> None:
+        # The driver's own transaction handling starts transactions too late for a snapshot.
+        connection.isolation_level = None
+        cursor = connection.cursor()
+        cursor.execute(f"PRAGMA busy_timeout={busy_ms}")
+        if not in_memory:
+            cursor.execute("PRAGMA journal_mode=WAL")
+            cursor.execute("PRAGMA synchronous=FULL")
+        cursor.close()
+
+    @sa.event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        # A transaction that will write takes the lock at once: one that began by reading could
+        # not upgrade after another process has written, whatever its busy timeout.
+        is_writer = connection.get_execution_options().get("agentflow_write", False)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if is_writer else "BEGIN")
+
+    return engine
+
+
+def is_memory(url: URL) -> bool:
+    """Whether the database lives in this process only."""
+    return url.get_backend_name() == "sqlite" and not url.database
+
+
+def display_url(url: URL) -> str:
+    """Return a URL for messages, without its password."""
+    return url.render_as_string(hide_password=True)
+
+
+def now(connection: Connection) -> datetime:
+    """Return the time of the database's clock, which judges leases."""
+    if connection.dialect.name == "postgresql":
+        return connection.execute(_PG_NOW).scalar_one().astimezone(UTC)
+    return connection.execute(_SQLITE_NOW).scalar_one()
+
+
+# SQLite's clock is the machine's; `julianday` keeps microseconds where `CURRENT_TIMESTAMP` does not.
+_SQLITE_NOW = sa.select(
+    sa.type_coerce(
+        sa.text("CAST((julianday('now') - 2440587.5) * 86400000000 AS INTEGER)"), Timestamp
+    )
+)
+_PG_NOW = sa.text("SELECT clock_timestamp()")
+
+
+@contextmanager
+def translated(url: URL) -> Iterator[None]:
+    """Turn a driver's errors about reaching the database into `StoreUnavailableError`."""
+    try:
+        yield
+    except sa.exc.OperationalError as exc:
+        reason = type(exc.orig).__name__
+        text = str(exc.orig).strip().splitlines()
+        # The driver's first line names host and cause; statements and parameters stay out.
+        raise StoreUnavailableError(
+            display_url(url), f"{reason}: {text[0]}" if text else reason
+        ) from exc
+    except sa.exc.TimeoutError as exc:
+        raise StoreUnavailableError(display_url(url), "no free connection in time") from exc
+    except sa.exc.DBAPIError as exc:
+        if exc.connection_invalidated:
+            raise StoreUnavailableError(display_url(url), "the connection broke") from exc
+        raise

@@ -1,0 +1,247 @@
+"""The tables, as SQLAlchemy Core sees them; `migrations` creates them.
+
+Every key starts with the tenant. Times are microseconds since 1970 as integers, which compare and
+index the same everywhere. Columns named in `PAYLOADS` hold envelopes of the codec; what stands outside
+them (ids, statuses, times, names of graphs and queues) is what the database must be able to search.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    Dialect,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    PrimaryKeyConstraint,
+    Table,
+    Text,
+    TypeDecorator,
+    UniqueConstraint,
+)
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
+
+
+class Timestamp(TypeDecorator[datetime]):
+    """An aware UTC datetime, stored as microseconds since 1970."""
+
+    impl = BigInteger
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> int | None:
+        """Turn a datetime into microseconds."""
+        del dialect
+        return None if value is None else (value - _EPOCH) // _MICROSECOND
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:
+        """Turn microseconds into a datetime."""
+        del dialect
+        return None if value is None else _EPOCH + timedelta(microseconds=int(value))
+
+
+# Ids and names come from users and from LangGraph's nested namespaces: no length fits all.
+_ID = Text()
+_NAME = Text()
+# SQLite numbers rows by itself only where the primary key is a plain INTEGER.
+_AUTO = BigInteger().with_variant(Integer, "sqlite")
+
+metadata = MetaData()
+
+
+def _table(name: str, *parts: Any) -> Table:
+    return Table(f"agentflow_{name}", metadata, *parts)
+
+
+threads = _table(
+    "threads",
+    Column("tenant", _ID, nullable=False),
+    Column("thread_id", _ID, nullable=False),
+    # The fencing token of the newest lease. It outlives `delete_thread`.
+    Column("token", BigInteger, nullable=False),
+    Column("is_leased", Boolean, nullable=False),
+    # The sequence number of the newest checkpoint, over all namespaces.
+    Column("seq", BigInteger, nullable=False),
+    PrimaryKeyConstraint("tenant", "thread_id"),
+)
+
+heads = _table(
+    "heads",
+    Column("tenant", _ID, nullable=False),
+    Column("thread_id", _ID, nullable=False),
+    Column("ns", _ID, nullable=False),
+    Column("checkpoint_id", _ID, nullable=False),
+    Column("seq", BigInteger, nullable=False),
+    Column("attempt", _ID, nullable=False),
+    PrimaryKeyConstraint("tenant", "thread_id", "ns"),
+)
+
+checkpoints = _table(
+    "checkpoints",
+    Column("tenant", _ID, nullable=False),
+    Column("thread_id", _ID, nullable=False),
+    Column("ns", _ID, nullable=False),
+    Column("checkpoint_id", _ID, nullable=False),
+    Column("parent_id", _ID),
+    Column("seq", BigInteger, nullable=False),
+    Column("attempt", _ID, nullable=False),
+    Column("token", BigInteger, nullable=False),
+    Column("run_id", _ID),
+    Column("step", Integer),
+    Column("body", LargeBinary, nullable=False),
+    Column("metadata", LargeBinary, nullable=False),
+    # channel -> its value, or the id of the checkpoint of this namespace that holds it.
+    Column("channels", LargeBinary, nullable=False),
+    Column("content_hash", _NAME, nullable=False),
+    PrimaryKeyConstraint("tenant", "thread_id", "ns", "checkpoint_id"),
+    UniqueConstraint("tenant", "thread_id", "seq", name="agentflow_checkpoints_seq"),
+    Index("agentflow_checkpoints_run", "tenant", "run_id"),
+)
+
+writes = _table(
+    "writes",
+    Column("tenant", _ID, nullable=False),
+    Column("thread_id", _ID, nullable=False),
+    Column("ns", _ID, nullable=False),
+    # No foreign key: a write may become durable before its checkpoint, or without it.
+    Column("checkpoint_id", _ID, nullable=False),
+    Column("task_id", _ID, nullable=False),
+    Column("idx", Integer, nullable=False),
+    Column("task_path", _NAME, nullable=False),
+    Column("channel", _NAME, nullable=False),
+    Column("token", BigInteger, nullable=False),
+    Column("value", LargeBinary, nullable=False),
+    PrimaryKeyConstraint("tenant", "thread_id", "ns", "checkpoint_id", "task_id", "idx"),
+)
+
+leases = _table(
+    "leases",
+    Column("tenant", _ID, nullable=False),
+    Column("thread_id", _ID, nullable=False),
+    Column("token", BigInteger, nullable=False),
+    PrimaryKeyConstraint("tenant", "thread_id"),
+)
+
+runs = _table(
+    "runs",
+    Column("seq", _AUTO, primary_key=True, autoincrement=True),
+    Column("tenant", _ID, nullable=False),
+    Column("run_id", _ID, nullable=False),
+    Column("thread_id", _ID, nullable=False),
+    Column("graph", _NAME, nullable=False),
+    Column("version", _NAME, nullable=False),
+    Column("queue", _NAME, nullable=False),
+    Column("status", _NAME, nullable=False),
+    Column("priority", Integer, nullable=False),
+    Column("available_at", Timestamp, nullable=False),
+    # Why the run will next be driven: start, approval, retry, drain or recovery.
+    Column("wake_reason", _NAME, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("claims", Integer, nullable=False),
+    # What was durable when the current attempt began; another value means progress.
+    Column("progress", _NAME),
+    Column("step", Integer),
+    Column("checkpoint_id", _ID),
+    Column("worker", _ID),
+    Column("token", BigInteger),
+    Column("lease_expires_at", Timestamp),
+    Column("cancel_requested_at", Timestamp),
+    Column("is_dead_letter", Boolean, nullable=False),
+    Column("submitted_by", _NAME),
+    Column("traceparent", _NAME),
+    Column("created_at", Timestamp, nullable=False),
+    Column("started_at", Timestamp),
+    Column("ended_at", Timestamp),
+    Column("event_seq", BigInteger, nullable=False),
+    Column("event_hash", _NAME, nullable=False),
+    Column("input", LargeBinary, nullable=False),
+    Column("config", LargeBinary, nullable=False),
+    Column("metadata", LargeBinary, nullable=False),
+    Column("output", LargeBinary),
+    Column("error", LargeBinary),
+    # task id -> failures, of the superstep that is being tried.
+    Column("failures", LargeBinary),
+    UniqueConstraint("tenant", "run_id", name="agentflow_runs_id"),
+    Index("agentflow_runs_claim", "status", "queue", "priority", "available_at"),
+    Index("agentflow_runs_expiry", "status", "lease_expires_at"),
+    Index("agentflow_runs_thread", "tenant", "thread_id", "status", "seq"),
+    Index("agentflow_runs_graph", "tenant", "graph", "seq"),
+)
+
+waits = _table(
+    "waits",
+    Column("seq", _AUTO, primary_key=True, autoincrement=True),
+    Column("tenant", _ID, nullable=False),
+    Column("wait_id", _ID, nullable=False),
+    Column("kind", _NAME, nullable=False),
+    Column("run_id", _ID, nullable=False),
+    Column("thread_id", _ID, nullable=False),
+    Column("graph", _NAME, nullable=False),
+    Column("ns", _ID, nullable=False),
+    Column("task_id", _ID, nullable=False),
+    Column("interrupt_id", _ID, nullable=False),
+    Column("checkpoint_id", _ID, nullable=False),
+    Column("answers_recorded", Integer, nullable=False),
+    Column("status", _NAME, nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("proposal_hash", _NAME, nullable=False),
+    Column("request", LargeBinary, nullable=False),
+    Column("created_at", Timestamp, nullable=False),
+    Column("decision", LargeBinary),
+    Column("decision_type", _NAME),
+    Column("decided_by", _NAME),
+    Column("decided_at", Timestamp),
+    Column("comment", LargeBinary),
+    Column("idempotency_key", _ID),
+    UniqueConstraint("tenant", "wait_id", name="agentflow_waits_id"),
+    UniqueConstraint(
+        "tenant",
+        "thread_id",
+        "ns",
+        "interrupt_id",
+        "checkpoint_id",
+        name="agentflow_waits_question",
+    ),
+    Index("agentflow_waits_status", "tenant", "status", "seq"),
+    Index("agentflow_waits_run", "tenant", "run_id", "status"),
+)
+
+events = _table(
+    "events",
+    Column("tenant", _ID, nullable=False),
+    Column("run_id", _ID, nullable=False),
+    Column("seq", BigInteger, nullable=False),
+    Column("type", _NAME, nullable=False),
+    Column("at", Timestamp, nullable=False),
+    Column("data", LargeBinary, nullable=False),
+    Column("prev_hash", _NAME, nullable=False),
+    Column("hash", _NAME, nullable=False),
+    PrimaryKeyConstraint("tenant", "run_id", "seq"),
+)
+
+dead_letters = _table(
+    "dead_letters",
+    Column("tenant", _ID, nullable=False),
+    Column("run_id", _ID, nullable=False),
+    Column("at", Timestamp, nullable=False),
+    Column("attempts", Integer, nullable=False),
+    Column("claims", Integer, nullable=False),
+    Column("checkpoint_id", _ID),
+    Column("cause", LargeBinary, nullable=False),
+    PrimaryKeyConstraint("tenant", "run_id"),
+)
+
+PAYLOADS = tuple(
+    column
+    for table in metadata.sorted_tables
+    for column in table.columns
+    if isinstance(column.type, LargeBinary)
+)
+"""Every column that holds envelopes."""

@@ -1,0 +1,541 @@
+"""One attempt of a run: from its claim to where it parks, ends or is given up.
+
+The order is fixed. The thread's token is raised in the checkpointer before anything is read; the
+beginning of the attempt is noted before the first step; all checkpoints are flushed before the run
+store hears of an outcome. What an attempt is owed is worked out from what is durable alone: the input is
+sent only if no checkpoint carries the run's id, an answer only to a question that is still open, and
+nothing at all is driven that has ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from langchain_core.runnables import RunnableConfig
+from langgraph.checkpoint.base import BaseCheckpointSaver
+from langgraph.checkpoint.serde.types import RESUME
+from langgraph.errors import (
+    EmptyInputError,
+    GraphDrained,
+    GraphRecursionError,
+    InvalidUpdateError,
+)
+from langgraph.pregel import Pregel
+from langgraph.runtime import RunControl
+from langgraph.types import Command, Interrupt, StateSnapshot
+from opentelemetry.trace import Span
+
+from agentflow.checkpoint import Saver
+from agentflow.errors import (
+    AttemptsExhaustedError,
+    FencedError,
+    RunError,
+    StoreUnavailableError,
+)
+from agentflow.interrupts import encode, proposal_hash, to_request
+from agentflow.retry import Retry, RetryPolicy, decide
+from agentflow.storage import RunStore
+from agentflow.telemetry import (
+    CHECKPOINT_ID,
+    RUN_STATUS,
+    STEP,
+    NodeSpans,
+    fail_span,
+    segment_span,
+    traceparent,
+)
+from agentflow.types import (
+    Approval,
+    AttemptStart,
+    ClaimedRun,
+    Lease,
+    NewWait,
+    Run,
+    RunFailure,
+    WaitStatus,
+    new_id,
+)
+
+logger = logging.getLogger(__name__)
+
+_STRICT_RESUME = "__pregel_strict_resume"
+_PAGE = 200
+# LangGraph's own errors that the same call would only raise again.
+_HOPELESS = (GraphRecursionError, InvalidUpdateError, EmptyInputError)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RegisteredGraph:
+    """A graph under a name and version, with what its runs need."""
+
+    graph: Pregel[Any, Any, Any, Any]
+    name: str
+    version: str
+    queue: str
+    retry: RetryPolicy
+    context: Callable[[Run], Any] | None
+    input_schema: Any
+
+    async def make_context(self, run: Run) -> Any:
+        """Rebuild what cannot be stored, for one attempt."""
+        if self.context is None:
+            return None
+        made = self.context(run)
+        return await made if inspect.isawaitable(made) else made
+
+
+@dataclass(slots=True)
+class AttemptControl:
+    """How others stop an attempt; safe to use from any thread."""
+
+    run_control: RunControl = field(default_factory=RunControl)
+    is_lost: bool = False
+    is_cancelled: bool = False
+    _loop: asyncio.AbstractEventLoop | None = None
+    _task: asyncio.Task[None] | None = None
+
+    def drain(self) -> None:
+        """Stop before the next superstep, with the state saved."""
+        self.run_control.request_drain("drain")
+
+    def lose(self) -> None:
+        """Stop at once: the lease is gone and nothing may be written any more."""
+        self.is_lost = True
+        self._interrupt()
+
+    def cancel(self) -> None:
+        """Stop at once: somebody cancelled the run."""
+        self.is_cancelled = True
+        self._interrupt()
+
+    def attach(self, task: asyncio.Task[None]) -> None:
+        """Say which task does the work."""
+        self._loop, self._task = task.get_loop(), task
+        if self.is_lost or self.is_cancelled:
+            task.cancel()
+
+    def _interrupt(self) -> None:
+        if self._loop is not None and self._task is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._task.cancel)
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """An interrupt that a parked thread waits on."""
+
+    ns: str
+    task_id: str
+    checkpoint_id: str
+    interrupt: Interrupt
+    answers_recorded: int
+
+
+class Driver:
+    """Drives attempts against one run store and one checkpointer."""
+
+    def __init__(self, store: RunStore, saver: BaseCheckpointSaver[Any]) -> None:
+        """Use `store` for the runs and `saver` for their checkpoints."""
+        self._store = store
+        self._saver = saver
+
+    async def attempt(
+        self, registered: RegisteredGraph, claimed: ClaimedRun, control: AttemptControl
+    ) -> None:
+        """Drive a claimed run until it parks, ends, or has to be given up.
+
+        Whatever happens is in the run store afterwards, unless the lease was lost or the store cannot be
+        reached: then another attempt will continue from what is durable.
+
+        Raises:
+            asyncio.CancelledError: The caller was cancelled; the run was released first.
+        """
+        attempt = _Attempt(self._store, self._saver, registered, claimed, control)
+        with segment_span(claimed) as span:
+            try:
+                await attempt.run(span)
+            except FencedError as exc:
+                fail_span(span, type(exc).__name__)
+                logger.warning("attempt was fenced", extra={"run_id": claimed.run.id})
+            except StoreUnavailableError as exc:
+                fail_span(span, type(exc).__name__)
+                logger.warning("store unavailable", extra={"run_id": claimed.run.id})
+
+
+class _Attempt:
+    """The state of one attempt."""
+
+    def __init__(
+        self,
+        store: RunStore,
+        saver: BaseCheckpointSaver[Any],
+        registered: RegisteredGraph,
+        claimed: ClaimedRun,
+        control: AttemptControl,
+    ) -> None:
+        self._store = store
+        self._saver = saver
+        self._registered = registered
+        self._run = claimed.run
+        self._lease = claimed.lease
+        self._reason = claimed.reason
+        self._control = control
+        self._graph = registered.graph
+        self._started: AttemptStart | None = None
+
+    async def run(self, span: Span) -> None:
+        """Take the thread, work, and settle the outcome."""
+        self._lease = await self._acquire()
+        config: RunnableConfig = {"callbacks": [NodeSpans(self._run.id, span)]}
+        self._graph = self._registered.graph.copy(
+            update={
+                "checkpointer": self._own_saver(),
+                # Breakpoints are for debugging by hand; a run that stopped at one waits for nobody.
+                "interrupt_before_nodes": [],
+                "interrupt_after_nodes": [],
+            }
+        )
+        try:
+            async with asyncio.TaskGroup() as group:
+                task = group.create_task(self._work(span, config))
+                self._control.attach(task)
+            if self._control.is_cancelled and task.cancelled():
+                await self._flush_quietly()
+                await self._store.finish_cancel(self._lease)
+                span.set_attribute(RUN_STATUS, "cancelled")
+        except ExceptionGroup as raised:
+            await self._settle_failure(raised.exceptions[0], span)
+        except asyncio.CancelledError:
+            await asyncio.shield(self._give_back())
+            raise
+        finally:
+            await self._release_thread()
+
+    async def _acquire(self) -> Lease:
+        """Raise the token in the checkpointer; from then on no earlier attempt can write."""
+        lease = self._lease
+        if not isinstance(self._saver, Saver):
+            return lease
+        while (token := await self._saver.acquire(lease)) > lease.token:
+            # The checkpointer has seen more claims than the run store, which was restored or moved.
+            lease = await self._store.raise_token(lease, above=token)
+        return lease
+
+    def _own_saver(self) -> BaseCheckpointSaver[Any]:
+        return (
+            self._saver.with_lease(self._lease) if isinstance(self._saver, Saver) else self._saver
+        )
+
+    async def _release_thread(self) -> None:
+        if isinstance(self._saver, Saver) and not self._control.is_lost:
+            await asyncio.shield(self._saver.release(self._lease))
+
+    async def _give_back(self) -> None:
+        """Queue the run again, because whoever drives it is going away."""
+        await self._flush_quietly()
+        await self._store.release_run(self._lease, reason="drain")
+
+    async def _flush(self) -> None:
+        if isinstance(self._saver, Saver):
+            await self._saver.flush(self._run.thread_id)
+
+    async def _flush_quietly(self) -> None:
+        try:
+            await self._flush()
+        except FencedError:
+            raise
+        except Exception:  # noqa: BLE001 -- the outcome that is being settled is the news
+            logger.warning("unsaved writes were dropped", extra={"run_id": self._run.id})
+
+    async def _work(self, span: Span, config: RunnableConfig) -> None:
+        config = self._config(config)
+        before = await self._state(config)
+        questions = await self._questions(before)
+        started = await self._start(before, questions)
+        self._started = started
+        _show(span, before)
+        if started.attempt > self._registered.retry.max_attempts:
+            raise AttemptsExhaustedError(self._run.id, started.attempt - 1)
+        is_begun = await self._is_begun(before)
+        if is_begun and not before.next:
+            await self._finish(before, span)
+            return
+        graph_input: Any = None if is_begun else self._run.input
+        if is_begun and questions:
+            answers, has_work = await self._answers(before, questions)
+            if not answers and not has_work:
+                await self._park(before, questions, span)
+                return
+            graph_input = Command(resume=answers) if answers else None
+        try:
+            await self._drive(graph_input, config)
+        except GraphDrained:
+            await self._flush()
+            await self._store.release_run(self._lease, reason="drain")
+            span.set_attribute(RUN_STATUS, "queued")
+            return
+        await self._flush()
+        after = await self._state(config)
+        _show(span, after)
+        questions = await self._questions(after)
+        if questions:
+            await self._park(after, questions, span)
+        elif after.next:
+            raise RunError(f"graph stopped before {', '.join(after.next)} without an interrupt")
+        else:
+            await self._finish(after, span)
+
+    async def _drive(self, graph_input: Any, config: RunnableConfig) -> None:
+        stream = self._graph.astream(
+            graph_input,
+            config,
+            context=await self._registered.make_context(self._run),
+            stream_mode="values",
+            durability="sync",
+            control=self._control.run_control,
+        )
+        async for _ in stream:
+            pass
+
+    def _config(self, base: RunnableConfig) -> RunnableConfig:
+        stored = self._run.config
+        config: RunnableConfig = {
+            **base,
+            "configurable": {
+                **stored.get("configurable", {}),
+                "thread_id": self._run.thread_id,
+                # The second line of defence behind the checks made here.
+                _STRICT_RESUME: True,
+            },
+            "metadata": {**self._run.metadata, "run_id": self._run.id},
+        }
+        if "recursion_limit" in stored:
+            config["recursion_limit"] = stored["recursion_limit"]
+        if "tags" in stored:
+            config["tags"] = list(stored["tags"])
+        return config
+
+    async def _state(self, config: RunnableConfig) -> StateSnapshot:
+        return await self._graph.aget_state(config, subgraphs=True)
+
+    async def _is_begun(self, state: StateSnapshot) -> bool:
+        """Whether some checkpoint of the thread carries this run's id."""
+        if (state.metadata or {}).get("run_id") == self._run.id:
+            return True
+        if not state.config["configurable"].get("checkpoint_id"):
+            return False
+        # The head may be somebody's `update_state`, or an earlier run's last checkpoint.
+        of_thread: RunnableConfig = {"configurable": {"thread_id": self._run.thread_id}}
+        own = self._own_saver().alist(of_thread, filter={"run_id": self._run.id}, limit=1)
+        return [item async for item in own] != []
+
+    async def _start(self, state: StateSnapshot, questions: list[_Question]) -> AttemptStart:
+        checkpoint_id = state.config["configurable"].get("checkpoint_id")
+        finished = sum(1 for task in state.tasks if task.result is not None)
+        answered = sum(question.answers_recorded for question in questions)
+        return await self._store.start_attempt(
+            self._lease,
+            progress=f"{checkpoint_id}:{finished}:{answered}",
+            reason=self._reason,
+            checkpoint_id=checkpoint_id,
+            step=(state.metadata or {}).get("step"),
+            traceparent=traceparent(),
+        )
+
+    async def _questions(self, state: StateSnapshot) -> list[_Question]:
+        """Read the open questions, each in the namespace that asked it."""
+        found = []
+        saver = self._own_saver()
+        for snapshot, task_id, interrupt in _interrupts(state):
+            stored = await saver.aget_tuple(snapshot.config)
+            recorded = 0
+            for writer, channel, value in (stored.pending_writes or ()) if stored else ():
+                if writer == task_id and channel == RESUME:
+                    recorded = len(value) if isinstance(value, (list, tuple)) else 1
+            configurable = snapshot.config["configurable"]
+            found.append(
+                _Question(
+                    ns=configurable.get("checkpoint_ns", ""),
+                    task_id=task_id,
+                    checkpoint_id=configurable["checkpoint_id"],
+                    interrupt=interrupt,
+                    answers_recorded=recorded,
+                )
+            )
+        return found
+
+    async def _answers(
+        self, state: StateSnapshot, questions: list[_Question]
+    ) -> tuple[dict[str, Any], bool]:
+        """Return the answers to send, by interrupt id, and whether there is work without any.
+
+        There is if some task of the superstep neither finished nor asks, or if an answer is recorded in
+        the thread already: sending that again would answer the next question.
+        """
+        waits = await self._waits()
+        send: dict[str, Any] = {}
+        has_work = _has_open_task(state)
+        for question in questions:
+            wait = waits.get((question.ns, question.interrupt.id, question.checkpoint_id))
+            if wait is None or wait.status is not WaitStatus.RESOLVED or wait.decision is None:
+                continue
+            if question.answers_recorded > wait.answers_recorded:
+                has_work = True
+                continue
+            send[question.interrupt.id] = encode(
+                wait.request, wait.decision, by=wait.decided_by, at=wait.decided_at
+            )
+        return send, has_work
+
+    async def _waits(self) -> dict[tuple[str, str, str], Approval]:
+        waits: dict[tuple[str, str, str], Approval] = {}
+        cursor: str | None = None
+        while True:
+            page = await self._store.list_waits(
+                self._run.tenant,
+                status=None,
+                run_id=self._run.id,
+                graph=None,
+                limit=_PAGE,
+                cursor=cursor,
+            )
+            for wait in page.items:
+                waits[wait.ns, wait.interrupt_id, wait.checkpoint_id] = wait
+            if (cursor := page.cursor) is None:
+                return waits
+
+    async def _park(self, state: StateSnapshot, questions: list[_Question], span: Span) -> None:
+        waits = []
+        for question in questions:
+            request = to_request(question.interrupt.value, question.interrupt.response_schema)
+            waits.append(
+                NewWait(
+                    wait_id=new_id(),
+                    kind="approval",
+                    ns=question.ns,
+                    task_id=question.task_id,
+                    interrupt_id=question.interrupt.id,
+                    checkpoint_id=question.checkpoint_id,
+                    answers_recorded=question.answers_recorded,
+                    request=request,
+                    proposal_hash=proposal_hash(request),
+                )
+            )
+        await self._store.park_run(
+            self._lease,
+            waits,
+            checkpoint_id=state.config["configurable"].get("checkpoint_id"),
+            step=(state.metadata or {}).get("step"),
+        )
+        span.set_attribute(RUN_STATUS, "waiting")
+
+    async def _finish(self, state: StateSnapshot, span: Span) -> None:
+        await self._store.finish_run(
+            self._lease,
+            _output(self._graph, state.values),
+            checkpoint_id=state.config["configurable"].get("checkpoint_id"),
+            step=(state.metadata or {}).get("step"),
+        )
+        span.set_attribute(RUN_STATUS, "succeeded")
+
+    async def _settle_failure(self, error: Exception, span: Span) -> None:
+        """Queue the run again, or end it with a dead letter."""
+        if isinstance(error, (FencedError, StoreUnavailableError)):
+            raise error
+        fail_span(span, type(error).__name__)
+        await self._flush_quietly()
+        started = self._started or AttemptStart(attempt=self._run.attempt, failures={})
+        node, failures = await self._failed_tasks(started)
+        attempt = max([started.attempt, *failures.values()])
+        failure = _failure(error, node, attempt)
+        policy = self._registered.retry
+        verdict = None if isinstance(error, _HOPELESS) else decide(policy, attempt, error)
+        if isinstance(verdict, Retry):
+            await self._store.retry_run(
+                self._lease, failure, delay=verdict.delay, failures=failures
+            )
+            span.set_attribute(RUN_STATUS, "queued")
+        else:
+            reason = verdict.reason if verdict else "not_retryable"
+            if isinstance(error, AttemptsExhaustedError):
+                reason = "exhausted"
+            await self._store.fail_run(self._lease, failure, reason=reason)
+            span.set_attribute(RUN_STATUS, "failed")
+
+    async def _failed_tasks(self, started: AttemptStart) -> tuple[str | None, dict[str, int]]:
+        """Return the node that failed, and the failures of each task so far, this one included."""
+        try:
+            state = await self._state(self._config({}))
+        except FencedError:
+            raise
+        except Exception:  # noqa: BLE001 -- the failure that is being settled is the news
+            return None, dict(started.failures)
+        failed = [task for task in state.tasks if task.error is not None]
+        counts = {task.id: started.failures.get(task.id, 0) + 1 for task in failed}
+        return (failed[0].name if failed else None), counts
+
+
+def _interrupts(state: StateSnapshot) -> Iterator[tuple[StateSnapshot, str, Interrupt]]:
+    """Yield each open interrupt with the snapshot and the task that raised it.
+
+    A question of a subgraph is listed by its parent too; it belongs to where it was asked.
+    """
+    for task in state.tasks:
+        if isinstance(task.state, StateSnapshot) and task.state.interrupts:
+            yield from _interrupts(task.state)
+        elif task.result is None:
+            for interrupt in task.interrupts:
+                yield state, task.id, interrupt
+
+
+def _has_open_task(state: StateSnapshot) -> bool:
+    """Whether a task of the superstep neither finished nor waits for an answer."""
+    return any(
+        _has_open_task(task.state)
+        if isinstance(task.state, StateSnapshot) and task.state.interrupts
+        else task.result is None and not task.interrupts
+        for task in state.tasks
+    )
+
+
+def _output(graph: Pregel[Any, Any, Any, Any], values: Any) -> Any:
+    """Return what `invoke` would: the output channels of the final state."""
+    channels = graph.output_channels
+    if isinstance(channels, str):
+        return values.get(channels) if isinstance(values, Mapping) else values
+    if not isinstance(values, Mapping):
+        return values
+    return {channel: values[channel] for channel in channels if channel in values}
+
+
+def _failure(error: Exception, node: str | None, attempt: int) -> RunFailure:
+    try:
+        message = str(error)
+    except Exception:  # noqa: BLE001 -- user code
+        message = "<no text: its str raises>"
+    try:
+        trace = "".join(traceback.format_exception(error))
+    except Exception:  # noqa: BLE001 -- user code
+        trace = None
+    cls = type(error)
+    return RunFailure(
+        type=f"{cls.__module__}.{cls.__qualname__}",
+        message=message,
+        node=node,
+        attempt=attempt,
+        traceback=trace,
+    )
+
+
+def _show(span: Span, state: StateSnapshot) -> None:
+    checkpoint_id = state.config["configurable"].get("checkpoint_id")
+    if checkpoint_id:
+        span.set_attribute(CHECKPOINT_ID, checkpoint_id)
+    step = (state.metadata or {}).get("step")
+    if step is not None:
+        span.set_attribute(STEP, step)

@@ -1,0 +1,4 @@
+"""Where runs are stored: the port `RunStore` and its implementations."""
+
+from agentflow.storage.base import OnExisting as OnExisting
+from agentflow.storage.base import RunStore as RunStore

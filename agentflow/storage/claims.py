@@ -1,0 +1,276 @@
+"""Who may drive which run: claims, fencing tokens and leases.
+
+A claim locks the row of the thread in `leases` before it decides, so that two claims of one thread,
+also of two runs of it, never both succeed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from datetime import datetime, timedelta
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine import Connection
+
+from agentflow.database.engine import now as database_now
+from agentflow.database.tables import leases, runs
+from agentflow.errors import BlockedTypeError, CodecError, ThreadBusyError
+from agentflow.storage.rows import (
+    RELEASED,
+    UNFINISHED,
+    Payloads,
+    change_run,
+    get_held_run,
+    get_run,
+    is_held,
+    to_run,
+    withdraw_waits,
+)
+from agentflow.types import (
+    ClaimedRun,
+    FencingToken,
+    Heartbeat,
+    Lease,
+    NewEvent,
+    RunStatus,
+    WaitStatus,
+)
+
+
+def ensure_thread(connection: Connection, tenant: str, thread_id: str) -> None:
+    """Make the row that claims of this thread lock."""
+    dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
+    connection.execute(
+        dialect.insert(leases)
+        .values(tenant=tenant, thread_id=thread_id, token=0)
+        .on_conflict_do_nothing()
+    )
+
+
+def claim_runs(
+    connection: Connection,
+    payloads: Payloads,
+    tenant: str,
+    *,
+    worker: str,
+    queues: Collection[str],
+    graphs: Collection[tuple[str, str]],
+    limit: int,
+    lease: timedelta,
+) -> list[ClaimedRun]:
+    """See `RunStore.claim_runs`."""
+    now = database_now(connection)
+    wanted = (
+        runs.c.tenant == tenant,
+        runs.c.queue.in_(sorted(queues)),
+        sa.tuple_(runs.c.graph, runs.c.version).in_(sorted(graphs)),
+    )
+    claimed: list[ClaimedRun] = []
+    # Expired runs first: somebody has been waiting for them already.
+    for due in (_is_expired(now), _is_queued(now)):
+        room = limit - len(claimed)
+        if room <= 0:
+            break
+        query = (
+            sa.select(runs)
+            .where(*wanted, due, ~_is_behind_another())
+            .order_by(runs.c.priority.desc(), runs.c.seq)
+            .limit(room)
+            .with_for_update(of=runs, skip_locked=True)
+        )
+        for row in connection.execute(query).all():
+            taken = _take(connection, payloads, row, now, worker=worker, lease=lease)
+            if taken is not None:
+                claimed.append(taken)
+    return claimed
+
+
+def claim_run(
+    connection: Connection,
+    payloads: Payloads,
+    tenant: str,
+    run_id: str,
+    *,
+    worker: str,
+    lease: timedelta,
+) -> ClaimedRun | None:
+    """See `RunStore.claim_run`."""
+    now = database_now(connection)
+    row = get_run(connection, tenant, run_id, lock=True)
+    status = RunStatus(row.status)
+    if status.is_ended or status is RunStatus.WAITING:
+        return None
+    query = sa.select(runs.c.run_id).where(
+        runs.c.tenant == tenant,
+        runs.c.run_id == run_id,
+        sa.or_(_is_expired(now), _is_queued(now)),
+        ~_is_behind_another(),
+    )
+    if connection.execute(query).first() is None:
+        raise ThreadBusyError(row.thread_id, run_id if status is RunStatus.RUNNING else None)
+    return _take(connection, payloads, row, now, worker=worker, lease=lease)
+
+
+def _is_queued(now: datetime) -> sa.ColumnElement[bool]:
+    return sa.and_(runs.c.status == RunStatus.QUEUED.value, runs.c.available_at <= now)
+
+
+def _is_expired(now: datetime) -> sa.ColumnElement[bool]:
+    return sa.and_(runs.c.status == RunStatus.RUNNING.value, runs.c.lease_expires_at <= now)
+
+
+def _is_behind_another() -> sa.ColumnElement[bool]:
+    """Whether an older run of the thread is unfinished, or any other one holds it."""
+    other = runs.alias("other")
+    holding = (RunStatus.RUNNING.value, RunStatus.WAITING.value)
+    return sa.exists().where(
+        other.c.tenant == runs.c.tenant,
+        other.c.thread_id == runs.c.thread_id,
+        other.c.seq != runs.c.seq,
+        sa.or_(
+            sa.and_(other.c.status.in_(UNFINISHED), other.c.seq < runs.c.seq),
+            other.c.status.in_(holding),
+        ),
+    )
+
+
+def _take(
+    connection: Connection,
+    payloads: Payloads,
+    row: sa.Row[Any],
+    now: datetime,
+    *,
+    worker: str,
+    lease: timedelta,
+) -> ClaimedRun | None:
+    """Give a due run to a worker; `None` if it turns out not to be due any more."""
+    token = _next_token(connection, row.tenant, row.thread_id)
+    # Read again under the lock on the thread: a claim of another run of it may have been first.
+    behind = sa.select(runs.c.run_id).where(runs.c.seq == row.seq, _is_behind_another())
+    if connection.execute(behind).first() is not None:
+        return None
+    is_recovery = row.status == RunStatus.RUNNING
+    if is_recovery and row.cancel_requested_at is not None:
+        _end_cancelled(connection, payloads, row, now)
+        return None
+    try:
+        run = to_run(row, payloads, strict=True)
+    except BlockedTypeError as exc:
+        # Its classes are not known to this worker; another one may know them.
+        del exc
+        return None
+    except CodecError as exc:
+        _quarantine(connection, payloads, row, now, exc)
+        return None
+    log = [NewEvent(type="run.claimed", data={"worker": worker, "token": token})]
+    if is_recovery:
+        log.insert(0, NewEvent(type="run.recovered", data={"worker": row.worker}))
+    change_run(
+        connection,
+        row,
+        payloads,
+        now,
+        status=None if is_recovery else RunStatus.RUNNING,
+        log=log,
+        worker=worker,
+        token=token,
+        lease_expires_at=now + lease,
+        attempt=row.attempt + 1,
+        claims=row.claims + 1,
+        started_at=row.started_at or now,
+    )
+    return ClaimedRun(
+        run=replace(run, status=RunStatus.RUNNING, attempt=row.attempt + 1, claims=row.claims + 1),
+        lease=Lease(
+            tenant=row.tenant,
+            run_id=row.run_id,
+            thread_id=row.thread_id,
+            worker=worker,
+            token=token,
+        ),
+        reason="recovery" if is_recovery else row.wake_reason,
+        traceparent=row.traceparent,
+    )
+
+
+def _next_token(
+    connection: Connection, tenant: str, thread_id: str, above: int = 0
+) -> FencingToken:
+    """Lock the thread and return a token higher than any it had, and than `above`."""
+    ensure_thread(connection, tenant, thread_id)
+    place = (leases.c.tenant == tenant, leases.c.thread_id == thread_id)
+    current = connection.execute(
+        sa.select(leases.c.token).where(*place).with_for_update()
+    ).scalar_one()
+    token = max(current, above) + 1
+    connection.execute(sa.update(leases).where(*place).values(token=token))
+    return FencingToken(token)
+
+
+def _end_cancelled(
+    connection: Connection, payloads: Payloads, row: sa.Row[Any], now: datetime
+) -> None:
+    log = withdraw_waits(connection, row, now, status=WaitStatus.WITHDRAWN)
+    log.append(NewEvent(type="run.cancelled", data={"reason": "its worker was lost"}))
+    change_run(connection, row, payloads, now, status=RunStatus.CANCELLED, log=log, **RELEASED)
+
+
+def _quarantine(
+    connection: Connection, payloads: Payloads, row: sa.Row[Any], now: datetime, error: CodecError
+) -> None:
+    """Put off a run whose stored input is damaged, so that it does not block its queue."""
+    change_run(
+        connection,
+        row,
+        payloads,
+        now,
+        log=[NewEvent(type="run.unreadable", data={"error": type(error).__name__})],
+        available_at=now + timedelta(minutes=1),
+        **(
+            {} if row.lease_expires_at is None else {"lease_expires_at": now + timedelta(minutes=1)}
+        ),
+    )
+
+
+def raise_token(
+    connection: Connection, payloads: Payloads, lease: Lease, *, above: FencingToken
+) -> Lease:
+    """See `RunStore.raise_token`."""
+    now = database_now(connection)
+    row = get_held_run(connection, lease, now)
+    token = _next_token(connection, lease.tenant, lease.thread_id, above)
+    change_run(connection, row, payloads, now, token=token)
+    return replace(lease, token=token)
+
+
+def extend_leases(
+    connection: Connection, held: Sequence[Lease], duration: timedelta
+) -> dict[str, Heartbeat]:
+    """See `RunStore.extend_leases`."""
+    if not held:
+        return {}
+    now = database_now(connection)
+    keys = [(lease.tenant, lease.run_id) for lease in held]
+    query = (
+        sa.select(runs)
+        .where(sa.tuple_(runs.c.tenant, runs.c.run_id).in_(keys))
+        .order_by(runs.c.seq)
+        .with_for_update()
+    )
+    rows = {(row.tenant, row.run_id): row for row in connection.execute(query)}
+    report = {}
+    for lease in held:
+        row = rows.get((lease.tenant, lease.run_id))
+        holds = row is not None and is_held(row, lease, now)
+        report[lease.run_id] = Heartbeat(
+            lost=not holds,
+            cancel_requested=holds and row is not None and row.cancel_requested_at is not None,
+        )
+        if holds and row is not None:
+            connection.execute(
+                sa.update(runs).where(runs.c.seq == row.seq).values(lease_expires_at=now + duration)
+            )
+    return report

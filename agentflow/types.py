@@ -1,0 +1,408 @@
+"""The records that cross agentflow's interfaces, and the clock.
+
+Records are frozen: a change is a new record. Times are aware UTC datetimes, durations are
+`timedelta`. This module and `config` are the only ones that read the wall clock or make random ids.
+"""
+
+from __future__ import annotations
+
+import html
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from typing import Any, Generic, Literal, NewType, Protocol, TypeVar
+
+Duration = timedelta | float | int
+"""A length of time: a `timedelta`, or seconds."""
+
+T = TypeVar("T")
+
+FencingToken = NewType("FencingToken", int)
+"""Grows by at least one with each claim of a thread; every write is checked against it."""
+
+
+def to_timedelta(value: Duration) -> timedelta:
+    """Turn seconds into a `timedelta`; a `timedelta` passes through."""
+    return value if isinstance(value, timedelta) else timedelta(seconds=value)
+
+
+def new_id() -> str:
+    """Return a new time-ordered id (UUID version 7, RFC 9562) as text."""
+    unix_ms = time.time_ns() // 1_000_000
+    random = uuid.uuid4().int
+    value = (unix_ms & 0xFFFF_FFFF_FFFF) << 80 | (random & ((1 << 80) - 1))
+    value = value & ~(0xF << 76) | 0x7 << 76
+    value = value & ~(0x3 << 62) | 0x2 << 62
+    return str(uuid.UUID(int=value))
+
+
+class Clock(Protocol):
+    """Where timers, deadlines and backoff read the time. Leases use the database's clock."""
+
+    def now(self) -> datetime:
+        """Return the current time as an aware UTC datetime."""
+        ...
+
+
+class SystemClock:
+    """The machine's clock."""
+
+    def now(self) -> datetime:
+        """Return the current time."""
+        return datetime.now(UTC)
+
+
+class RunStatus(StrEnum):
+    """The closed set of statuses of a run."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    WAITING = "waiting"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_ended(self) -> bool:
+        """Whether nothing will happen to the run any more, unless its dead letter is requeued."""
+        return self in {RunStatus.SUCCEEDED, RunStatus.FAILED, RunStatus.CANCELLED}
+
+
+TRANSITIONS: Mapping[RunStatus, frozenset[RunStatus]] = {
+    RunStatus.QUEUED: frozenset({RunStatus.RUNNING, RunStatus.CANCELLED}),
+    RunStatus.RUNNING: frozenset(
+        {
+            RunStatus.WAITING,
+            RunStatus.SUCCEEDED,
+            RunStatus.FAILED,
+            RunStatus.CANCELLED,
+            RunStatus.QUEUED,
+        }
+    ),
+    RunStatus.WAITING: frozenset({RunStatus.QUEUED, RunStatus.FAILED, RunStatus.CANCELLED}),
+    RunStatus.SUCCEEDED: frozenset(),
+    RunStatus.FAILED: frozenset({RunStatus.QUEUED}),
+    RunStatus.CANCELLED: frozenset(),
+}
+"""Every status change that is allowed; all others are `IllegalTransitionError`."""
+
+
+class WaitStatus(StrEnum):
+    """What became of a wait."""
+
+    PENDING = "pending"
+    RESOLVED = "resolved"
+    EXPIRED = "expired"
+    WITHDRAWN = "withdrawn"
+    SUPERSEDED = "superseded"
+
+
+DecisionType = Literal["approve", "edit", "reject", "respond"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFailure:
+    """Why an attempt, or a run, failed."""
+
+    type: str
+    """The exception's class, as `module.Name`."""
+    message: str
+    node: str | None = None
+    attempt: int = 0
+    traceback: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One request to advance a thread, as it stood when it was read."""
+
+    id: str
+    thread_id: str
+    tenant: str
+    graph: str
+    version: str
+    queue: str
+    status: RunStatus
+    input: Any
+    output: Any = None
+    error: RunFailure | None = None
+    """The last failure, also while the run is queued for another attempt."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """`configurable`, `recursion_limit`, `tags`: what is needed to drive the run again."""
+    priority: int = 0
+    attempt: int = 0
+    """Attempts since the last durable progress or clean release."""
+    claims: int = 0
+    """How often the run was claimed in all."""
+    step: int | None = None
+    """The superstep of the newest checkpoint known to the run store."""
+    checkpoint_id: str | None = None
+    dead_letter: bool = False
+    created_at: datetime
+    available_at: datetime
+    started_at: datetime | None = None
+    ended_at: datetime | None = None
+    cancel_requested_at: datetime | None = None
+    submitted_by: str | None = None
+
+    def _repr_html_(self) -> str:
+        return _html_table(
+            f"Run {self.id}",
+            {
+                "graph": f"{self.graph} (version {self.version})",
+                "status": self.status.value,
+                "thread": self.thread_id,
+                "attempt": self.attempt,
+                "step": self.step,
+                "output": self.output,
+                "error": f"{self.error.type}: {self.error.message}" if self.error else None,
+            },
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSpec:
+    """What `submit` stores: all that is needed to drive the run on any machine."""
+
+    run_id: str
+    thread_id: str
+    graph: str
+    version: str
+    queue: str
+    input: Any
+    metadata: Mapping[str, Any]
+    config: Mapping[str, Any]
+    priority: int = 0
+    start_at: datetime | None = None
+    submitted_by: str | None = None
+    traceparent: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lease:
+    """The right to write for one thread, until it expires or is taken over."""
+
+    tenant: str
+    run_id: str
+    thread_id: str
+    worker: str
+    token: FencingToken
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClaimedRun:
+    """A run and the lease under which it may be driven."""
+
+    run: Run
+    lease: Lease
+    reason: str
+    """Why it runs now: `start`, `approval`, `retry`, `drain` or `recovery`."""
+    traceparent: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Action:
+    """One thing that an approval is about."""
+
+    name: str
+    args: Mapping[str, Any]
+    allowed: tuple[DecisionType, ...]
+    description: str | None = None
+    args_schema: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApprovalRequest:
+    """What a reviewer is asked, whatever shape the graph used to ask it."""
+
+    shape: str
+    """The shape that was recognised; it decides how the answer is encoded."""
+    title: str
+    proposal: Any
+    """The canonical proposal as plain data: what is shown, hashed and handed back."""
+    allowed: tuple[DecisionType, ...]
+    actions: tuple[Action, ...] = ()
+    """Set where the question is about calls of tools; one decision is due for each."""
+    response_schema: Mapping[str, Any] | None = None
+    """JSON Schema for the value of an `edit` or `respond`."""
+    policy: Mapping[str, Any] | None = None
+    description: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """A person's answer."""
+
+    type: DecisionType
+    message: str | None = None
+    value: Any = None
+    """The answer of a `respond`, and the edited proposal of an `edit` without an action."""
+    edited_action: Mapping[str, Any] | None = None
+    """`{"name": ..., "args": ...}`: the edited call."""
+    decisions: tuple[Decision, ...] = ()
+    """One decision for each action, where several are asked about at once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewWait:
+    """A question found in a parked thread, on its way into the run store."""
+
+    wait_id: str
+    kind: Literal["approval"]
+    ns: str
+    task_id: str
+    interrupt_id: str
+    checkpoint_id: str
+    answers_recorded: int
+    """How many answers the asking task had when it parked, in the namespace that asked."""
+    request: ApprovalRequest
+    proposal_hash: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Approval:
+    """A wait that a person answers, as it stood when it was read."""
+
+    id: str
+    run_id: str
+    thread_id: str
+    tenant: str
+    graph: str
+    ns: str
+    task_id: str
+    interrupt_id: str
+    checkpoint_id: str
+    answers_recorded: int
+    kind: str
+    request: ApprovalRequest
+    proposal_hash: str
+    version: int
+    """Rises when what a reviewer is shown changes."""
+    status: WaitStatus
+    created_at: datetime
+    decision: Decision | None = None
+    decided_by: str | None = None
+    decided_at: datetime | None = None
+    comment: str | None = None
+
+    def _repr_html_(self) -> str:
+        decided = f"{self.decision.type} by {self.decided_by}" if self.decision else None
+        return _html_table(
+            self.request.title,
+            {
+                "approval": self.id,
+                "status": self.status.value,
+                "run": self.run_id,
+                "graph": self.graph,
+                "proposal": self.request.proposal,
+                "allowed": ", ".join(self.request.allowed),
+                "decision": decided,
+            },
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApprovalResult:
+    """What `request_approval` returns: the decision, and the proposal to act on."""
+
+    type: DecisionType
+    proposal: Any
+    """The proposal that was approved, as edited; act on this value only."""
+    message: str | None = None
+    value: Any = None
+    by: str | None = None
+    at: datetime | None = None
+
+    @property
+    def approved(self) -> bool:
+        """Whether the proposal may be carried out (approved or edited)."""
+        return self.type in {"approve", "edit"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditEvent:
+    """An immutable fact about a run, chained to the one before it by hash."""
+
+    run_id: str
+    seq: int
+    """1, 2, 3 … within the run, without gaps."""
+    type: str
+    at: datetime
+    data: Mapping[str, Any]
+    prev_hash: str
+    hash: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewEvent:
+    """An audit event on its way into the store, which gives it number, time and hash."""
+
+    type: str
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heartbeat:
+    """What extending a lease tells its holder."""
+
+    lost: bool
+    cancel_requested: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttemptStart:
+    """What the store says when an attempt begins."""
+
+    attempt: int
+    """Attempts since the last durable progress, this one included."""
+    failures: Mapping[str, int]
+    """Failures so far of each task of the current superstep, by task id."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeadLetter:
+    """What is kept of a run that failed for good."""
+
+    run_id: str
+    at: datetime
+    cause: RunFailure
+    attempts: int
+    claims: int
+    checkpoint_id: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Page(Generic[T]):
+    """One page of a listing."""
+
+    items: tuple[T, ...]
+    cursor: str | None
+    """Give it to the next call to continue; `None` at the end."""
+
+
+def plain(record: Any) -> Any:
+    """Turn a record into plain data: dicts by field name, ISO times, lists for tuples."""
+    if hasattr(record, "__dataclass_fields__"):
+        return {f.name: plain(getattr(record, f.name)) for f in fields(record)}
+    if isinstance(record, StrEnum):
+        return record.value
+    if isinstance(record, datetime):
+        return record.isoformat()
+    if isinstance(record, Mapping):
+        return {key: plain(value) for key, value in record.items()}
+    if isinstance(record, (list, tuple)):
+        return [plain(item) for item in record]
+    return record
+
+
+def _html_table(title: str, rows: Mapping[str, Any]) -> str:
+    body = "".join(
+        f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>"
+        for name, value in rows.items()
+        if value is not None
+    )
+    return f"<table><caption>{html.escape(title)}</caption>{body}</table>"

@@ -1,0 +1,1 @@
+"""Examples of agentflow; each is a package with a README of its own."""

@@ -1,0 +1,138 @@
+"""The example's outside world: what the demo's verdict rests on must itself be right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from examples.refunds.ledger import Ledger
+from examples.refunds.services import Fault, Server, Services
+from examples.refunds.shop import Money
+
+PAYMENT = {"order_id": "R-1", "amount": 1250, "currency": "EUR"}
+PAID = Money(amount=1250, currency="EUR")
+
+
+class World:
+    """Running services, and their ledger."""
+
+    def __init__(self, ledger: Ledger, http: httpx.Client) -> None:
+        self.ledger = ledger
+        self.http = http
+
+    def pay(self, key: str, **changes: Any) -> httpx.Response:
+        return self.http.post(
+            "/payments", json={**PAYMENT, **changes}, headers={"Idempotency-Key": key}
+        )
+
+    def paid(self) -> list[Money]:
+        return [payment.money for payment in self.ledger.payments()]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., World]]:
+    with ExitStack() as stack:
+
+        def start(fault: Fault | None = None) -> World:
+            ledger = Ledger(tmp_path / "ledger.sqlite")
+            stack.callback(ledger.close)
+            server = stack.enter_context(Server(Services(ledger, fault=fault)).running())
+            http = stack.enter_context(httpx.Client(base_url=server.url, trust_env=False))
+            return World(ledger, http)
+
+        yield start
+
+
+def test_payment_is_applied_once_per_key(start: Callable[..., World]) -> None:
+    world = start()
+    first, again, other = world.pay("a"), world.pay("a"), world.pay("b")
+    assert first.json() == again.json() == {"id": "P-1", **PAYMENT}
+    assert other.json()["id"] == "P-2"
+    assert world.paid() == [PAID, PAID]
+    assert world.ledger.counts().payments_requested == 3
+
+
+def test_email_is_sent_once_per_key(start: Callable[..., World]) -> None:
+    world = start()
+    body = {"to": "someone@example.com", "subject": "Re: mugs", "text": "Done."}
+    for _ in range(2):
+        world.http.post("/emails", json=body, headers={"Idempotency-Key": "a"}).raise_for_status()
+    assert world.ledger.emails() == {"a": 1}
+    assert world.ledger.counts().emails_requested == 2
+
+
+def test_key_used_for_another_request_is_refused(start: Callable[..., World]) -> None:
+    world = start()
+    world.pay("a")
+    assert world.pay("a", amount=99).status_code == 422
+    assert world.paid() == [PAID]
+
+
+@pytest.mark.parametrize(
+    ("headers", "body"),
+    [({}, PAYMENT), ({"Idempotency-Key": "a"}, {"order_id": "R-1"})],
+    ids=["without key", "without amount"],
+)
+def test_request_that_cannot_be_meant_is_refused_and_on_record(
+    start: Callable[..., World], headers: dict[str, str], body: dict[str, Any]
+) -> None:
+    world = start()
+    assert world.http.post("/payments", json=body, headers=headers).status_code == 400
+    assert world.paid() == []
+    assert world.ledger.counts().payments_requested == 1
+
+
+@pytest.mark.parametrize(
+    ("fault", "paid"),
+    [("double", [PAID, PAID]), ("drop", []), ("alter", [Money(amount=1350, currency="EUR")])],
+)
+def test_fault_spoils_the_first_payment_only(
+    start: Callable[..., World], fault: Fault, paid: list[Money]
+) -> None:
+    world = start(fault)
+    for _ in range(2):
+        assert world.pay("a").status_code == 200, "the service does not admit to anything"
+    assert world.paid() == paid
+    world.pay("b")
+    assert world.paid() == [*paid, PAID]
+
+
+def test_held_request_is_applied_and_never_answered(start: Callable[..., World]) -> None:
+    world = start()
+    hold = world.http.post("/control/holds", json={"path": "/payments", "skip": 1}).json()["hold"]
+    world.pay("let through")
+    with pytest.raises(httpx.ReadTimeout):
+        world.http.post(
+            "/payments", json=PAYMENT, headers={"Idempotency-Key": "held"}, timeout=0.05
+        )
+    caught = world.http.get(f"/control/holds/{hold}?timeout=5").json()["caught"]
+    assert caught["key"] == "held"
+    assert world.paid() == [PAID, PAID]
+    assert world.ledger.outcome(caught["seq"]) is None
+
+    assert world.pay("held").json()["id"] == "P-2", "a hold catches one request"
+    counts = world.http.get("/control/counts").json()
+    world.http.delete(f"/control/holds/{hold}").raise_for_status()
+    world.http.get(f"/control/counts?since={counts['changes']}&timeout=5")
+    outcomes = [outcome for _, outcome in world.ledger.payment_requests("held")]
+    assert outcomes == ["dropped", "replied"]
+
+
+def test_hold_that_is_not_reached_says_so(start: Callable[..., World]) -> None:
+    world = start()
+    hold = world.http.post("/control/holds", json={"path": "/payments"}).json()["hold"]
+    assert world.http.get(f"/control/holds/{hold}?timeout=0").json() == {"caught": None}
+
+
+def test_ledger_counts_node_executions_by_run(start: Callable[..., World]) -> None:
+    world = start()
+    for event in ("started", "started", "finished"):
+        fact = {"run": "r1", "node": "pay", "event": event}
+        world.http.post("/executions", json=fact).raise_for_status()
+    assert world.ledger.executions("started") == {("r1", "pay"): 2}
+    assert world.ledger.executions("finished") == {("r1", "pay"): 1}
