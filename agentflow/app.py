@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from datetime import datetime
 from types import TracebackType
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, Self, TypeVar, cast
 
 from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.graph import StateGraph
@@ -80,8 +80,8 @@ class AgentFlow:
         Args:
             url: The database; without one the environment's `AGENTFLOW_DB_URL`, else
                 `sqlite:///agentflow.db`.
-            checkpoints: Where checkpoints live, if not in the same database: a URL, or any LangGraph
-                checkpointer. One that is not agentflow's is not fenced.
+            checkpoints: Where checkpoints live, if not in the same database: a URL, or any
+                LangGraph checkpointer. One that is not agentflow's is not fenced.
             clock: The clock of timers and deadlines.
             tenant: Keeps the runs and threads of different tenants apart.
             allow: Which classes may be stored; see `open_checkpointer`.
@@ -116,7 +116,7 @@ class AgentFlow:
             self._saver = checkpoints
         self._graphs: dict[tuple[str, str], RegisteredGraph] = {}
         self._changes = Changes()
-        self.approvals = Approvals(self)
+        self.approvals = Approvals(self._store, tenant, self._changes)
 
     def with_url(self, url: str) -> AgentFlow:
         """Return an `AgentFlow` with the same graphs and options on another database."""
@@ -138,8 +138,8 @@ class AgentFlow:
         """Make a graph known under a name and version.
 
         Args:
-            graph: A `StateGraph` or a compiled graph; the checkpointer of a compiled one is replaced by
-                agentflow's, in a copy.
+            graph: A `StateGraph` or a compiled graph; the checkpointer of a compiled one is
+                replaced by agentflow's, in a copy.
             name: What runs refer to.
             version: Runs stay with the version that they were submitted under.
             retry: When a failed attempt is tried again; LangGraph's policy is accepted too.
@@ -169,7 +169,7 @@ class AgentFlow:
     async def submit(
         self,
         name: str,
-        input: Any,  # noqa: A002 -- LangGraph's name
+        input: Any,
         *,
         run_id: str | None = None,
         thread_id: str | None = None,
@@ -195,8 +195,8 @@ class AgentFlow:
             start_at: Not before this time.
             config: `configurable`, `recursion_limit` and `tags` for LangGraph.
             metadata: Kept with the run and with its checkpoints.
-            on_existing: What to do if `run_id` is known with the same graph and input: return that run,
-                `reject`, or `restart_if_failed`.
+            on_existing: What to do if `run_id` is known with the same graph and input: return that
+                run, `reject`, or `restart_if_failed`.
             by: Who submits.
 
         Raises:
@@ -324,7 +324,7 @@ class AgentFlow:
         return await self._store.list_events(self.tenant, run_id, after=after, limit=limit)
 
     async def events(self, run_id: str, *, after: int = 0) -> AsyncIterator[AuditEvent]:
-        """Yield the run's audit events with numbers above `after`, following it until it has ended."""
+        """Yield the run's audit events with numbers above `after`, until it has ended."""
         seen = after
         with self._changes.listen() as listener:
             while True:
@@ -386,7 +386,7 @@ class AgentFlow:
             await self._owned_saver.aclose()
         await self._store.close()
 
-    async def __aenter__(self) -> AgentFlow:
+    async def __aenter__(self) -> Self:
         """Return the app, which connects on first use."""
         return self
 
@@ -411,9 +411,11 @@ class AgentFlow:
 class Approvals:
     """Questions to people, and their answers; `app.approvals`."""
 
-    def __init__(self, app: AgentFlow) -> None:
-        """Work on the app's run store."""
-        self._app = app
+    def __init__(self, store: RunStore, tenant: str, changes: Changes) -> None:
+        """Work on the waits of `tenant` in `store`."""
+        self._store = store
+        self._tenant = tenant
+        self._changes = changes
 
     async def list(
         self,
@@ -425,8 +427,8 @@ class Approvals:
         cursor: str | None = None,
     ) -> Page[Approval]:
         """Return a page of approvals, oldest first; `status=None` returns all."""
-        return await self._app._store.list_waits(
-            self._app.tenant,
+        return await self._store.list_waits(
+            self._tenant,
             status=_member(WaitStatus, status),
             run_id=run_id,
             graph=graph,
@@ -436,7 +438,7 @@ class Approvals:
 
     async def get(self, approval_id: str) -> Approval:
         """Return an approval as it stands; `NotFoundError` if there is none."""
-        return await self._app._store.get_wait(self._app.tenant, approval_id)
+        return await self._store.get_wait(self._tenant, approval_id)
 
     async def decide(
         self,
@@ -450,8 +452,8 @@ class Approvals:
     ) -> Approval:
         """Answer a request, once; its run goes on with the answer.
 
-        The answer is checked against the request before anything is stored, and the graph sees it only
-        after that.
+        The answer is checked against the request before anything is stored, and the graph sees it
+        only after that.
 
         Args:
             approval_id: Which request.
@@ -473,8 +475,8 @@ class Approvals:
             parsed = parse_decision(approval_id, decision)
             if approval.status is WaitStatus.PENDING:
                 validate(approval_id, approval.request, parsed)
-            resolved = await self._app._store.resolve_wait(
-                self._app.tenant,
+            resolved = await self._store.resolve_wait(
+                self._tenant,
                 approval_id,
                 parsed,
                 by=by,
@@ -487,7 +489,7 @@ class Approvals:
             if resolved.decided_at is not None:
                 waited = resolved.decided_at - resolved.created_at
                 span.set_attribute(APPROVAL_WAIT, waited.total_seconds())
-        self._app._changes.notify()
+        self._changes.notify()
         return resolved
 
 

@@ -2,9 +2,9 @@
 
 The order is fixed. The thread's token is raised in the checkpointer before anything is read; the
 beginning of the attempt is noted before the first step; all checkpoints are flushed before the run
-store hears of an outcome. What an attempt is owed is worked out from what is durable alone: the input is
-sent only if no checkpoint carries the run's id, an answer only to a question that is still open, and
-nothing at all is driven that has ended.
+store hears of an outcome. What an attempt is owed is worked out from what is durable alone: the
+input is sent only if no checkpoint carries the run's id, an answer only to a question that is still
+open, and nothing at all is driven that has ended.
 """
 
 from __future__ import annotations
@@ -149,7 +149,8 @@ class Driver:
     ) -> None:
         """Drive a claimed run until it parks, ends, or has to be given up.
 
-        Whatever happens is in the run store afterwards, unless the lease was lost or the store cannot be
+        Whatever happens is in the run store afterwards, unless the lease was lost or the store
+        cannot be
         reached: then another attempt will continue from what is durable.
 
         Raises:
@@ -374,8 +375,8 @@ class _Attempt:
     ) -> tuple[dict[str, Any], bool]:
         """Return the answers to send, by interrupt id, and whether there is work without any.
 
-        There is if some task of the superstep neither finished nor asks, or if an answer is recorded in
-        the thread already: sending that again would answer the next question.
+        There is if some task of the superstep neither finished nor asks, or if an answer is
+        recorded in the thread already: sending that again would answer the next question.
         """
         waits = await self._waits()
         send: dict[str, Any] = {}

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Self
 
 from agentflow.errors import StoreError
 from agentflow.storage import RunStore
@@ -43,7 +44,7 @@ class LeaseKeeper:
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="agentflow-heartbeat", daemon=True)
 
-    def __enter__(self) -> LeaseKeeper:
+    def __enter__(self) -> Self:
         """Start the thread."""
         self._thread.start()
         return self
@@ -93,12 +94,9 @@ class LeaseKeeper:
             report = {}
         for entry in held:
             beat = report.get(entry.lease.run_id)
-            if beat is None:
-                # Nobody says that it is lost, but past its time somebody else may have it.
-                is_lost = time.monotonic() >= entry.expires
-            else:
-                is_lost = beat.lost
-            if is_lost:
+            # Without a word from the store: past its time, somebody else may have it.
+            is_overdue = beat is None and time.monotonic() >= entry.expires
+            if is_overdue or (beat is not None and beat.lost):
                 logger.warning("lease lost", extra={"run_id": entry.lease.run_id})
                 self.drop(entry.lease)
                 entry.on_lost()

@@ -1,9 +1,9 @@
 """Turns values into MessagePack bytes and back, exactly or not at all.
 
-What comes back equals what went in: tuples stay tuples, enums stay enums, dictionary keys keep their
-type. A subclass of a builtin container, text or number comes back as that builtin, which compares
-equal. What could not be loaded back is refused when it is written, with its path and its type; the
-alternative is a run that can no longer be resumed, found out days later.
+What comes back equals what went in: tuples stay tuples, enums stay enums, dictionary keys keep
+their type. A subclass of a builtin container, text or number comes back as that builtin, which
+compares equal. What could not be loaded back is refused when it is written, with its path and its
+type; the alternative is a run that can no longer be resumed, found out days later.
 
 Stored data never causes an import. A class is found by name among the modules that this process has
 imported already, and only if the allow-list names it; there is no pickle.
@@ -49,6 +49,8 @@ _OPTIONS = (
     | ormsgpack.OPT_PASSTHROUGH_UUID
     | ormsgpack.OPT_PASSTHROUGH_BIG_INT
 )
+# What a subclass of a builtin comes back as.
+_BUILTINS: tuple[type[Any], ...] = (str, int, float, list, dict, tuple, bytes)
 _MAX_DEPTH = 200
 _MAX_PATH = 120
 
@@ -124,7 +126,7 @@ class _Text:
         self.raw = raw
 
 
-class _Refused(Exception):
+class _RefusedError(Exception):
     """A value that cannot be stored; found again with its path by `_explain`."""
 
     def __init__(self, hint: str) -> None:
@@ -164,7 +166,7 @@ class Serializer:
         """
         try:
             return self._pack(value)
-        except (TypeError, ValueError, _Refused, RecursionError) as exc:
+        except (TypeError, ValueError, _RefusedError, RecursionError) as exc:
             raise self._explain(value, where) from exc
 
     def loads(self, data: bytes, *, where: str = "") -> Any:
@@ -212,20 +214,18 @@ class Serializer:
         if dataclasses.is_dataclass(value):
             return self._ext(_Ext.DATACLASS, [self._name(cls), _dataclass_state(value)])
         if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return self._ext(_Ext.NAMEDTUPLE, [self._name(cls), value._asdict()])
+            fields = {name: getattr(value, name) for name in value._fields}
+            return self._ext(_Ext.NAMEDTUPLE, [self._name(cls), fields])
         if isinstance(value, BaseException):
-            raise _Refused("an exception cannot be rebuilt; store its type and text instead")
+            raise _RefusedError("an exception cannot be rebuilt; store its type and text instead")
         if isinstance(value, pathlib.PurePath):
             return self._ext(_Ext.PATH, [_path_flavour(value), str(value)])
         if (numpy := sys.modules.get("numpy")) is not None and isinstance(value, numpy.ndarray):
-            if value.dtype.hasobject:
-                raise _Refused("an array of Python objects; use a list")
-            payload = [value.dtype.str, list(value.shape), value.tobytes()]
-            return self._ext(_Ext.NDARRAY, payload)
-        for builtin in (str, int, float, list, dict, tuple, bytes):
-            if isinstance(value, builtin):
-                return builtin(value) if builtin is not tuple else tuple(value)
-        raise _Refused(_hint_for(cls))
+            return self._ext(_Ext.NDARRAY, _ndarray_state(value))
+        base = next((builtin for builtin in _BUILTINS if isinstance(value, builtin)), None)
+        if base is None:
+            raise _RefusedError(_hint_for(cls))
+        return base(value)
 
     def _name(self, cls: type) -> str:
         """Return `module:Name` if the class may be stored, by the rule that loading will apply."""
@@ -233,11 +233,11 @@ class Serializer:
         if name is None:
             name = f"{cls.__module__}:{cls.__qualname__}"
             if "<locals>" in name or _find(cls.__module__, cls.__qualname__) is not cls:
-                raise _Refused(
+                raise _RefusedError(
                     "the class cannot be found by its name; define it at the top of a module"
                 )
             if not self._is_allowed(name):
-                raise _Refused(f'not in the allow-list; add allow=["{name}"]')
+                raise _RefusedError(f'not in the allow-list; add allow=["{name}"]')
             self._checked[cls] = name
         return name
 
@@ -260,15 +260,15 @@ class Serializer:
         for step, child in _children(value):
             try:
                 self._pack(child)
-            except (TypeError, ValueError, _Refused, RecursionError):
+            except (TypeError, ValueError, _RefusedError, RecursionError):
                 return self._offender(child, path + step, depth + 1)
         try:
             self._pack(value)
-        except _Refused as exc:
+        except _RefusedError as exc:
             hint = exc.hint
         except (TypeError, ValueError, RecursionError) as exc:
             cause = exc.__cause__ or exc.__context__
-            if isinstance(cause, _Refused):
+            if isinstance(cause, _RefusedError):
                 hint = cause.hint
             elif "Recursion" in str(exc):
                 hint = "nested too deeply, or it contains itself"
@@ -279,7 +279,7 @@ class Serializer:
     def _class_hint(self, value: Any) -> str:
         try:
             self._default(value)
-        except _Refused as exc:
+        except _RefusedError as exc:
             return exc.hint
         except (TypeError, ValueError, RecursionError):
             pass
@@ -410,9 +410,10 @@ def _pydantic_state(
 def _build_pydantic(
     cls: type[BaseModel], state: dict[str, Any], extra: Any, fields_set: list[str], private: Any
 ) -> BaseModel:
-    """Rebuild without validating: the values were valid when stored, and validators may not be pure.
+    """Rebuild without validating.
 
-    A field that was added since gets its default; a required one that is missing is an error.
+    The values were valid when they were stored, and validators may not be pure. A field that was
+    added since gets its default; a required one that is missing is an error.
     """
     model = cls.__new__(cls)
     fields = dict(state)
@@ -435,7 +436,7 @@ def _dataclass_state(value: Any) -> dict[str, Any]:
 
 def _build_dataclass(cls: type, state: dict[str, Any]) -> Any:
     """Rebuild without `__init__`, which may have effects; a field added since gets its default."""
-    value = object.__new__(cls)
+    value: Any = object.__new__(cls)
     for field in dataclasses.fields(cls):
         if field.name in state:
             continue
@@ -496,13 +497,13 @@ def _timezone(value: timezone) -> list[Any]:
 
 def _zone(value: ZoneInfo) -> str:
     if value.key is None:
-        raise _Refused("a ZoneInfo made from a file has no name")
+        raise _RefusedError("a ZoneInfo made from a file has no name")
     return value.key
 
 
 def _aware(value: datetime | time) -> list[Any]:
     if value.tzinfo is not None and not isinstance(value.tzinfo, (timezone, ZoneInfo)):
-        raise _Refused("only datetime.timezone and zoneinfo.ZoneInfo can be stored")
+        raise _RefusedError("only datetime.timezone and zoneinfo.ZoneInfo can be stored")
     return [value.replace(tzinfo=None).isoformat(), value.tzinfo, value.fold]
 
 
@@ -514,6 +515,12 @@ def _build_datetime(value: list[Any]) -> datetime:
 def _build_time(value: list[Any]) -> time:
     text, tzinfo, fold = value
     return time.fromisoformat(text).replace(tzinfo=tzinfo, fold=fold)
+
+
+def _ndarray_state(value: Any) -> list[Any]:
+    if value.dtype.hasobject:
+        raise _RefusedError("an array of Python objects; use a list")
+    return [value.dtype.str, list(value.shape), value.tobytes()]
 
 
 def _build_ndarray(value: list[Any]) -> Any:
@@ -529,6 +536,10 @@ def _build_secret(value: list[Any]) -> SecretStr | SecretBytes:
     return SecretStr(secret) if isinstance(secret, str) else SecretBytes(secret)
 
 
+def _ip(value: Any) -> list[str]:
+    return [type(value).__name__, str(value)]
+
+
 def _range(value: range) -> list[int]:
     return [value.start, value.stop, value.step]
 
@@ -537,6 +548,15 @@ def _deque(value: collections.deque[Any]) -> list[Any]:
     return [list(value), value.maxlen]
 
 
+_IP_CLASSES = (
+    ipaddress.IPv4Address,
+    ipaddress.IPv6Address,
+    ipaddress.IPv4Network,
+    ipaddress.IPv6Network,
+    ipaddress.IPv4Interface,
+    ipaddress.IPv6Interface,
+)
+_IP_TYPES = {cls.__name__: cls for cls in _IP_CLASSES}
 _Encoder = tuple[_Ext, Callable[[Any], Any]]
 _ENCODERS: dict[type, _Encoder] = {
     tuple: (_Ext.TUPLE, list),
@@ -559,24 +579,13 @@ _ENCODERS: dict[type, _Encoder] = {
     SecretBytes: (_Ext.SECRET, lambda value: [value.get_secret_value()]),
     Send: (_Ext.SEND, _send),
     _DeltaSnapshot: (_Ext.DELTA_SNAPSHOT, lambda value: value.value),
-    **{
-        cls: (_Ext.IP, lambda value: [type(value).__name__, str(value)])
-        for cls in (
-            ipaddress.IPv4Address,
-            ipaddress.IPv6Address,
-            ipaddress.IPv4Network,
-            ipaddress.IPv6Network,
-            ipaddress.IPv4Interface,
-            ipaddress.IPv6Interface,
-        )
-    },
+    **dict.fromkeys(_IP_CLASSES, (_Ext.IP, _ip)),
 }
-_IP_TYPES = {cls.__name__: cls for cls, (code, _) in _ENCODERS.items() if code is _Ext.IP}
 
 _DECODERS: dict[int, Callable[[Any], Any]] = {
     _Ext.TUPLE: tuple,
     _Ext.DEQUE: lambda value: collections.deque(value[0], maxlen=value[1]),
-    _Ext.MAP: lambda value: dict((key, item) for key, item in value),
+    _Ext.MAP: lambda value: dict(map(tuple, value)),
     _Ext.BIG_INT: int,
     _Ext.COMPLEX: lambda value: complex(value[0], value[1]),
     _Ext.FRACTION: lambda value: fractions.Fraction(value[0], value[1]),

@@ -1,9 +1,9 @@
 """Every OpenTelemetry name that agentflow uses, and the spans it makes.
 
 Only the OpenTelemetry API is imported: without an SDK all of this costs next to nothing. Span names
-never hold ids, attributes never hold payloads. A segment is one attempt of a run, from claim to park
-or end, and a trace of its own: a run that waits for days is several traces, joined by links, and no
-span stays open while it waits.
+never hold ids, attributes never hold payloads. A segment is one attempt of a run, from claim to
+park or end, and a trace of its own: a run that waits for days is several traces, joined by links,
+and no span stays open while it waits.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import socket
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from langgraph.checkpoint.base import BaseCheckpointSaver
 
@@ -65,7 +65,7 @@ class Listener:
         self._loop = asyncio.get_running_loop()
         self._event = asyncio.Event()
 
-    def __enter__(self) -> Listener:
+    def __enter__(self) -> Self:
         """Start listening."""
         self._changes.add(self._wake)
         return self
@@ -99,7 +99,8 @@ class Listener:
 class Worker:
     """Drives runs of the registered graphs; made by `AgentFlow.worker`.
 
-    Use it as an async context manager, or call `run()` and, from elsewhere, `stop()`. Leaving the context
+    Use it as an async context manager, or call `run()` and, from elsewhere, `stop()`. Leaving the
+    context
     drains: no new claims, running graphs stop at their next superstep with their state saved, and
     what they have left is continued by another worker.
     """
@@ -191,7 +192,7 @@ class Worker:
             del self._active[run.id]
             self._changes.notify()
 
-    async def __aenter__(self) -> Worker:
+    async def __aenter__(self) -> Self:
         """Start driving runs in the background."""
         self._group = await asyncio.TaskGroup().__aenter__()
         self._group.create_task(self.run())

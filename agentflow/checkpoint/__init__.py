@@ -12,13 +12,14 @@ from agentflow.serializer import AllowList
 def open_checkpointer(url: str, *, allow: AllowList = "imported", tenant: str = "") -> Saver:
     """Open a checkpointer on the database at `url`.
 
-    It is usable at once: it connects with the first call, creates its tables in an empty database, and
-    closes with `with`, `async with`, `close()` or `aclose()`.
+    It is usable at once: it connects with the first call, creates its tables in an empty database,
+    and closes with `with`, `async with`, `close()` or `aclose()`.
 
     Args:
         url: `memory://`, `sqlite:///file` or `postgresql://user@host/database`.
-        allow: Which classes of your own may be stored: `"imported"`, those whose modules are imported
-            when they are loaded; or exactly the given ones, as classes or as `"module:Name"`.
+        allow: Which classes of your own may be stored: `"imported"`, those whose modules are
+            imported when they are loaded; or exactly the given ones, as classes or as
+            `"module:Name"`.
         tenant: Keeps the threads of different tenants in one database apart.
 
     Raises:

@@ -1,75 +1,60 @@
 """The checkpointer: LangGraph's saver contract, durable, ordered and fenced.
 
-A `Saver` accepts each call in the order in which it is made, and what it has accepted becomes durable
-in that order. Sync and async methods wait on the same futures of the database's writer. Copies made by
-`with_lease` and `with_allowlist` share everything but the lease and the codec.
+A `Saver` accepts each call in the order in which it is made, and what it has accepted becomes
+durable in that order. Sync and async methods wait on the same futures of the database's writer.
+Copies made by `with_lease` and `with_allowlist` share everything but the lease and the codec.
 """
 
 from __future__ import annotations
 
 import asyncio
+import builtins
 import copy
 import random
 import threading
-from collections import OrderedDict
 from collections.abc import (
     AsyncIterator,
     Callable,
     Collection,
     Coroutine,
     Iterator,
-    Mapping,
     Sequence,
 )
 from concurrent.futures import Future, wait
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Self
 
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import (
-    WRITES_IDX_MAP,
     BaseCheckpointSaver,
     ChannelVersions,
     Checkpoint,
     CheckpointMetadata,
     CheckpointTuple,
-    get_checkpoint_metadata,
 )
-from langgraph.checkpoint.serde.types import ERROR
 from opentelemetry.trace import Span
 from sqlalchemy.engine import Connection
 
-from agentflow.checkpoint import sql
-from agentflow.checkpoint.sql import (
-    AcquireThread,
-    Channels,
-    DeleteThread,
+from agentflow.checkpoint.encoding import Encoder, HolderCache
+from agentflow.checkpoint.listing import Listing
+from agentflow.checkpoint.reading import (
     HeadKey,
+    StoredCheckpoint,
+    ThreadKey,
+    load_checkpoint,
+)
+from agentflow.checkpoint.writing import (
+    AcquireThread,
+    DeleteThread,
     PutCheckpoint,
     PutWrites,
     ReleaseThread,
-    Seen,
-    StoredCheckpoint,
-    ThreadKey,
 )
-from agentflow.codec import Codec, digest
+from agentflow.codec import Codec
 from agentflow.database import Database, settled
 from agentflow.errors import AgentflowError, InvalidInputError
 from agentflow.telemetry import CHECKPOINT_BYTES, fail_span, start_checkpoint_span
 from agentflow.types import FencingToken, Lease, new_id
-
-T = TypeVar("T")
-
-# LangGraph hands the configurable keys of a loaded checkpoint back with each put of the invocation,
-# and keeps keys that start with two underscores out of the metadata.
-_SEEN = "__agentflow_seen"
-# LangGraph's engine marks the configuration of what it runs with keys of its own.
-_ENGINE = "__pregel_"
-_PAGE = 50
-_KNOWN_LIMIT = 4096
-
-_Holders = dict[str, tuple[Any, str | None]]
-"""Channel to its version and the id of the checkpoint that holds its value, `None` if it has none."""
 
 
 class _Core:
@@ -80,26 +65,14 @@ class _Core:
         self.owns_database = owns_database
         self.tenant = tenant
         self.instance = new_id()
+        self.cache = HolderCache()
         self.lock = threading.Lock()
         # The last operation of each thread's namespace that is not durable yet, or has failed.
         self.tails: dict[tuple[HeadKey, int | None], Future[Any]] = {}
-        self.known: OrderedDict[tuple[HeadKey, str], _Holders] = OrderedDict()
-
-    def remember(self, key: HeadKey, checkpoint_id: str, holders: _Holders) -> None:
-        with self.lock:
-            self.known[key, checkpoint_id] = holders
-            self.known.move_to_end((key, checkpoint_id))
-            if len(self.known) > _KNOWN_LIMIT:
-                self.known.popitem(last=False)
-
-    def recall(self, key: HeadKey, checkpoint_id: str | None) -> _Holders | None:
-        with self.lock:
-            return None if checkpoint_id is None else self.known.get((key, checkpoint_id))
 
     def forget_thread(self, thread: ThreadKey) -> None:
+        self.cache.forget_thread(thread)
         with self.lock:
-            for known in [entry for entry in self.known if entry[0][:2] == thread]:
-                del self.known[known]
             for tail in [entry for entry in self.tails if entry[0][:2] == thread]:
                 del self.tails[tail]
 
@@ -107,11 +80,11 @@ class _Core:
 class Saver(BaseCheckpointSaver[str]):
     """A LangGraph checkpointer on agentflow's storage; made by `open_checkpointer`.
 
-    Every checkpoint and every write is durable when the call that saved it returns. The calls for one
-    thread become durable in the order in which they were made; if one fails, so does every later one of
-    that invocation. A thread has one head for each namespace, which moves only from where the caller
-    saw it: of two racing invocations one gets `ConflictError`. While a run holds a thread's lease, only
-    that run may write it: others get `FencedError`.
+    Every checkpoint and every write is durable when the call that saved it returns. The calls for
+    one thread become durable in the order in which they were made; if one fails, so does every
+    later one of that invocation. A thread has one head for each namespace, which moves only from
+    where the caller saw it: of two racing invocations one gets `ConflictError`. While a run holds a
+    thread's lease, only that run may write it: others get `FencedError`.
 
     The synchronous methods order what they have been given. LangGraph's synchronous loop calls them
     from a pool of threads, so a call that the pool has not started yet is not ordered; use the
@@ -133,6 +106,7 @@ class Saver(BaseCheckpointSaver[str]):
         self._codec = codec
         self._lease: Lease | None = None
         self._core = _Core(database, owns_database=owns_database, tenant=tenant)
+        self._encoder = Encoder(codec, self._core.cache)
 
     def with_lease(self, lease: Lease) -> Saver:
         """Return a copy whose writes are made under `lease`."""
@@ -146,14 +120,15 @@ class Saver(BaseCheckpointSaver[str]):
         clone._codec = self._codec.with_allowed(
             [f"{module}:{name}" for module, name, *_ in extra_allowlist]
         )
+        clone._encoder = Encoder(clone._codec, self._core.cache)
         return clone
 
     async def acquire(self, lease: Lease) -> FencingToken:
         """Take the lease's thread: only writes under its token are accepted from now on.
 
         Returns:
-            The thread's token. If it is higher than the lease's, the thread was not taken; claim again
-            with a token above it.
+            The thread's token. If it is higher than the lease's, the thread was not taken; claim
+            again with a token above it.
         """
         operation = AcquireThread(self._thread_key(lease.thread_id), lease)
         return FencingToken(await settled(self._core.database.submit(operation)))
@@ -184,8 +159,8 @@ class Saver(BaseCheckpointSaver[str]):
     ) -> RunnableConfig:
         """Store a checkpoint as the head of its namespace.
 
-        It is durable on return, with all earlier writes of this invocation to the thread; or nothing of
-        it is. Putting the same id again from the same invocation replaces it.
+        It is durable on return, with all earlier writes of this invocation to the thread; or
+        nothing of it is. Putting the same id again from the same invocation replaces it.
 
         Raises:
             ConflictError: The head is not where this invocation saw it.
@@ -273,34 +248,34 @@ class Saver(BaseCheckpointSaver[str]):
         """
         key, load = self._load(config)
         self._wait_for(key[:2])
-        return self._loaded(key, self._core.database.read_now(load))
+        return self._loaded(self._core.database.read_now(load))
 
     async def aget_tuple(self, config: RunnableConfig) -> CheckpointTuple | None:
         """Load a checkpoint; see `get_tuple`."""
         key, load = self._load(config)
         await self._await(key[:2])
-        return self._loaded(key, await self._core.database.read(load))
+        return self._loaded(await self._core.database.read(load))
 
     def list(
         self,
         config: RunnableConfig | None,
         *,
-        filter: dict[str, Any] | None = None,  # noqa: A002 -- LangGraph's name
+        filter: dict[str, Any] | None = None,
         before: RunnableConfig | None = None,
         limit: int | None = None,
     ) -> Iterator[CheckpointTuple]:
         """List checkpoints, newest first.
 
         Args:
-            config: Narrows to a thread, a namespace and an id, as far as it names them; `None` lists
-                all threads.
+            config: Narrows to a thread, a namespace and an id, as far as it names them; `None`
+                lists all threads.
             filter: Metadata keys and the values that they must equal.
             before: List only what is older than this checkpoint.
             limit: At most this many.
 
         The rows are read in pages; nothing is locked while the caller pauses between two of them.
         """
-        listing = _Listing(self, config, filter, before, limit)
+        listing = Listing(self._encoder, self._core.tenant, config, filter, before, limit)
         if listing.thread_id is not None:
             self._wait_for(self._thread_key(listing.thread_id))
         while not listing.is_done:
@@ -310,12 +285,12 @@ class Saver(BaseCheckpointSaver[str]):
         self,
         config: RunnableConfig | None,
         *,
-        filter: dict[str, Any] | None = None,  # noqa: A002 -- LangGraph's name
+        filter: dict[str, Any] | None = None,
         before: RunnableConfig | None = None,
         limit: int | None = None,
     ) -> AsyncIterator[CheckpointTuple]:
         """List checkpoints, newest first; see `list`."""
-        listing = _Listing(self, config, filter, before, limit)
+        listing = Listing(self._encoder, self._core.tenant, config, filter, before, limit)
         if listing.thread_id is not None:
             await self._await(self._thread_key(listing.thread_id))
         while not listing.is_done:
@@ -343,7 +318,7 @@ class Saver(BaseCheckpointSaver[str]):
         """Close without blocking the event loop; see `close`."""
         await asyncio.to_thread(self.close)
 
-    def __enter__(self) -> Saver:
+    def __enter__(self) -> Self:
         """Return the saver, which connects on first use."""
         return self
 
@@ -356,7 +331,7 @@ class Saver(BaseCheckpointSaver[str]):
         """Close the saver."""
         self.close()
 
-    async def __aenter__(self) -> Saver:
+    async def __aenter__(self) -> Self:
         """Return the saver, which connects on first use."""
         return self
 
@@ -379,7 +354,7 @@ class Saver(BaseCheckpointSaver[str]):
             raise InvalidInputError("config", ("configurable.thread_id: is missing",))
         return (*self._thread_key(str(thread_id)), configurable.get("checkpoint_ns") or "")
 
-    def _tails(self, thread: ThreadKey) -> list[Future[Any]]:
+    def _tails(self, thread: ThreadKey) -> builtins.list[Future[Any]]:
         with self._core.lock:
             return [future for (key, _), future in self._core.tails.items() if key[:2] == thread]
 
@@ -426,32 +401,10 @@ class Saver(BaseCheckpointSaver[str]):
         task_path: str,
     ) -> Future[Any]:
         key = self._head_key(config)
-        checkpoint_id = config["configurable"]["checkpoint_id"]
-
-        def make() -> PutWrites:
-            rows = [
-                {
-                    "tenant": key[0],
-                    "thread_id": key[1],
-                    "ns": key[2],
-                    "checkpoint_id": checkpoint_id,
-                    "task_id": task_id,
-                    "idx": WRITES_IDX_MAP.get(channel, position),
-                    "task_path": task_path,
-                    "channel": channel,
-                    "value": self._dump_write(channel, value, key),
-                }
-                for position, (channel, value) in enumerate(writes)
-            ]
-            return PutWrites(key[:2], self._lease, rows=rows)
-
-        return self._enqueue(key, make)
-
-    def _dump_write(self, channel: str, value: Any, key: HeadKey) -> bytes:
-        if channel == ERROR and isinstance(value, BaseException):
-            # An exception cannot be rebuilt; LangGraph reads it as text.
-            value = safe_repr(value)
-        return self._codec.dumps(value, where=_place(channel, key))
+        return self._enqueue(
+            key,
+            lambda: self._encoder.make_writes(key, self._lease, config, writes, task_id, task_path),
+        )
 
     def _accept_checkpoint(
         self,
@@ -466,7 +419,10 @@ class Saver(BaseCheckpointSaver[str]):
         )
 
         def make() -> PutCheckpoint:
-            put = self._make_put(key, config, checkpoint, metadata, new_versions)
+            attempt = str(self._lease.token) if self._lease else self._core.instance
+            put = self._encoder.make_checkpoint(
+                key, self._lease, attempt, config, checkpoint, metadata, new_versions
+            )
             span.set_attribute(CHECKPOINT_BYTES, put.size)
             return put
 
@@ -479,87 +435,6 @@ class Saver(BaseCheckpointSaver[str]):
         }
         return {"configurable": configurable}, future
 
-    def _make_put(
-        self,
-        key: HeadKey,
-        config: RunnableConfig,
-        checkpoint: Checkpoint,
-        metadata: CheckpointMetadata,
-        new_versions: ChannelVersions,
-    ) -> PutCheckpoint:
-        configurable = config["configurable"]
-        parent_id = configurable.get("checkpoint_id") or None
-        seen = _read_seen(configurable)
-        values = checkpoint["channel_values"]
-        body = {name: value for name, value in checkpoint.items() if name != "channel_values"}
-        channels, unresolved = self._resolve(key, checkpoint, new_versions, parent_id, seen)
-        for channel in new_versions:
-            if channel in values and channel in checkpoint["channel_versions"]:
-                channels[channel] = self._codec.dumps(values[channel], where=_place(channel, key))
-        stored_body = self._codec.dumps(body, where=_place("the checkpoint itself", key))
-        stored_metadata = self._codec.dumps(
-            get_checkpoint_metadata(config, metadata), where=_place("metadata", key)
-        )
-        inline = [value for _, value in sorted(channels.items()) if isinstance(value, bytes)]
-        row = {
-            "tenant": key[0],
-            "thread_id": key[1],
-            "ns": key[2],
-            "checkpoint_id": checkpoint["id"],
-            "parent_id": parent_id,
-            "attempt": str(self._lease.token) if self._lease else self._core.instance,
-            "run_id": _run_id(config, metadata),
-            "step": metadata.get("step"),
-            "body": stored_body,
-            "metadata": stored_metadata,
-            "content_hash": digest(b"".join([stored_body, stored_metadata, *inline])),
-        }
-        if not unresolved:
-            self._core.remember(key, checkpoint["id"], _holders(checkpoint, channels))
-        return PutCheckpoint(
-            key[:2],
-            self._lease,
-            row=row,
-            channels=channels,
-            unresolved=unresolved,
-            read_versions=self._read_versions,
-            seen=seen,
-            is_invocation=any(name.startswith(_ENGINE) for name in configurable),
-        )
-
-    def _resolve(
-        self,
-        key: HeadKey,
-        checkpoint: Checkpoint,
-        new_versions: ChannelVersions,
-        parent_id: str | None,
-        seen: Seen | None,
-    ) -> tuple[Channels, dict[str, Any]]:
-        """Say which checkpoints hold the values of the channels that did not change."""
-        sources = [
-            known
-            for source in (parent_id, seen.checkpoint_id if seen else None, checkpoint["id"])
-            if (known := self._core.recall(key, source)) is not None
-        ]
-        channels: Channels = {}
-        unresolved: dict[str, Any] = {}
-        for channel, version in checkpoint["channel_versions"].items():
-            if channel in new_versions:
-                continue
-            for known in sources:
-                if channel in known and known[channel][0] == version:
-                    holder = known[channel][1]
-                    if holder is not None:
-                        channels[channel] = holder
-                    break
-            else:
-                unresolved[channel] = version
-        return channels, unresolved
-
-    def _read_versions(self, body: bytes) -> Mapping[str, Any]:
-        versions: Mapping[str, Any] = self._codec.loads(body)["channel_versions"]
-        return versions
-
     def _load(
         self, config: RunnableConfig
     ) -> tuple[HeadKey, Callable[[Connection], StoredCheckpoint | None]]:
@@ -571,136 +446,10 @@ class Saver(BaseCheckpointSaver[str]):
                 tail = self._core.tails.get((key, None))
                 if tail is not None and tail.done():
                     del self._core.tails[key, None]
-        return key, lambda connection: sql.load_checkpoint(connection, key, checkpoint_id)
+        return key, lambda connection: load_checkpoint(connection, key, checkpoint_id)
 
-    def _loaded(self, key: HeadKey, stored: StoredCheckpoint | None) -> CheckpointTuple | None:
-        if stored is None:
-            return None
-        loaded = self._to_tuple(stored)
-        self._core.remember(key, stored.checkpoint_id, _holders(loaded.checkpoint, stored.channels))
-        return loaded
-
-    def _to_tuple(self, stored: StoredCheckpoint) -> CheckpointTuple:
-        key = (self._core.tenant, stored.thread_id, stored.ns)
-        load = self._codec.loads
-        body = load(stored.body, where=_place("the checkpoint itself", key))
-        values = {
-            channel: load(value, where=_place(channel, key))
-            for channel, value in stored.values.items()
-        }
-        configurable = {
-            "thread_id": stored.thread_id,
-            "checkpoint_ns": stored.ns,
-            _SEEN: (stored.ns, stored.head_seq, stored.checkpoint_id),
-        }
-        parent = stored.parent_id
-        return CheckpointTuple(
-            config={"configurable": {**configurable, "checkpoint_id": stored.checkpoint_id}},
-            checkpoint={**body, "channel_values": values},
-            metadata=load(stored.metadata, where=_place("metadata", key)),
-            parent_config=(
-                {"configurable": {**configurable, "checkpoint_id": parent}} if parent else None
-            ),
-            pending_writes=[
-                (task_id, channel, load(value, where=_place(channel, key)))
-                for task_id, channel, value in stored.writes
-            ],
-        )
-
-
-class _Listing:
-    """The state of one `list`: where the next page starts, and how many are still wanted."""
-
-    def __init__(
-        self,
-        saver: Saver,
-        config: RunnableConfig | None,
-        matching: dict[str, Any] | None,
-        before: RunnableConfig | None,
-        limit: int | None,
-    ) -> None:
-        configurable = (config or {}).get("configurable", {})
-        self.saver = saver
-        thread_id = configurable.get("thread_id")
-        self.thread_id = None if thread_id is None else str(thread_id)
-        self.ns = configurable.get("checkpoint_ns")
-        self.checkpoint_id = configurable.get("checkpoint_id") or None
-        self.before = ((before or {}).get("configurable", {})).get("checkpoint_id") or None
-        self.matching = matching or {}
-        self.remaining = limit
-        self.after_key: tuple[Any, ...] | None = None
-        self.is_done = limit is not None and limit <= 0
-
-    def query(self, connection: Connection) -> list[StoredCheckpoint]:
-        """Read the next page."""
-        wanted = _PAGE
-        run_id = self.matching.get("run_id")
-        if self.remaining is not None and not self.matching:
-            wanted = min(wanted, self.remaining)
-        page = sql.list_checkpoints(
-            connection,
-            self.saver._core.tenant,
-            thread_id=self.thread_id,
-            ns=self.ns,
-            checkpoint_id=self.checkpoint_id,
-            before=self.before,
-            # The one metadata key with a column, and an index, of its own.
-            run_id=run_id if isinstance(run_id, str) else None,
-            after_key=self.after_key,
-            limit=wanted,
-        )
-        self.is_done = len(page) < wanted
-        return page
-
-    def take(self, page: Sequence[StoredCheckpoint]) -> Iterator[CheckpointTuple]:
-        """Yield what matches, and note where the page ended."""
-        if page:
-            self.after_key = sql.page_key(page[-1], self.thread_id)
-        for stored in page:
-            item = self.saver._to_tuple(stored)
-            if any(item.metadata.get(name) != value for name, value in self.matching.items()):
-                continue
-            yield item
-            if self.remaining is not None:
-                self.remaining -= 1
-                if self.remaining <= 0:
-                    self.is_done = True
-                    return
-
-
-def safe_repr(error: BaseException) -> str:
-    """Return an exception's text, also if its own `repr` raises."""
-    try:
-        return repr(error)
-    except Exception:  # noqa: BLE001 -- user code
-        return f"{type(error).__name__}(<no text: its repr raises>)"
-
-
-def _holders(checkpoint: Checkpoint, channels: Channels) -> _Holders:
-    """Say for each channel of a checkpoint at which version it is and where its value is held."""
-    holders: _Holders = {}
-    for channel, version in checkpoint["channel_versions"].items():
-        held = channels.get(channel)
-        holders[channel] = (version, checkpoint["id"] if isinstance(held, bytes) else held)
-    return holders
-
-
-def _read_seen(configurable: Mapping[str, Any]) -> Seen | None:
-    stamp = configurable.get(_SEEN)
-    if not isinstance(stamp, (tuple, list)) or len(stamp) != 3:  # noqa: PLR2004 -- as `_to_tuple` makes it
-        return None
-    ns, head_seq, checkpoint_id = stamp
-    return Seen(ns=ns, head_seq=head_seq, checkpoint_id=checkpoint_id)
-
-
-def _run_id(config: RunnableConfig, metadata: CheckpointMetadata) -> str | None:
-    run_id = metadata.get("run_id") or config.get("metadata", {}).get("run_id")
-    return str(run_id) if run_id else None
-
-
-def _place(part: str, key: HeadKey) -> str:
-    ns = f", namespace {key[2]!r}" if key[2] else ""
-    return f"channel {part!r} of thread {key[1]!r}{ns}"
+    def _loaded(self, stored: StoredCheckpoint | None) -> CheckpointTuple | None:
+        return None if stored is None else self._encoder.read(self._core.tenant, stored)
 
 
 def _end_span(span: Span, done: Future[Any]) -> None:

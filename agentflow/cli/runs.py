@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from agentflow.cli.command import Call, OutcomeError, command
-from agentflow.cli.output import OutputFormat, block, field_lines, jsonable
+from agentflow.cli.output import OutputFormat, block, field_lines, jsonable, to_json
 from agentflow.cli.values import read_json, read_pairs
 from agentflow.errors import RunCancelledError, RunError, RunFailedError
-from agentflow.types import Run, RunStatus
+from agentflow.types import AuditEvent, Run, RunStatus
 
 if TYPE_CHECKING:
     from agentflow.app import AgentFlow
@@ -157,7 +157,7 @@ async def show(
     async with call.open_app() as app:
         run = await app.get_run(run_id)
         approvals = (await app.approvals.list(run_id=run_id)).items
-        facts = await app.list_events(run_id) if events else ()
+        facts = await _all_events(app, run_id) if events else []
     data = jsonable(run)
     data["approvals"] = jsonable(approvals)
     if events:
@@ -169,6 +169,13 @@ async def show(
         typer.echo(line)
     if approvals:
         call.output.message(f"look at one with 'agentflow approval show {approvals[0].id}'")
+
+
+async def _all_events(app: AgentFlow, run_id: str) -> list[AuditEvent]:
+    found: list[AuditEvent] = []
+    while page := await app.list_events(run_id, after=found[-1].seq if found else 0):
+        found += page
+    return found
 
 
 def _run_lines(run: Run, data: dict[str, Any]) -> list[str]:
@@ -191,15 +198,14 @@ def _show_lines(run: Run, data: dict[str, Any]) -> list[str]:
             lines += [*(f"  {line}" for line in fields), ""]
     if "events" in data:
         lines += ["events:"] if data["approvals"] else ["", "events:"]
-        for event in data["events"]:
-            lines += [f"  {event['seq']:>4}  {line}" for line in _event_line(event)]
+        lines += [_event_line(event) for event in data["events"]]
     return lines
 
 
-def _event_line(event: dict[str, Any]) -> list[str]:
-    facts = field_lines(event, ("data",))
-    summary = " ".join(line.strip() for line in facts).removeprefix("data:").strip()
-    return [f"{event['at']}  {event['type']:<20} {summary}".rstrip()]
+def _event_line(event: dict[str, Any]) -> str:
+    facts = {name: value for name, value in event["data"].items() if value is not None}
+    shown = to_json(facts) if facts else ""
+    return f"  {event['seq']:>4}  {event['at']}  {event['type']:<20} {shown}".rstrip()
 
 
 @command(group, "cancel")

@@ -23,6 +23,7 @@ from agentflow.database.engine import (
     is_memory,
     make_engine,
     parse_url,
+    snapshot,
     translated,
 )
 from agentflow.database.writer import Call, GroupCommitWriter, Operation
@@ -90,11 +91,8 @@ class Database:
             return outcome
         with translated(self._url):
             self._ensure_ready()
-            with self._engine.connect() as connection:
-                if connection.dialect.name != "sqlite":
-                    connection = connection.execution_options(isolation_level="REPEATABLE READ")
-                with connection.begin():
-                    return function(connection)
+            with snapshot(self._engine) as connection:
+                return function(connection)
 
     async def read(self, function: Callable[[Connection], T]) -> T:
         """Run `function` on one consistent snapshot, in a reader thread."""

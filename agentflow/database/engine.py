@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
@@ -102,6 +102,26 @@ def _sqlite_engine(url: URL, settings: Settings) -> Engine:
     return engine
 
 
+@contextmanager
+def snapshot(engine: Engine) -> Iterator[Connection]:
+    """Open a transaction in which every read sees the same state."""
+    options: dict[str, Any] = {}
+    if engine.dialect.name != "sqlite":
+        options["isolation_level"] = "REPEATABLE READ"
+    with engine.connect().execution_options(**options) as connection, connection.begin():
+        yield connection
+
+
+@contextmanager
+def writing(engine: Engine) -> Iterator[Connection]:
+    """Open a transaction that will write."""
+    with (
+        engine.connect().execution_options(agentflow_write=True) as connection,
+        connection.begin(),
+    ):
+        yield connection
+
+
 def is_memory(url: URL) -> bool:
     """Whether the database lives in this process only."""
     return url.get_backend_name() == "sqlite" and not url.database
@@ -115,12 +135,14 @@ def display_url(url: URL) -> str:
 def now(connection: Connection) -> datetime:
     """Return the time of the database's clock, which judges leases."""
     if connection.dialect.name == "postgresql":
-        return connection.execute(_PG_NOW).scalar_one().astimezone(UTC)
-    return connection.execute(_SQLITE_NOW).scalar_one()
+        server_time: datetime = connection.execute(_PG_NOW).scalar_one()
+        return server_time.astimezone(UTC)
+    machine_time: datetime = connection.execute(_SQLITE_NOW).scalar_one()
+    return machine_time
 
 
-# SQLite's clock is the machine's; `julianday` keeps microseconds where `CURRENT_TIMESTAMP` does not.
-_SQLITE_NOW = sa.select(
+# SQLite's clock is the machine's; `julianday` keeps milliseconds, `CURRENT_TIMESTAMP` seconds only.
+_SQLITE_NOW: sa.Select[Any] = sa.select(
     sa.type_coerce(
         sa.text("CAST((julianday('now') - 2440587.5) * 86400000000 AS INTEGER)"), Timestamp
     )

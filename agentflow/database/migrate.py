@@ -1,21 +1,25 @@
 """Creates and migrates the schema.
 
-An empty database is created on first use, under a lock, so that many processes may start at once. An
-existing one on a server is migrated only when somebody says so; SQLite files migrate by themselves,
-after a backup copy.
+An empty database is created on first use, under a lock, so that many processes may start at once.
+An existing one on a server is migrated only when somebody says so; SQLite files migrate by
+themselves, after a backup copy.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 from sqlalchemy.engine import URL, Connection, Engine
 
 from agentflow.config import load_settings
-from agentflow.database.engine import is_memory, make_engine, parse_url, translated
+from agentflow.database.engine import is_memory, make_engine, parse_url, translated, writing
 from agentflow.errors import MigrationRequiredError
+
+if TYPE_CHECKING:
+    from alembic.config import Config
 
 HEAD = "0001"
 """The revision that this program needs; a test holds it against the migrations."""
@@ -40,7 +44,7 @@ def status(url: str) -> MigrationStatus:
     engine = make_engine(parsed, load_settings())
     try:
         with translated(parsed), engine.connect() as connection:
-            return _status(connection, _current(connection))
+            return _status(_current(connection))
     finally:
         engine.dispose()
 
@@ -53,7 +57,7 @@ def up(url: str) -> MigrationStatus:
         with translated(parsed):
             _upgrade(engine, parsed)
             with engine.connect() as connection:
-                return _status(connection, _current(connection))
+                return _status(_current(connection))
     finally:
         engine.dispose()
 
@@ -78,21 +82,20 @@ def ensure(engine: Engine, url: URL) -> None:
 def _upgrade(engine: Engine, url: URL) -> None:
     from alembic import command
 
-    with engine.connect().execution_options(agentflow_write=True) as connection:
-        with connection.begin():
-            if connection.dialect.name == "postgresql":
-                connection.execute(sa.text("SELECT pg_advisory_xact_lock(:k)"), {"k": _LOCK_KEY})
-            # Read again under the lock: another process may have been first.
-            current = _current(connection)
-            if current == HEAD:
-                return
-            if current is not None and current not in _revisions():
-                raise MigrationRequiredError(current, HEAD)
-            if _exists(connection):
-                _back_up(connection, url, current)
-            config = _alembic_config()
-            config.attributes["connection"] = connection
-            command.upgrade(config, "head")
+    with writing(engine) as connection:
+        if connection.dialect.name == "postgresql":
+            connection.execute(sa.text("SELECT pg_advisory_xact_lock(:k)"), {"k": _LOCK_KEY})
+        # Read again under the lock: another process may have been first.
+        current = _current(connection)
+        if current == HEAD:
+            return
+        if current is not None and current not in _revisions():
+            raise MigrationRequiredError(current, HEAD)
+        if _exists(connection):
+            _back_up(connection, url, current)
+        config = _alembic_config()
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
 
 
 def _back_up(connection: Connection, url: URL, current: str | None) -> None:
@@ -120,8 +123,7 @@ def _current(connection: Connection) -> str | None:
     return connection.execute(sa.select(table.c.version_num)).scalar_one_or_none()
 
 
-def _status(connection: Connection, current: str | None) -> MigrationStatus:
-    del connection
+def _status(current: str | None) -> MigrationStatus:
     revisions = _revisions()
     done = revisions.index(current) + 1 if current in revisions else 0
     return MigrationStatus(current=current, head=HEAD, pending=tuple(revisions[done:]))
@@ -135,7 +137,7 @@ def _revisions() -> list[str]:
     return [script.revision for script in reversed(list(scripts.walk_revisions()))]
 
 
-def _alembic_config():  # type: ignore[no-untyped-def]  # alembic is imported at first use only
+def _alembic_config() -> Config:
     from alembic.config import Config
 
     config = Config()

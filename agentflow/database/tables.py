@@ -1,8 +1,9 @@
 """The tables, as SQLAlchemy Core sees them; `migrations` creates them.
 
 Every key starts with the tenant. Times are microseconds since 1970 as integers, which compare and
-index the same everywhere. Columns named in `PAYLOADS` hold envelopes of the codec; what stands outside
-them (ids, statuses, times, names of graphs and queues) is what the database must be able to search.
+index the same everywhere. Columns named in `PAYLOADS` hold envelopes of the codec; what stands
+outside them (ids, statuses, times, names of graphs and queues) is what the database must be able to
+search.
 """
 
 from __future__ import annotations

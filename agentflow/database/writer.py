@@ -1,9 +1,9 @@
 """The one writer of a database: group commit, in order, with failures kept apart.
 
-Everything that this process writes to a database goes through one thread. It takes what is queued, of
-all runs, and commits it in one transaction, so that fifty runs share the cost of one fsync. Operations
-run in the order in which they were submitted. If a batch raises, nothing of it is kept, and it is tried
-again one operation at a time, so that only the offender fails.
+Everything that this process writes to a database goes through one thread. It takes what is queued,
+of all runs, and commits it in one transaction, so that fifty runs share the cost of one fsync.
+Operations run in the order in which they were submitted. If a batch raises, nothing of it is kept,
+and it is tried again one operation at a time, so that only the offender fails.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 from sqlalchemy.engine import URL, Connection, Engine
 
-from agentflow.database.engine import translated
+from agentflow.database.engine import translated, writing
 from agentflow.errors import StoreUnavailableError
 from agentflow.failpoints import failpoint
 
@@ -118,7 +118,7 @@ class GroupCommitWriter:
         while batch := self._take():
             try:
                 self._write(batch)
-            except BaseException as exc:  # noqa: BLE001 -- no caller may be left waiting for ever
+            except BaseException as exc:
                 logger.exception("the writer failed", extra={"operations": len(batch)})
                 for operation in batch:
                     _settle(operation, Rejected(_as_exception(exc)))
@@ -177,12 +177,10 @@ class GroupCommitWriter:
 
     def _transact(self, batch: Sequence[Operation]) -> list[Any]:
         outcomes: list[Any] = []
-        with self._engine.connect() as connection:
-            connection = connection.execution_options(agentflow_write=True)
-            with connection.begin():
-                for kind, group in _neighbours(batch):
-                    outcomes.extend(kind.run(connection, group))
-                failpoint("database.before_commit")
+        with writing(self._engine) as connection:
+            for kind, group in _neighbours(batch):
+                outcomes.extend(kind.run(connection, group))
+            failpoint("database.before_commit")
         failpoint("database.after_commit")
         return outcomes
 

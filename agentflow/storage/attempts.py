@@ -69,7 +69,7 @@ def start_attempt(
         step=step,
         failures=payloads.dump(failures, "runs.failures"),
         # Only a segment that is being traced becomes the origin of the next one.
-        **({"traceparent": traceparent} if traceparent else {}),
+        traceparent=traceparent or row.traceparent,
     )
     return AttemptStart(attempt=attempt, failures=failures)
 

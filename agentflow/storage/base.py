@@ -51,8 +51,8 @@ class RunStore(ABC):
         """Store a new run as `queued`; it is durable on return.
 
         The same id with the same graph and input gives the stored run and `False` (`return`), is
-        `IdempotencyConflictError` (`reject`), or queues a failed run again with a new attempt budget
-        (`restart_if_failed`). The same id with another graph, thread or input is always
+        `IdempotencyConflictError` (`reject`), or queues a failed run again with a new attempt
+        budget (`restart_if_failed`). The same id with another graph, thread or input is always
         `IdempotencyConflictError`. Events: `run.submitted`, or `run.requeued`.
         """
 
@@ -96,11 +96,12 @@ class RunStore(ABC):
     ) -> list[ClaimedRun]:
         """Take up to `limit` runs that are due: higher priority first, then the older.
 
-        Due is a queued run whose time has come, and a running one whose lease has expired; in one of
-        `queues`, of one of the `graphs` (name and version), and the oldest unfinished run of its
-        thread. Each gets a lease under a token higher than any before on its thread. Its attempt and
-        its claims are counted now, so that a run that kills its worker is counted too. No run is given
-        to two claimers. An expired run whose cancellation was requested becomes `cancelled` instead.
+        Due is a queued run whose time has come, and a running one whose lease has expired; in one
+        of `queues`, of one of the `graphs` (name and version), and the oldest unfinished run of its
+        thread. Each gets a lease under a token higher than any before on its thread. Its attempt
+        and its claims are counted now, so that a run that kills its worker is counted too. No run
+        is given to two claimers. An expired run whose cancellation was requested becomes
+        `cancelled` instead.
         Events: `run.claimed`, before it `run.recovered` for an expired one.
         """
 
@@ -140,9 +141,11 @@ class RunStore(ABC):
     ) -> AttemptStart:
         """Note, before the first step, that an attempt begins and from where.
 
-        `progress` names what is durable; if it differs from the last attempt's, the count of attempts
-        starts anew with this one, and so do the failures per task if `checkpoint_id` differs.
-        Event: `run.started` if `reason` is `start`, else one `run.resumed` with reason and checkpoint.
+        `progress` names what is durable; if it differs from the last attempt's, the count of
+        attempts starts anew with this one, and so do the failures per task if `checkpoint_id`
+        differs.
+        Event: `run.started` if `reason` is `start`, else one `run.resumed` with reason and
+            checkpoint.
         """
 
     @abstractmethod
@@ -152,8 +155,8 @@ class RunStore(ABC):
         """Give the run up until one of its waits is resolved.
 
         A wait that exists for the same question is kept; a pending one that is not asked any more
-        becomes `superseded`. The run becomes `waiting`, or `queued` if a wait was resolved meanwhile
-        and not delivered. The lease ends and the attempts are cleared.
+        becomes `superseded`. The run becomes `waiting`, or `queued` if a wait was resolved
+        meanwhile and not delivered. The lease ends and the attempts are cleared.
         Events: `approval.requested` for each new wait, `run.parked`.
         """
 
@@ -190,8 +193,8 @@ class RunStore(ABC):
     ) -> Run:
         """Cancel a run: at once if it is queued or waiting, by request if it is running.
 
-        Pending waits become `withdrawn`. A cancelled run is returned as it is; a run that succeeded or
-        failed is `IllegalTransitionError`. Event: `run.cancelled` or `run.cancel_requested`.
+        Pending waits become `withdrawn`. A cancelled run is returned as it is; a run that succeeded
+        or failed is `IllegalTransitionError`. Event: `run.cancelled` or `run.cancel_requested`.
         """
 
     @abstractmethod
@@ -226,10 +229,11 @@ class RunStore(ABC):
     ) -> Approval:
         """Record the decision on a pending wait, once, and queue its run if it waits.
 
-        `request` is what the decision was checked against; a wait that asks something else by now is
-        `VersionChangedError`, and so is one that is not at `version`. A wait that was resolved under
-        the same idempotency key by the same decision gives the stored result; any other resolved one is
-        `AlreadyResolvedError`, and one that is gone `SupersededError`. Event: `approval.resolved`.
+        `request` is what the decision was checked against; a wait that asks something else by now
+        is `VersionChangedError`, and so is one that is not at `version`. A wait that was resolved
+        under the same idempotency key by the same decision gives the stored result; any other
+        resolved one is `AlreadyResolvedError`, and one that is gone `SupersededError`. Event:
+        `approval.resolved`.
         """
 
     @abstractmethod

@@ -39,6 +39,9 @@ from agentflow.types import (
     WaitStatus,
 )
 
+_LOOK_AGAIN = timedelta(minutes=1)
+"""How long a run that cannot be read is left alone."""
+
 
 def ensure_thread(connection: Connection, tenant: str, thread_id: str) -> None:
     """Make the row that claims of this thread lock."""
@@ -228,10 +231,8 @@ def _quarantine(
         payloads,
         now,
         log=[NewEvent(type="run.unreadable", data={"error": type(error).__name__})],
-        available_at=now + timedelta(minutes=1),
-        **(
-            {} if row.lease_expires_at is None else {"lease_expires_at": now + timedelta(minutes=1)}
-        ),
+        available_at=now + _LOOK_AGAIN,
+        lease_expires_at=None if row.lease_expires_at is None else now + _LOOK_AGAIN,
     )
 
 

@@ -1,7 +1,7 @@
 """Rows of the run store's tables as records, and the one way to change a run.
 
-`change_run` is the only function that updates a run: it checks the table of statuses and appends the
-audit events in the same statement group, numbered and chained.
+`change_run` is the only function that updates a run: it checks the table of statuses and appends
+the audit events in the same statement group, numbered and chained.
 """
 
 from __future__ import annotations

@@ -279,7 +279,7 @@ class SqlRunStore(RunStore):
             lambda connection: connection.execute(query.limit(limit + 1)).all()
         )
         items = tuple(build(row, self._payloads) for row in rows[:limit])
-        has_more = len(rows) > limit and limit > 0
+        has_more = len(rows) > limit > 0
         return Page(items=items, cursor=str(rows[limit - 1].seq) if has_more else None)
 
 
@@ -345,14 +345,14 @@ def _create_run(
         if on_existing == "restart_if_failed" and stored.status == RunStatus.FAILED:
             _requeue(connection, payloads, stored, now)
     final = find_run(connection, tenant, spec.run_id, lock=False)
-    assert final is not None  # noqa: S101 -- read above, in this transaction
+    assert final is not None
     return to_run(final, payloads), inserted is not None
 
 
 def _check_same(payloads: Payloads, stored: sa.Row[Any], new: Mapping[str, Any]) -> None:
     """Raise unless a known run id comes again with what it came with before."""
     for column in ("graph", "thread_id"):
-        if stored._mapping[column] != new[column]:
+        if getattr(stored, column) != new[column]:
             raise IdempotencyConflictError(stored.run_id, column.removesuffix("_id"))
     # Compared as values: equal inputs need not have equal bytes, a dictionary keeps its order.
     before, after = (payloads.load(data, "runs.input") for data in (stored.input, new["input"]))

@@ -6,6 +6,7 @@ This module is also the app that the commands are given: `--app tests.integratio
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
 import os
 import pty
@@ -26,7 +27,7 @@ from langgraph.graph import END, START, StateGraph
 from langgraph.types import interrupt
 from typer.testing import CliRunner
 
-from agentflow import AgentFlow, request_approval
+from agentflow import AgentFlow, RetryPolicy, request_approval
 from agentflow.cli.program import program
 from agentflow.types import Approval, Decision, Run, RunStatus, plain
 
@@ -75,8 +76,8 @@ def _graph(node: Any) -> Any:
 app = AgentFlow("sqlite:///never-used.db")
 app.register(_graph(_ask), name="refund")
 app.register(_graph(_ask_about_calls), name="calls")
-app.register(_graph(_echo), name="echo", input_schema=State)
-app.register(_graph(_fail), name="fail")
+app.register(_graph(_echo), name="echo")
+app.register(_graph(_fail), name="fail", retry=RetryPolicy(max_attempts=1))
 
 not_an_app = {"name": "app"}
 
@@ -264,7 +265,7 @@ def test_cancelling_ends_a_waiting_run(cli: Cli) -> None:
 
 
 def test_waiting_for_a_run_that_nobody_drives_times_out_with_its_status(cli: Cli) -> None:
-    submit = ("run", "submit", "echo", "--input", "{}", "--app", APP, "--run-id", "r1")
+    submit = ("run", "submit", "echo", "--input", '{"proposal": 1}', "--app", APP)
     waited = cli(*submit, "--wait", "--timeout", "0.05")
     assert waited.code == 1
     assert "still queued after 0.05 s" in waited.err
@@ -581,6 +582,18 @@ def test_a_database_that_cannot_be_used_is_an_error_of_one_line(
     assert reason in refused.err
     assert "secret" not in refused.err
     assert refused.err.count("\n") == 1
+
+
+def test_a_missing_driver_is_named_with_the_extra_that_brings_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "psycopg" else find_spec(name)
+    )
+    refused = Cli("postgresql://host/x")("run", "list")
+    assert refused.code == 1
+    assert 'pip install "agentflow[postgres]"' in refused.err
 
 
 def test_in_json_an_error_is_an_object_with_its_code(cli: Cli) -> None:

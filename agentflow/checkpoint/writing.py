@@ -1,50 +1,37 @@
-"""Checkpoints and writes as rows of SQLite or Postgres, under the rules of one writer.
+"""Writing checkpoints to the tables, under the rules of one writer.
 
-One row per checkpoint: it holds the values of the channels that changed, and for each other channel
-the id of the checkpoint that holds its value. A reader never depends on channel versions being unique,
-so a racing fork cannot read the other writer's value.
-
-`PutCheckpoint`, `PutWrites` and the lease operations are run by the database's writer, many at a time,
-under a lock on the rows of their threads. Who may write is decided here, in the same transaction.
+`PutCheckpoint`, `PutWrites` and the operations on leases are run by the database's writer, many at
+a time, under a lock on the rows of their threads. Who may write is decided here, in the same
+transaction.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-import ormsgpack
 import sqlalchemy as sa
-from langgraph.checkpoint.base import writes_sort_key
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
 
+from agentflow.checkpoint.reading import (
+    Channels,
+    Head,
+    HeadKey,
+    ThreadKey,
+    in_namespace,
+    load_channels,
+    load_heads,
+    pack_channels,
+    unpack_channels,
+)
 from agentflow.database.tables import checkpoints, heads, threads, writes
 from agentflow.database.writer import Operation, Rejected
-from agentflow.errors import ConflictError, FencedError, HashMismatchError
+from agentflow.errors import ConflictError, FencedError
 from agentflow.failpoints import failpoint
 from agentflow.types import Lease
-
-ThreadKey = tuple[str, str]
-"""Tenant and thread id."""
-HeadKey = tuple[str, str, str]
-"""Tenant, thread id and checkpoint namespace."""
-
-Channels = dict[str, bytes | str]
-"""Channel to its sealed value, or to the id of the checkpoint that holds it."""
-
-
-def pack_channels(channels: Channels) -> bytes:
-    """Encode a row's channels."""
-    return ormsgpack.packb(channels)
-
-
-def unpack_channels(data: bytes) -> Channels:
-    """Decode a row's channels."""
-    channels: Channels = ormsgpack.unpackb(data)
-    return channels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,17 +147,12 @@ class PutCheckpoint(CheckpointOperation):
 
 
 @dataclass(slots=True)
-class _Thread:
+class Thread:
+    """Who may write a thread, and how far it is."""
+
     token: int
     is_leased: bool
     seq: int
-
-
-@dataclass(slots=True)
-class _Head:
-    checkpoint_id: str
-    seq: int
-    attempt: str
 
 
 @dataclass
@@ -179,8 +161,8 @@ class _Batch:
 
     connection: Connection
     operations: Sequence[CheckpointOperation]
-    threads: dict[ThreadKey, _Thread] = field(default_factory=dict)
-    heads: dict[HeadKey, _Head] = field(default_factory=dict)
+    threads: dict[ThreadKey, Thread] = field(default_factory=dict)
+    heads: dict[HeadKey, Head] = field(default_factory=dict)
     failed: dict[Future[Any], Exception] = field(default_factory=dict)
     pending: dict[tuple[HeadKey, str], PutCheckpoint] = field(default_factory=dict)
     """Puts that were accepted in this batch, by namespace and id."""
@@ -189,7 +171,7 @@ class _Batch:
         keys = sorted({operation.thread for operation in self.operations})
         self.threads = lock_threads(self.connection, keys)
         puts = [op for op in self.operations if isinstance(op, PutCheckpoint)]
-        self.heads = _load_heads(self.connection, {op.head_key for op in puts})
+        self.heads = load_heads(self.connection, {op.head_key for op in puts})
         outcomes = [self._decide(operation) for operation in self.operations]
         accepted = zip(self.operations, outcomes, strict=True)
         self._write([op for op, out in accepted if isinstance(op, PutWrites) and out is None])
@@ -212,7 +194,7 @@ class _Batch:
         if earlier is not None:
             return earlier
         thread = self.threads[operation.thread]
-        fenced = fence(operation.thread[1], operation.lease, thread.token, thread.is_leased)
+        fenced = fence(operation.thread[1], operation.lease, thread)
         if fenced is not None:
             return fenced
         if (
@@ -241,8 +223,8 @@ class _Batch:
             return True
         seen = put.seen
         if seen is None:
-            # A caller who puts by hand, without a parent, starts a new line on purpose. A graph that
-            # found the thread empty has lost a race.
+            # A caller who puts by hand, without a parent, starts a new line on purpose. A graph
+            # that found the thread empty has lost a race.
             return row["parent_id"] is None and not put.is_invocation
         return seen.ns == row["ns"] and seen.head_seq == head.seq
 
@@ -269,7 +251,7 @@ class _Batch:
             thread = self.threads[put.thread]
             thread.seq += 1
             row["seq"] = thread.seq
-        self.heads[put.head_key] = _Head(row["checkpoint_id"], row["seq"], row["attempt"])
+        self.heads[put.head_key] = Head(row["checkpoint_id"], row["seq"], row["attempt"])
         self.pending[(put.head_key, row["checkpoint_id"])] = put
 
     def _merge_into(self, put: PutCheckpoint) -> None:
@@ -348,16 +330,16 @@ _ADVANCE = (
 )
 
 
-def fence(thread_id: str, lease: Lease | None, token: int, is_leased: bool) -> FencedError | None:
+def fence(thread_id: str, lease: Lease | None, state: Thread) -> FencedError | None:
     """Say why a write with this lease may not touch a thread in that state; `None` if it may."""
     if lease is None:
-        return FencedError(thread_id, None, token) if is_leased else None
-    if lease.thread_id != thread_id or lease.token != token or not is_leased:
-        return FencedError(thread_id, lease.token, token)
+        return FencedError(thread_id, None, state.token) if state.is_leased else None
+    if lease.thread_id != thread_id or lease.token != state.token or not state.is_leased:
+        return FencedError(thread_id, lease.token, state.token)
     return None
 
 
-def lock_threads(connection: Connection, keys: Sequence[ThreadKey]) -> dict[ThreadKey, _Thread]:
+def lock_threads(connection: Connection, keys: Sequence[ThreadKey]) -> dict[ThreadKey, Thread]:
     """Lock the rows of these threads, in sorted order, making those that do not exist yet."""
     found = _select_threads(connection, keys)
     missing = [key for key in keys if key not in found]
@@ -374,7 +356,7 @@ def lock_threads(connection: Connection, keys: Sequence[ThreadKey]) -> dict[Thre
     return found
 
 
-def _select_threads(connection: Connection, keys: Sequence[ThreadKey]) -> dict[ThreadKey, _Thread]:
+def _select_threads(connection: Connection, keys: Sequence[ThreadKey]) -> dict[ThreadKey, Thread]:
     query = (
         sa.select(threads)
         .where(sa.tuple_(threads.c.tenant, threads.c.thread_id).in_(keys))
@@ -382,31 +364,9 @@ def _select_threads(connection: Connection, keys: Sequence[ThreadKey]) -> dict[T
         .with_for_update()
     )
     return {
-        (row.tenant, row.thread_id): _Thread(row.token, row.is_leased, row.seq)
+        (row.tenant, row.thread_id): Thread(row.token, row.is_leased, row.seq)
         for row in connection.execute(query)
     }
-
-
-def _load_heads(connection: Connection, keys: Iterable[HeadKey]) -> dict[HeadKey, _Head]:
-    wanted = sorted(keys)
-    if not wanted:
-        return {}
-    key = sa.tuple_(heads.c.tenant, heads.c.thread_id, heads.c.ns)
-    rows = connection.execute(sa.select(heads).where(key.in_(wanted)))
-    return {
-        (row.tenant, row.thread_id, row.ns): _Head(row.checkpoint_id, row.seq, row.attempt)
-        for row in rows
-    }
-
-
-def load_channels(
-    connection: Connection, key: HeadKey, checkpoint_ids: Sequence[str]
-) -> dict[str, Channels]:
-    """Read the channels of some checkpoints of one namespace."""
-    query = sa.select(checkpoints.c.checkpoint_id, checkpoints.c.channels).where(
-        *in_namespace(checkpoints, key), checkpoints.c.checkpoint_id.in_(checkpoint_ids)
-    )
-    return {row.checkpoint_id: unpack_channels(row.channels) for row in connection.execute(query)}
 
 
 def find_holders(connection: Connection, put: PutCheckpoint) -> Channels:
@@ -432,12 +392,6 @@ def find_holders(connection: Connection, put: PutCheckpoint) -> Channels:
             held = channels[channel]
             holders[channel] = row.checkpoint_id if isinstance(held, bytes) else held
     return holders
-
-
-def in_namespace(table: sa.Table, key: HeadKey) -> tuple[sa.ColumnElement[bool], ...]:
-    """Return the conditions for the rows of one namespace."""
-    tenant, thread_id, ns = key
-    return (table.c.tenant == tenant, table.c.thread_id == thread_id, table.c.ns == ns)
 
 
 def insert_for(connection: Connection, table: sa.Table) -> Any:
@@ -472,7 +426,7 @@ class AcquireThread(_ThreadOperation):
         """Raise the token of each thread, if the lease's is not behind it."""
         outcomes = []
         for operation in operations:
-            assert operation.lease is not None  # noqa: S101 -- made by `Saver.acquire` only
+            assert operation.lease is not None
             state = lock_threads(connection, [operation.thread])[operation.thread]
             token = operation.lease.token
             if token >= state.token:
@@ -490,7 +444,7 @@ class ReleaseThread(_ThreadOperation):
     def run(cls, connection: Connection, operations: Sequence[ReleaseThread]) -> list[Any]:
         """Release each thread that is still held under the given token."""
         for operation in operations:
-            assert operation.lease is not None  # noqa: S101 -- made by `Saver.release` only
+            assert operation.lease is not None
             state = lock_threads(connection, [operation.thread])[operation.thread]
             if state.token == operation.lease.token:
                 _set_thread(connection, operation.thread, token=state.token, is_leased=False)
@@ -509,7 +463,7 @@ class DeleteThread(_ThreadOperation):
         for operation in operations:
             state = lock_threads(connection, [operation.thread])[operation.thread]
             thread_id = operation.thread[1]
-            refused = fence(thread_id, operation.lease, state.token, state.is_leased)
+            refused = fence(thread_id, operation.lease, state)
             if refused is not None:
                 outcomes.append(Rejected(refused))
                 continue
@@ -529,174 +483,3 @@ def _set_thread(connection: Connection, key: ThreadKey, *, token: int, is_leased
         .where(threads.c.tenant == key[0], threads.c.thread_id == key[1])
         .values(token=token, is_leased=is_leased)
     )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredCheckpoint:
-    """A checkpoint as it is stored, with its values and writes still sealed."""
-
-    thread_id: str
-    ns: str
-    checkpoint_id: str
-    parent_id: str | None
-    seq: int
-    body: bytes
-    metadata: bytes
-    channels: Channels
-    values: Mapping[str, bytes]
-    """The sealed value of each channel that has one."""
-    writes: tuple[tuple[str, str, bytes], ...]
-    """Task id, channel and sealed value, ordered by task path, task id and index."""
-    head_seq: int
-    """The number of its namespace's head at the moment of reading."""
-
-
-def load_checkpoint(
-    connection: Connection, key: HeadKey, checkpoint_id: str | None
-) -> StoredCheckpoint | None:
-    """Read a checkpoint, or the head of its namespace if no id is given."""
-    head = connection.execute(sa.select(heads).where(*in_namespace(heads, key))).first()
-    if checkpoint_id is None:
-        if head is None:
-            return None
-        checkpoint_id = head.checkpoint_id
-    query = sa.select(checkpoints).where(
-        *in_namespace(checkpoints, key), checkpoints.c.checkpoint_id == checkpoint_id
-    )
-    rows = connection.execute(query).all()
-    found = _complete(connection, key[0], rows)
-    return found[0] if found else None
-
-
-def list_checkpoints(
-    connection: Connection,
-    tenant: str,
-    *,
-    thread_id: str | None,
-    ns: str | None,
-    checkpoint_id: str | None,
-    before: str | None,
-    run_id: str | None,
-    after_key: tuple[Any, ...] | None,
-    limit: int,
-) -> list[StoredCheckpoint]:
-    """Read one page of checkpoints, newest first.
-
-    Within a thread the order is that of the sequence numbers. Over all threads it is that of the ids,
-    whose clocks may differ.
-    """
-    table = checkpoints
-    query = sa.select(table).where(table.c.tenant == tenant).limit(limit)
-    if ns is not None:
-        query = query.where(table.c.ns == ns)
-    if checkpoint_id is not None:
-        query = query.where(table.c.checkpoint_id == checkpoint_id)
-    if run_id is not None:
-        query = query.where(table.c.run_id == run_id)
-    if thread_id is None:
-        order = (table.c.checkpoint_id, table.c.thread_id, table.c.ns)
-        if before is not None:
-            query = query.where(table.c.checkpoint_id < before)
-        if after_key is not None:
-            query = query.where(sa.tuple_(*order) < sa.tuple_(*map(sa.literal, after_key)))
-        query = query.order_by(*(column.desc() for column in order))
-    else:
-        query = query.where(table.c.thread_id == thread_id).order_by(table.c.seq.desc())
-        if before is not None:
-            query = query.where(_is_before(connection, tenant, thread_id, before))
-        if after_key is not None:
-            query = query.where(table.c.seq < after_key[0])
-    return _complete(connection, tenant, connection.execute(query).all())
-
-
-def page_key(stored: StoredCheckpoint, thread_id: str | None) -> tuple[Any, ...]:
-    """Return where the next page starts after this checkpoint."""
-    if thread_id is None:
-        return (stored.checkpoint_id, stored.thread_id, stored.ns)
-    return (stored.seq,)
-
-
-def _is_before(
-    connection: Connection, tenant: str, thread_id: str, before: str
-) -> sa.ColumnElement[bool]:
-    """Return the condition for "older than that checkpoint", by its number if it is known."""
-    table = checkpoints
-    seq = connection.execute(
-        sa.select(sa.func.max(table.c.seq)).where(
-            table.c.tenant == tenant,
-            table.c.thread_id == thread_id,
-            table.c.checkpoint_id == before,
-        )
-    ).scalar_one()
-    return table.c.checkpoint_id < before if seq is None else table.c.seq < seq
-
-
-def _complete(
-    connection: Connection, tenant: str, rows: Sequence[sa.Row[Any]]
-) -> list[StoredCheckpoint]:
-    """Add to rows of checkpoints their values, writes and heads, with one query for each kind."""
-    if not rows:
-        return []
-    spaces = {(row.thread_id, row.ns) for row in rows}
-    parsed = {
-        (row.thread_id, row.ns, row.checkpoint_id): unpack_channels(row.channels) for row in rows
-    }
-    held: dict[tuple[str, str], set[str]] = {space: set() for space in spaces}
-    for (thread_id, ns, _), channels in parsed.items():
-        held[thread_id, ns].update(v for v in channels.values() if isinstance(v, str))
-    holders = {
-        space: load_channels(connection, (tenant, *space), sorted(ids))
-        for space, ids in held.items()
-        if ids
-    }
-    all_writes = _load_writes(connection, tenant, list(parsed))
-    current = _load_heads(connection, {(tenant, *space) for space in spaces})
-    complete = []
-    for row in rows:
-        key = (row.thread_id, row.ns, row.checkpoint_id)
-        head = current.get((tenant, row.thread_id, row.ns))
-        complete.append(
-            StoredCheckpoint(
-                thread_id=row.thread_id,
-                ns=row.ns,
-                checkpoint_id=row.checkpoint_id,
-                parent_id=row.parent_id,
-                seq=row.seq,
-                body=row.body,
-                metadata=row.metadata,
-                channels=parsed[key],
-                values=_values(parsed[key], holders.get(key[:2], {}), key),
-                writes=tuple(all_writes.get(key, ())),
-                head_seq=head.seq if head else row.seq,
-            )
-        )
-    return complete
-
-
-def _values(
-    channels: Channels, holders: Mapping[str, Channels], key: tuple[str, str, str]
-) -> dict[str, bytes]:
-    values = {}
-    for channel, held in channels.items():
-        if isinstance(held, str):
-            held = holders.get(held, {}).get(channel, "")
-        if not isinstance(held, bytes):
-            raise HashMismatchError(
-                f"channel {channel!r} of checkpoint {key[2]!r} in thread {key[0]!r}",
-                "the checkpoint that holds its value is gone",
-            )
-        values[channel] = held
-    return values
-
-
-def _load_writes(
-    connection: Connection, tenant: str, keys: Sequence[tuple[str, str, str]]
-) -> dict[tuple[str, str, str], list[tuple[str, str, bytes]]]:
-    key = sa.tuple_(writes.c.thread_id, writes.c.ns, writes.c.checkpoint_id)
-    rows = connection.execute(sa.select(writes).where(writes.c.tenant == tenant, key.in_(keys)))
-    found: dict[tuple[str, str, str], list[tuple[str, str, bytes]]] = {}
-    # Sorted here, since databases collate text differently and the order decides what reducers do.
-    for row in sorted(rows, key=lambda row: writes_sort_key(row.task_path, row.task_id, row.idx)):
-        place = (row.thread_id, row.ns, row.checkpoint_id)
-        found.setdefault(place, []).append((row.task_id, row.channel, row.value))
-    return found

@@ -1,0 +1,229 @@
+"""The run store: who may drive which run, on each database."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from agentflow.errors import LeaseLostError, ThreadBusyError
+from agentflow.storage import RunStore
+from agentflow.types import RunStatus
+from tests.conformance.runs import (
+    EXPIRED,
+    FAILURE,
+    LEASE,
+    claim,
+    claim_all,
+    create,
+    finish,
+    open_store,
+    park,
+    question,
+    running,
+    spec,
+    types_of_events,
+)
+
+Q, R, W = RunStatus.QUEUED, RunStatus.RUNNING, RunStatus.WAITING
+
+
+async def test_higher_priority_is_claimed_first_then_the_older(store: RunStore) -> None:
+    for name, priority in (("a", 0), ("b", 5), ("c", 0), ("d", 5), ("e", -1)):
+        await create(store, name, priority=priority)
+    assert [c.run.id for c in await claim_all(store, limit=3)] == ["b", "d", "a"]
+    assert [c.run.id for c in await claim_all(store)] == ["c", "e"]
+
+
+async def test_only_runs_that_are_due_are_claimed(store: RunStore) -> None:
+    await create(store, "later", start_at=datetime.now(UTC) + timedelta(hours=1))
+    await create(store, "elsewhere", queue="slow")
+    await create(store, "unknown", graph="h")
+    await create(store, "old version", version="0")
+    assert await claim_all(store) == []
+    assert await claim_all(store, queues=[]) == []
+    assert await claim_all(store, graphs=[]) == []
+    assert await claim_all(store, limit=0) == []
+    with pytest.raises(ThreadBusyError):
+        await claim(store, "later")
+    (slow,) = await claim_all(store, queues=["slow", "default"])
+    assert slow.run.id == "elsewhere"
+    (old,) = await claim_all(store, graphs=[("g", "0"), ("g", "1")])
+    assert old.run.id == "old version"
+
+
+async def test_runs_of_a_thread_go_one_by_one_in_order(store: RunStore) -> None:
+    for name, priority in (("a", 0), ("b", 9), ("c", 0)):
+        await create(store, name, thread_id="t", priority=priority)
+    order = []
+    while claimed := await claim_all(store):
+        assert len(claimed) == 1
+        order.append(claimed[0].run.id)
+        assert await claim_all(store) == []
+        with pytest.raises(ThreadBusyError):
+            await claim(store, "c")
+        await finish(store, claimed[0].lease)
+    assert order == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("status", [W, Q])
+async def test_unfinished_run_holds_the_later_ones_of_its_thread(
+    store: RunStore, status: RunStatus
+) -> None:
+    lease = await running(store, "r")
+    await create(store, "next", thread_id="r")
+    if status is W:
+        await park(store, lease, question())
+    else:
+        await store.retry_run(lease, FAILURE, delay=timedelta(hours=1), failures={})
+    assert await claim_all(store) == []
+    with pytest.raises(ThreadBusyError):
+        await claim(store, "next")
+    await store.cancel_run("", "r", reason=None, by=None)
+    assert [c.run.id for c in await claim_all(store)] == ["next"]
+
+
+async def test_requeued_run_waits_for_the_one_that_holds_its_thread(store: RunStore) -> None:
+    lease = await running(store, "old")
+    await store.fail_run(lease, FAILURE, reason="exhausted")
+    newer = await running(store, "new", thread_id="old")
+    await store.create_run("", spec("old"), on_existing="restart_if_failed")
+    assert await claim_all(store) == []
+    await park(store, newer, question())
+    assert await claim_all(store) == []
+    with pytest.raises(ThreadBusyError):
+        await claim(store, "old")
+
+
+async def test_tokens_of_a_thread_only_grow(store: RunStore) -> None:
+    first = await running(store, "a", thread_id="t")
+    await store.release_run(first, reason="drain")
+    second = await claim(store, "a")
+    await finish(store, second)
+    third = await running(store, "b", thread_id="t")
+    raised = await store.raise_token(third, above=type(third.token)(40))
+    assert first.token < second.token < third.token < 41 <= raised.token
+    with pytest.raises(LeaseLostError):
+        await finish(store, third)
+    await finish(store, raised)
+    again = await running(store, "c", thread_id="t")
+    assert again.token > raised.token
+
+
+@pytest.mark.slow
+async def test_no_run_is_given_to_two_of_many_claimers(store: RunStore, database_url: str) -> None:
+    total = 60
+    for i in range(total):
+        # Three runs to a thread, so that claims also compete for threads.
+        await create(store, f"r{i}", thread_id=f"t{i // 3}")
+    others = [open_store(database_url) for _ in range(4)]
+    taken: list[str] = []
+    held: set[str] = set()
+
+    async def work(worker: RunStore) -> None:
+        while len(taken) < total:
+            for claimed in await claim_all(worker, limit=3):
+                assert claimed.run.thread_id not in held
+                held.add(claimed.run.thread_id)
+                taken.append(claimed.run.id)
+                await asyncio.sleep(0)
+                held.discard(claimed.run.thread_id)
+                await finish(worker, claimed.lease)
+
+    await asyncio.gather(*(work(other) for other in others))
+    assert sorted(taken) == sorted(f"r{i}" for i in range(total))
+    for other in others:
+        await other.close()
+
+
+async def test_expired_run_is_recovered_and_its_old_holder_is_locked_out(store: RunStore) -> None:
+    await create(store, "r")
+    stale = await claim(store, "r", lease=EXPIRED)
+    (claimed,) = await claim_all(store)
+    assert claimed.reason == "recovery"
+    assert (claimed.run.attempt, claimed.run.claims) == (2, 2)
+    assert claimed.lease.token > stale.token
+    for call in (
+        finish(store, stale),
+        store.raise_token(stale, above=stale.token),
+        store.start_attempt(
+            stale, progress="", reason="start", checkpoint_id=None, step=None, traceparent=None
+        ),
+    ):
+        with pytest.raises(LeaseLostError):
+            await call
+    assert await types_of_events(store, "r") == [
+        "run.submitted",
+        "run.claimed",
+        "run.recovered",
+        "run.claimed",
+    ]
+    await finish(store, claimed.lease)
+
+
+async def test_expired_lease_is_lost_although_nobody_took_over(store: RunStore) -> None:
+    await create(store, "r")
+    stale = await claim(store, "r", lease=EXPIRED)
+    assert (await store.extend_leases([stale], LEASE))["r"].lost
+    with pytest.raises(LeaseLostError):
+        await finish(store, stale)
+    assert (await claim(store, "r")).token > stale.token
+
+
+async def test_heartbeat_extends_what_holds_and_reports_on_each(store: RunStore) -> None:
+    kept, gone = await running(store, "kept"), await running(store, "gone")
+    await store.release_run(gone, reason="drain")
+    await store.cancel_run("", "kept", reason="enough", by="ada")
+    report = await store.extend_leases([kept, gone], LEASE)
+    assert (report["kept"].lost, report["kept"].cancel_requested) == (False, True)
+    assert (report["gone"].lost, report["gone"].cancel_requested) == (True, False)
+    assert await store.extend_leases([], LEASE) == {}
+    # An extension into the past ends the lease: it does set the time.
+    await store.extend_leases([kept], EXPIRED)
+    assert (await store.extend_leases([kept], LEASE))["kept"].lost
+
+
+async def test_attempts_start_anew_with_progress_and_are_counted_without(store: RunStore) -> None:
+    await create(store, "r")
+
+    async def attempt(progress: str, checkpoint_id: str = "c1") -> tuple[int, dict[str, int]]:
+        (claimed,) = await claim_all(store)
+        started = await store.start_attempt(
+            claimed.lease,
+            progress=progress,
+            reason=claimed.reason,
+            checkpoint_id=checkpoint_id,
+            step=1,
+            traceparent=None,
+        )
+        await store.retry_run(
+            claimed.lease, FAILURE, delay=timedelta(0), failures={"t": started.attempt}
+        )
+        return started.attempt, dict(started.failures)
+
+    assert await attempt("p1") == (1, {})
+    assert await attempt("p1") == (2, {"t": 1})
+    assert await attempt("p1") == (3, {"t": 2})
+    assert await attempt("p2") == (1, {"t": 3}), "progress within the superstep keeps failures"
+    assert await attempt("p3", "c2") == (1, {})
+    assert (await store.get_run("", "r")).claims == 5
+
+
+async def test_beginning_of_an_attempt_is_noted_with_reason_and_checkpoint(store: RunStore) -> None:
+    await create(store, "r")
+    lease = await claim(store, "r")
+    facts: dict[str, Any] = {"progress": "p", "checkpoint_id": "c5", "step": 5, "traceparent": None}
+    await store.start_attempt(lease, reason="start", **facts)
+    await store.release_run(lease, reason="drain")
+    (claimed,) = await claim_all(store)
+    assert claimed.reason == "drain"
+    assert claimed.run.attempt == 1, "a clean release clears the attempts"
+    await store.start_attempt(claimed.lease, reason=claimed.reason, **facts)
+    log = {e.type: e.data for e in await store.list_events("", "r", after=0, limit=99)}
+    assert log["run.started"]["checkpoint"] == "c5"
+    assert (log["run.resumed"]["reason"], log["run.resumed"]["checkpoint"]) == ("drain", "c5")
+    assert log["run.released"]["reason"] == "drain"
+    run = await store.get_run("", "r")
+    assert (run.checkpoint_id, run.step) == ("c5", 5)
