@@ -76,17 +76,14 @@ class UnsupportedUrlError(ConfigError):
     """A storage URL that agentflow does not know."""
 
     def __init__(self, scheme: str, supported: tuple[str, ...]) -> None:
-        """Name the scheme alone, since the rest of a URL may hold a password."""
+        """Name the scheme, or as much of the URL as cannot hold a password."""
         super().__init__(scheme, supported)
         self.scheme = scheme
         self.supported = supported
 
     def __str__(self) -> str:
         """Say what was given and what is possible."""
-        return (
-            f"unsupported storage URL scheme {self.scheme!r}; use one of: "
-            f"{', '.join(self.supported)}"
-        )
+        return f"unsupported storage URL {self.scheme!r}; use one of: {', '.join(self.supported)}"
 
 
 class MissingDriverError(ConfigError):

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, is_dataclass
 from datetime import datetime
-from typing import Any, get_args, get_type_hints
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
+import typing_extensions
 from langgraph.types import Command
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
@@ -97,7 +99,7 @@ def check_input(registered: RegisteredGraph, value: Any) -> None:
 
 
 def _check_keys(schema: Any, value: Mapping[str, Any], subject: str) -> None:
-    """Check a partial state: known keys, at least one, of the declared types.
+    """Check a partial state: known keys, of the declared types; LangGraph takes an empty one too.
 
     A key with a reducer takes whatever its reducer takes, so its type is not checked.
     """
@@ -106,8 +108,6 @@ def _check_keys(schema: Any, value: Mapping[str, Any], subject: str) -> None:
         return
     unknown = sorted(str(key) for key in value if key not in hints)
     found = [f"{key}: the graph has no such input key" for key in unknown]
-    if not value:
-        found.append(f"must have at least one of: {', '.join(sorted(hints))}")
     for key, item in value.items():
         hint = hints.get(key)
         if hint is None or getattr(hint, "__metadata__", None):
@@ -123,7 +123,7 @@ def _check_keys(schema: Any, value: Mapping[str, Any], subject: str) -> None:
 def _check_type(schema: Any, value: Any, subject: str, prefix: str = "") -> None:
     try:
         config = None if _has_own_config(schema) else ConfigDict(arbitrary_types_allowed=True)
-        adapter: TypeAdapter[Any] = TypeAdapter(schema, config=config)
+        adapter: TypeAdapter[Any] = TypeAdapter(_checkable(schema), config=config)
         adapter.validate_python(value)
     except ValidationError as exc:
         problems = tuple(
@@ -135,6 +135,26 @@ def _check_type(schema: Any, value: Any, subject: str, prefix: str = "") -> None
     except (PydanticUserError, TypeError, NameError):
         # The annotation is not one that can be checked; the graph will judge the value itself.
         return
+
+
+def _checkable(hint: Any) -> Any:
+    """Return a type with each `typing.TypedDict` in it as `typing_extensions.TypedDict`.
+
+    Pydantic takes only the latter before Python 3.12.
+    """
+    if _is_typed_dict(hint):
+        keys = {
+            name: _checkable(item)
+            for name, item in get_type_hints(hint, include_extras=True).items()
+        }
+        return typing_extensions.TypedDict(hint.__name__, keys, total=hint.__total__)  # type: ignore[operator]  # mypy knows only literal definitions
+    origin, arguments = get_origin(hint), get_args(hint)
+    if not any(_is_typed_dict(argument) for argument in arguments):
+        return hint
+    parts = tuple(_checkable(argument) for argument in arguments)
+    if origin in {Union, UnionType}:
+        return Union[parts]  # noqa: UP007 -- built at run time
+    return origin[parts] if origin is not None else hint
 
 
 def _has_own_config(schema: Any) -> bool:

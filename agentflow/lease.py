@@ -17,7 +17,7 @@ from typing import Self
 
 from agentflow.errors import StoreError
 from agentflow.storage import RunStore
-from agentflow.types import Lease
+from agentflow.types import Heartbeat, Lease
 
 logger = logging.getLogger(__name__)
 
@@ -93,19 +93,26 @@ class LeaseKeeper:
             logger.warning("heartbeat failed", extra={"error": type(exc).__name__})
             report = {}
         for entry in held:
-            beat = report.get(entry.lease.run_id)
-            # Without a word from the store: past its time, somebody else may have it.
-            is_overdue = beat is None and time.monotonic() >= entry.expires
-            if is_overdue or (beat is not None and beat.lost):
-                logger.warning("lease lost", extra={"run_id": entry.lease.run_id})
-                self.drop(entry.lease)
-                entry.on_lost()
-                continue
-            if beat is None:
-                continue
+            if self._is_held(entry.lease):
+                self._tell(entry, report.get(entry.lease.run_id), asked_at)
+
+    def _tell(self, entry: _Held, beat: Heartbeat | None, asked_at: float) -> None:
+        # Without a word from the store: past its time, somebody else may have it.
+        is_lost = time.monotonic() >= entry.expires if beat is None else beat.lost
+        if is_lost:
+            logger.warning("lease lost", extra={"run_id": entry.lease.run_id})
+            self.drop(entry.lease)
+            entry.on_lost()
+        elif beat is not None:
             self._renew(entry, asked_at + self._length.total_seconds())
             if beat.cancel_requested:
                 entry.on_cancel()
+
+    def _is_held(self, lease: Lease) -> bool:
+        """Whether the attempt still runs; it may have ended while the store was being asked."""
+        with self._lock:
+            current = self._held.get(lease.run_id)
+            return current is not None and current.lease.token == lease.token
 
     def _renew(self, entry: _Held, expires: float) -> None:
         with self._lock:

@@ -55,12 +55,18 @@ def load_heads(connection: Connection, keys: Iterable[HeadKey]) -> dict[HeadKey,
     wanted = sorted(keys)
     if not wanted:
         return {}
-    key = sa.tuple_(heads.c.tenant, heads.c.thread_id, heads.c.ns)
-    rows = connection.execute(sa.select(heads).where(key.in_(wanted)))
+    rows = connection.execute(_HEADS, {"keys": wanted})
     return {
-        (row.tenant, row.thread_id, row.ns): Head(row.checkpoint_id, row.seq, row.attempt)
-        for row in rows
+        (tenant, thread_id, ns): Head(checkpoint_id, seq, attempt)
+        for tenant, thread_id, ns, checkpoint_id, seq, attempt in rows
     }
+
+
+_HEADS = sa.select(heads).where(
+    sa.tuple_(heads.c.tenant, heads.c.thread_id, heads.c.ns).in_(
+        sa.bindparam("keys", expanding=True)
+    )
+)
 
 
 def load_channels(

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
 
 from agentflow.checkpoint.reading import (
@@ -27,6 +26,7 @@ from agentflow.checkpoint.reading import (
     pack_channels,
     unpack_channels,
 )
+from agentflow.database.statements import insert_new, replace
 from agentflow.database.tables import checkpoints, heads, threads, writes
 from agentflow.database.writer import Operation, Rejected
 from agentflow.errors import ConflictError, FencedError
@@ -74,6 +74,11 @@ class CheckpointOperation(_ThreadOperation):
     """A put of a checkpoint, or of writes; both run in one batch, in order."""
 
     resendable = True
+
+    @property
+    def family(self) -> type[Operation]:
+        """Puts of both kinds are decided together."""
+        return CheckpointOperation
 
     @classmethod
     def run(cls, connection: Connection, operations: Sequence[CheckpointOperation]) -> list[Any]:
@@ -273,12 +278,10 @@ class _Batch:
         # (error, interrupt, resume: negative index) the last.
         first = [row for row in rows if row["idx"] >= 0]
         last = [row for row in rows if row["idx"] < 0]
-        keys = list(writes.primary_key.columns)
         if first:
-            statement = insert_for(self.connection, writes)
-            self.connection.execute(statement.on_conflict_do_nothing(index_elements=keys), first)
+            insert_new(self.connection, writes, first)
         if last:
-            upsert(self.connection, writes, last)
+            replace(self.connection, writes, last)
 
     def _write_checkpoints(self, puts: Sequence[PutCheckpoint]) -> None:
         if not puts:
@@ -288,7 +291,7 @@ class _Batch:
             if put.unresolved:
                 put.channels.update(find_holders(self.connection, put))
         failpoint("checkpoint.before_insert")
-        upsert(
+        replace(
             self.connection,
             checkpoints,
             [
@@ -298,7 +301,7 @@ class _Batch:
         )
         failpoint("checkpoint.after_insert")
         moved = {put.head_key: self.heads[put.head_key] for put in puts}
-        upsert(
+        replace(
             self.connection,
             heads,
             [
@@ -322,6 +325,14 @@ class _Batch:
         )
 
 
+_LOCK = (
+    sa.select(threads)
+    .where(
+        sa.tuple_(threads.c.tenant, threads.c.thread_id).in_(sa.bindparam("keys", expanding=True))
+    )
+    .order_by(threads.c.tenant, threads.c.thread_id)
+    .with_for_update()
+)
 _ADVANCE = (
     sa.update(threads)
     .where(threads.c.tenant == sa.bindparam("b_tenant"))
@@ -344,9 +355,9 @@ def lock_threads(connection: Connection, keys: Sequence[ThreadKey]) -> dict[Thre
     found = _select_threads(connection, keys)
     missing = [key for key in keys if key not in found]
     if missing:
-        statement = insert_for(connection, threads).on_conflict_do_nothing()
-        connection.execute(
-            statement,
+        insert_new(
+            connection,
+            threads,
             [
                 {"tenant": tenant, "thread_id": thread_id, "token": 0, "is_leased": False, "seq": 0}
                 for tenant, thread_id in missing
@@ -357,15 +368,10 @@ def lock_threads(connection: Connection, keys: Sequence[ThreadKey]) -> dict[Thre
 
 
 def _select_threads(connection: Connection, keys: Sequence[ThreadKey]) -> dict[ThreadKey, Thread]:
-    query = (
-        sa.select(threads)
-        .where(sa.tuple_(threads.c.tenant, threads.c.thread_id).in_(keys))
-        .order_by(threads.c.tenant, threads.c.thread_id)
-        .with_for_update()
-    )
+    rows = connection.execute(_LOCK, {"keys": keys})
     return {
-        (row.tenant, row.thread_id): Thread(row.token, row.is_leased, row.seq)
-        for row in connection.execute(query)
+        (tenant, thread_id): Thread(token, is_leased, seq)
+        for tenant, thread_id, token, is_leased, seq in rows
     }
 
 
@@ -392,25 +398,6 @@ def find_holders(connection: Connection, put: PutCheckpoint) -> Channels:
             held = channels[channel]
             holders[channel] = row.checkpoint_id if isinstance(held, bytes) else held
     return holders
-
-
-def insert_for(connection: Connection, table: sa.Table) -> Any:
-    """Return the dialect's INSERT, which can handle conflicts."""
-    return (postgresql if connection.dialect.name == "postgresql" else sqlite).insert(table)
-
-
-def upsert(connection: Connection, table: sa.Table, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Insert rows, or replace those with the same primary key."""
-    statement = insert_for(connection, table)
-    keys = list(table.primary_key.columns)
-    changed = {
-        column.name: statement.excluded[column.name]
-        for column in table.columns
-        if not column.primary_key and column.name in rows[0]
-    }
-    connection.execute(
-        statement.on_conflict_do_update(index_elements=keys, set_=changed), list(rows)
-    )
 
 
 class AcquireThread(_ThreadOperation):

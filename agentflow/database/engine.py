@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -28,13 +29,16 @@ def parse_url(url: str) -> URL:
         MissingDriverError: The database's driver is not installed.
     """
     scheme = url.partition(":")[0] if ":" in url else url
-    if url in {"memory://", "sqlite://", "sqlite:///:memory:"}:
+    if url in {"memory://", "sqlite://", "sqlite:///", "sqlite:///:memory:"}:
+        # Written like a file but naming none would lose everything with the process.
+        if url.startswith("sqlite:"):
+            raise UnsupportedUrlError(url, SUPPORTED)
         return make_url("sqlite://")
     try:
         parsed = make_url(url)
     except sa.exc.ArgumentError as exc:
         raise UnsupportedUrlError(scheme, SUPPORTED) from exc
-    if parsed.drivername == "sqlite" and parsed.database:
+    if parsed.drivername == "sqlite":
         return parsed
     if parsed.drivername in {"postgresql", "postgres", "postgresql+psycopg"}:
         if importlib.util.find_spec("psycopg") is None:
@@ -167,4 +171,6 @@ def translated(url: URL) -> Iterator[None]:
     except sa.exc.DBAPIError as exc:
         if exc.connection_invalidated:
             raise StoreUnavailableError(display_url(url), "the connection broke") from exc
+        if type(exc.orig) is sqlite3.DatabaseError:  # its subclasses are about statements
+            raise StoreUnavailableError(display_url(url), str(exc.orig)) from exc
         raise

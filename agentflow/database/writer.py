@@ -58,10 +58,15 @@ class Operation(ABC):
         """Start with an open future."""
         self.future: Future[Any] = Future()
 
+    @property
+    def family(self) -> type[Operation]:
+        """Neighbours of one family are run together, by its `run`."""
+        return type(self)
+
     @classmethod
     @abstractmethod
     def run(cls, connection: Connection, operations: Sequence[Any]) -> list[Any]:
-        """Execute neighbouring operations of this class and return an outcome for each."""
+        """Execute neighbouring operations of this family and return an outcome for each."""
 
 
 class Call(Operation):
@@ -188,8 +193,8 @@ class GroupCommitWriter:
 def _neighbours(batch: Sequence[Operation]) -> list[tuple[type[Operation], list[Operation]]]:
     groups: list[tuple[type[Operation], list[Operation]]] = []
     for operation in batch:
-        if not groups or groups[-1][0] is not type(operation):
-            groups.append((type(operation), []))
+        if not groups or groups[-1][0] is not operation.family:
+            groups.append((operation.family, []))
         groups[-1][1].append(operation)
     return groups
 

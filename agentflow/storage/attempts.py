@@ -7,10 +7,10 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
 
 from agentflow.database.engine import now as database_now
+from agentflow.database.statements import replace
 from agentflow.database.tables import dead_letters, waits
 from agentflow.errors import IllegalTransitionError
 from agentflow.storage.rows import (
@@ -249,11 +249,7 @@ def fail_run(
         "checkpoint_id": row.checkpoint_id,
         "cause": cause,
     }
-    dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
-    statement = dialect.insert(dead_letters).values(letter)
-    connection.execute(
-        statement.on_conflict_do_update(index_elements=["tenant", "run_id"], set_=letter)
-    )
+    replace(connection, dead_letters, [letter])
     change_run(
         connection,
         row,

@@ -12,10 +12,10 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
 
 from agentflow.database.engine import now as database_now
+from agentflow.database.statements import insert_new
 from agentflow.database.tables import leases, runs
 from agentflow.errors import BlockedTypeError, CodecError, ThreadBusyError
 from agentflow.storage.rows import (
@@ -43,14 +43,18 @@ _LOOK_AGAIN = timedelta(minutes=1)
 """How long a run that cannot be read is left alone."""
 
 
-def ensure_thread(connection: Connection, tenant: str, thread_id: str) -> None:
-    """Make the row that claims of this thread lock."""
-    dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
-    connection.execute(
-        dialect.insert(leases)
-        .values(tenant=tenant, thread_id=thread_id, token=0)
-        .on_conflict_do_nothing()
+def lock_thread(connection: Connection, tenant: str, thread_id: str) -> int:
+    """Lock a thread against claims and submissions, and return its token."""
+    query = (
+        sa.select(leases.c.token)
+        .where(leases.c.tenant == tenant, leases.c.thread_id == thread_id)
+        .with_for_update()
     )
+    token = connection.execute(query).scalar_one_or_none()
+    if token is None:
+        insert_new(connection, leases, [{"tenant": tenant, "thread_id": thread_id, "token": 0}])
+        token = connection.execute(query).scalar_one()
+    return int(token)
 
 
 def claim_runs(
@@ -203,13 +207,12 @@ def _next_token(
     connection: Connection, tenant: str, thread_id: str, above: int = 0
 ) -> FencingToken:
     """Lock the thread and return a token higher than any it had, and than `above`."""
-    ensure_thread(connection, tenant, thread_id)
-    place = (leases.c.tenant == tenant, leases.c.thread_id == thread_id)
-    current = connection.execute(
-        sa.select(leases.c.token).where(*place).with_for_update()
-    ).scalar_one()
-    token = max(current, above) + 1
-    connection.execute(sa.update(leases).where(*place).values(token=token))
+    token = max(lock_thread(connection, tenant, thread_id), above) + 1
+    connection.execute(
+        sa.update(leases)
+        .where(leases.c.tenant == tenant, leases.c.thread_id == thread_id)
+        .values(token=token)
+    )
     return FencingToken(token)
 
 

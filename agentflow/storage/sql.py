@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
 
 from agentflow.codec import Codec
@@ -76,7 +75,11 @@ class SqlRunStore(RunStore):
         # Encoded before the writer is asked, so that an unstorable input costs the batch nothing.
         row = _new_run(self._payloads, tenant, spec)
         create = partial(_create_run, self._payloads, tenant, spec, row, on_existing)
-        return await self._database.write(create)
+        try:
+            return await self._database.write(create)
+        except sa.exc.IntegrityError:
+            # Another process has just stored a run of this id; now it can be compared.
+            return await self._database.write(create)
 
     async def get_run(self, tenant: str, run_id: str) -> Run:
         def read(connection: Connection) -> Run:
@@ -323,16 +326,14 @@ def _create_run(
     connection: Connection,
 ) -> tuple[Run, bool]:
     now = database_now(connection)
-    claims.ensure_thread(connection, tenant, spec.thread_id)
-    dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
-    inserted = connection.execute(
-        dialect.insert(runs)
-        .values(**row, created_at=now, available_at=spec.start_at or now)
-        .on_conflict_do_nothing(index_elements=["tenant", "run_id"])
-        .returning(runs.c.seq)
-    ).first()
-    stored = get_run(connection, tenant, spec.run_id, lock=True)
-    if inserted is not None:
+    stored = find_run(connection, tenant, spec.run_id, lock=True)
+    is_new = stored is None
+    if stored is None:
+        # Under the lock the runs of a thread are numbered in the order in which they are committed.
+        claims.lock_thread(connection, tenant, spec.thread_id)
+        values = {**row, "created_at": now, "available_at": spec.start_at or now}
+        connection.execute(sa.insert(runs).values(values))
+        stored = get_run(connection, tenant, spec.run_id, lock=True)
         submitted = NewEvent(
             type="run.submitted",
             data={"graph": spec.graph, "version": spec.version, "by": spec.submitted_by},
@@ -346,7 +347,7 @@ def _create_run(
             _requeue(connection, payloads, stored, now)
     final = find_run(connection, tenant, spec.run_id, lock=False)
     assert final is not None
-    return to_run(final, payloads), inserted is not None
+    return to_run(final, payloads), is_new
 
 
 def _check_same(payloads: Payloads, stored: sa.Row[Any], new: Mapping[str, Any]) -> None:

@@ -144,7 +144,7 @@ class Stage:
             **os.environ,
             "AGENTFLOW_DB_URL": db,
             # Short, so that the runs of a killed worker are soon taken over.
-            "AGENTFLOW_LEASE": "2",
+            "AGENTFLOW_LEASE": "3",
         }
         self._started: list[Running] = []
 

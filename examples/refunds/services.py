@@ -126,7 +126,12 @@ class Handler(BaseHTTPRequestHandler):
         super().__init__(*args)
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        length = int(self.headers["Content-Length"])
+        content = self.rfile.read(length)
+        if len(content) < length:  # its sender was killed in the middle of it
+            self.close_connection = True
+            return
+        body = json.loads(content)
         if self.path == "/control/holds":
             self._answer(Answer(HTTPStatus.OK, {"hold": self._services.holds.add(Hold(**body))}))
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +14,11 @@ ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(180)]
 
 
-def demo(*options: str) -> subprocess.CompletedProcess[str]:
+def demo(directory: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "examples.refunds.demo", *options],
         cwd=ROOT,
+        env={**os.environ, "TMPDIR": str(directory)},
         capture_output=True,
         text=True,
         timeout=150,
@@ -24,23 +26,23 @@ def demo(*options: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_demo_adds_up_on_every_database(database_url: str) -> None:
-    ended = demo("--db", database_url)
+def test_demo_adds_up_on_every_database(database_url: str, tmp_path: Path) -> None:
+    ended = demo(tmp_path, "--db", database_url)
     assert ended.returncode == 0, ended.stderr
     assert "48 succeeded" in ended.stdout
     assert "6 approve, 3 edit, 3 reject" in ended.stdout
 
 
 @pytest.mark.parametrize("fault", ["double", "drop", "alter"])
-def test_demo_fails_when_one_payment_goes_wrong(fault: str) -> None:
-    ended = demo("--fault", fault)
+def test_demo_fails_when_one_payment_goes_wrong(fault: str, tmp_path: Path) -> None:
+    ended = demo(tmp_path, "--fault", fault)
     assert ended.returncode == 1
     (problem,) = [line for line in ended.stderr.splitlines() if "does not add up" in line]
     wrong = {"double": " and ", "drop": "nothing was paid", "alter": "was paid instead of"}
     assert wrong[fault] in problem
 
 
-def test_demo_names_an_option_that_it_does_not_know() -> None:
-    ended = demo("--fault", "steal")
+def test_demo_names_an_option_that_it_does_not_know(tmp_path: Path) -> None:
+    ended = demo(tmp_path, "--fault", "steal")
     assert ended.returncode == 2
     assert "steal" in ended.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -121,6 +122,19 @@ def test_held_request_is_applied_and_never_answered(start: Callable[..., World])
     world.http.get(f"/control/counts?since={counts['changes']}&timeout=5")
     outcomes = [outcome for _, outcome in world.ledger.payment_requests("held")]
     assert outcomes == ["dropped", "replied"]
+
+
+def test_request_of_a_sender_killed_in_the_middle_is_not_one(
+    start: Callable[..., World], capfd: pytest.CaptureFixture[str]
+) -> None:
+    world = start()
+    address = (world.http.base_url.host, world.http.base_url.port)
+    with socket.create_connection(address, timeout=5) as connection:
+        connection.sendall(b"POST /payments HTTP/1.1\r\nContent-Length: 50\r\n\r\n{")
+        connection.shutdown(socket.SHUT_WR)
+        assert connection.recv(1) == b""
+    assert world.ledger.counts().payments_requested == 0
+    assert capfd.readouterr().err == ""
 
 
 def test_hold_that_is_not_reached_says_so(start: Callable[..., World]) -> None:

@@ -1,0 +1,220 @@
+"""Small graphs whose nodes tell the ledger what they do, and the processes that run them.
+
+A node records that it was entered before it does anything and that it is left after it has done
+everything, each with the process that it ran in: the tests count executions there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import operator
+import os
+import signal
+from collections.abc import Callable
+from typing import Annotated, Any, NotRequired, TypedDict
+
+from langchain_core.runnables import RunnableConfig
+from langgraph.graph import END, START, StateGraph
+
+from agentflow import AgentFlow
+from agentflow.interrupts import request_approval
+from agentflow.lease import LeaseKeeper
+from agentflow.retry import RetryPolicy
+from examples.refunds.client import ServiceClient
+from examples.refunds.graph import build_graph
+from examples.refunds.observer import Observer
+from examples.refunds.script import chat_model
+from tests.fault.ledger import record
+from tests.fault.sabotage import Place, Sabotage
+
+WORKER = "tests.fault.graphs:worker_main"
+REFUNDS_WORKER = "tests.fault.graphs:refunds_worker_main"
+LINEAR = ("a", "b", "c", "d")
+
+Graph = StateGraph[Any, None, Any, Any]
+Options = dict[str, Any]
+
+
+class Trace(TypedDict):
+    """What a run was given, and what its nodes made of it, in order."""
+
+    input: str
+    log: Annotated[NotRequired[list[str]], operator.add]
+
+
+class Count(TypedDict):
+    """A run that does the same thing `wanted` times."""
+
+    wanted: int
+    log: Annotated[NotRequired[list[str]], operator.add]
+
+
+class Nodes:
+    """Makes nodes that report to one ledger."""
+
+    def __init__(self, ledger: str, sabotage: Sabotage | None, kill_at: int | None) -> None:
+        """Report to `ledger`; a `tick` numbered `kill_at` kills its process."""
+        self._ledger = ledger
+        self._sabotage = sabotage
+        self._kill_at = kill_at
+
+    def linear(self) -> Graph:
+        """Return four nodes in a row."""
+        graph = StateGraph(Trace)
+        for before, name in zip((START, *LINEAR), LINEAR, strict=False):
+            graph.add_node(name, self._tracing(name))
+            graph.add_edge(before, name)
+        graph.add_edge(LINEAR[-1], END)
+        return graph
+
+    def single(self) -> Graph:
+        """Return one node."""
+        graph = StateGraph(Trace)
+        graph.add_node("a", self._tracing("a"))
+        graph.add_edge(START, "a")
+        return graph
+
+    def loop(self) -> Graph:
+        """Return one node that is executed `wanted` times, a superstep each."""
+        return self._loop("tick", self._tick)
+
+    def questions(self) -> Graph:
+        """Return one node that asks a person, `wanted` times, a superstep each."""
+        return self._loop("ask", self._ask)
+
+    def interview(self) -> Graph:
+        """Return one node that asks a person `wanted` times before it is done."""
+        graph = StateGraph(Count)
+        graph.add_node("ask_all", self._ask_all)
+        graph.add_edge(START, "ask_all")
+        return graph
+
+    def poison(self) -> Graph:
+        """Return one node that kills its worker each time."""
+        graph = StateGraph(Trace)
+        graph.add_node("drink", self._drink)
+        graph.add_edge(START, "drink")
+        return graph
+
+    def _loop(self, name: str, node: Callable[..., dict[str, Any]]) -> Graph:
+        graph = StateGraph(Count)
+        graph.add_node(name, node)
+        graph.add_edge(START, name)
+        graph.add_conditional_edges(
+            name, lambda state: END if len(state["log"]) >= state["wanted"] else name
+        )
+        return graph
+
+    def _tracing(self, name: str) -> Callable[[Trace, RunnableConfig], dict[str, Any]]:
+        def node(state: Trace, config: RunnableConfig) -> dict[str, Any]:
+            run = config["metadata"]["run_id"]
+            self._enter(run, name)
+            made = f"{name}({state['input']})"
+            self._leave(run, name)
+            return {"log": [made]}
+
+        return node
+
+    def _tick(self, state: Count, config: RunnableConfig) -> dict[str, Any]:
+        run, number = config["metadata"]["run_id"], len(state.get("log", []))
+        self._enter(run, "tick", number=number)
+        if number == self._kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self._leave(run, "tick", number=number)
+        return {"log": [str(number)]}
+
+    def _ask(self, state: Count, config: RunnableConfig) -> dict[str, Any]:
+        number = len(state.get("log", []))
+        answer = request_approval({"number": number}, title=f"Question {number}")
+        self._enter(config["metadata"]["run_id"], "ask", number=number)
+        return {"log": [f"{number}: {answer.type}"]}
+
+    def _ask_all(self, state: Count, config: RunnableConfig) -> dict[str, Any]:
+        log = []
+        for number in range(state["wanted"]):
+            answer = request_approval({"number": number}, title=f"Question {number}")
+            log.append(f"{number}: {answer.type}")
+        self._enter(config["metadata"]["run_id"], "ask_all")
+        return {"log": log}
+
+    def _drink(self, state: Trace, config: RunnableConfig) -> dict[str, Any]:
+        self._enter(config["metadata"]["run_id"], "drink")
+        os.kill(os.getpid(), signal.SIGKILL)
+        return {}
+
+    def _enter(self, run: str, node: str, **facts: Any) -> None:
+        record(self._ledger, event="enter", run=run, node=node, pid=os.getpid(), **facts)
+        if self._sabotage is not None:
+            self._sabotage.meet("node", "before")
+
+    def _leave(self, run: str, node: str, **facts: Any) -> None:
+        record(self._ledger, event="leave", run=run, node=node, pid=os.getpid(), **facts)
+        if self._sabotage is not None:
+            self._sabotage.meet("node", "after")
+
+
+def register_all(
+    app: AgentFlow,
+    ledger: str = "",
+    *,
+    sabotage: Sabotage | None = None,
+    kill_at: int | None = None,
+) -> None:
+    """Register every graph of this module under the name of its method."""
+    nodes = Nodes(ledger, sabotage, kill_at)
+    for name in ("linear", "single", "loop", "questions", "interview", "poison"):
+        app.register(
+            getattr(nodes, name)(), name=name, retry=RetryPolicy(initial_interval=0.05)
+        )
+
+
+def register_refunds(app: AgentFlow, services: ServiceClient) -> None:
+    """Register the refunds example, whose nodes are reported to its services."""
+    graph = build_graph(chat_model(), services).compile()
+    app.register(graph.with_config(callbacks=[Observer(services)]), name="refund")
+
+
+async def worker_main(url: str, ledger: str, options: Options) -> None:
+    """Be a worker for the graphs of this module; a victim's entry."""
+    sabotage = _sabotage(ledger, options)
+    async with AgentFlow(url) as app:
+        register_all(app, ledger, sabotage=sabotage, kill_at=options.get("kill_at"))
+        await _work(app, options)
+
+
+async def refunds_worker_main(url: str, ledger: str, services_url: str, options: Options) -> None:
+    """Be a worker for the refunds example; a victim's entry."""
+    _sabotage(ledger, options)
+    services = ServiceClient(services_url)
+    async with AgentFlow(url) as app:
+        register_refunds(app, services)
+        await _work(app, options)
+    await services.aclose()
+
+
+def _sabotage(ledger: str, options: Options) -> Sabotage | None:
+    if options.get("deaf"):
+        # A heartbeat that never comes: nothing but the fence tells this worker that it is late.
+        LeaseKeeper._extend = _no_heartbeat  # type: ignore[method-assign]
+    if options.get("reports"):
+        sabotage = Sabotage(ledger)
+    elif "at" in options:
+        sabotage = Sabotage(ledger, at=Place(**options["at"]), how=options.get("how", "SIGKILL"))
+    else:
+        return None
+    sabotage.arm()
+    return sabotage
+
+
+async def _no_heartbeat(_keeper: LeaseKeeper, _held: object) -> None:
+    return
+
+
+async def _work(app: AgentFlow, options: Options) -> None:
+    worker = app.worker(
+        concurrency=options.get("concurrency", 1),
+        queues=options.get("queues", ("default",)),
+        name=options.get("name"),
+    )
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, worker.stop)
+    await worker.run()

@@ -1,0 +1,130 @@
+"""Kills, stops or counts a victim at an exact place; runs inside the victim.
+
+A place is a commit of the database's writer, named by what it changed, or a node's beginning or
+end. Heartbeats and looks at an empty queue change nothing that is named here, so a place does not
+depend on time: the fourth checkpoint is the fourth checkpoint on a fast machine and on a slow one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import sqlalchemy as sa
+
+from agentflow.failpoints import arm
+from tests.fault.ledger import record
+
+Kind = Literal["claim", "thread", "run", "writes", "checkpoint", "insert", "node"]
+"""What a commit changed: `thread` is acquiring or releasing it, `run` a transition of the run.
+
+`insert` is no commit but the middle of one: the statement that writes a checkpoint.
+"""
+Moment = Literal["before", "after"]
+
+FAILPOINTS = (
+    "database.before_commit",
+    "database.after_commit",
+    "checkpoint.before_insert",
+    "checkpoint.after_insert",
+)
+"""Every failpoint that these tests arm; a test holds the list against the source."""
+
+_CHANGE = re.compile(r"\s*(?:INSERT INTO|UPDATE|DELETE FROM) agentflow_(\w+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Before or after the `number`-th time that something of a kind happens in the victim."""
+
+    kind: Kind
+    number: int
+    moment: Moment
+
+    def __str__(self) -> str:
+        return f"{self.moment}-{self.kind}-{self.number}"
+
+    def plain(self) -> dict[str, Any]:
+        """Return what `Sabotage` is made from in the victim."""
+        return asdict(self)
+
+
+class Sabotage:
+    """Sends this process a signal when it passes a place, or reports every place to the ledger."""
+
+    def __init__(self, ledger: str, *, at: Place | None = None, how: str = "SIGKILL") -> None:
+        """Act at one place; without one, report them all."""
+        self._ledger = ledger
+        self._at = at
+        self._how = signal.Signals[how]
+        self._passed: Counter[tuple[str, str]] = Counter()
+        self._changed: set[str] = set()
+        self._kinds: tuple[Kind, ...] = ()
+
+    def arm(self) -> None:
+        """From now on watch the writer's transactions."""
+        sa.event.listen(sa.Engine, "begin", self._begin)
+        sa.event.listen(sa.Engine, "before_cursor_execute", self._execute)
+        arm("database.before_commit", self._before_commit)
+        arm("database.after_commit", self._after_commit)
+        arm("checkpoint.before_insert", lambda: self.meet("insert", "before"))
+        arm("checkpoint.after_insert", lambda: self.meet("insert", "after"))
+
+    def meet(self, kind: Kind, moment: Moment) -> None:
+        """Note that the victim passes a place."""
+        self._passed[kind, moment] += 1
+        here = Place(kind, self._passed[kind, moment], moment)
+        if self._at is None:
+            record(self._ledger, event="place", pid=os.getpid(), **here.plain())
+        elif here == self._at:
+            os.kill(os.getpid(), self._how)
+
+    def _begin(self, _connection: sa.Connection) -> None:
+        if _is_writer():
+            self._changed.clear()
+
+    def _execute(
+        self,
+        _connection: sa.Connection,
+        _cursor: Any,
+        statement: str,
+        _parameters: Any,
+        _context: Any,
+        _executemany: bool,
+    ) -> None:
+        if _is_writer() and (change := _CHANGE.match(statement)):
+            self._changed.add(change[1])
+
+    def _before_commit(self) -> None:
+        self._kinds = _kinds(self._changed)
+        for kind in self._kinds:
+            self.meet(kind, "before")
+
+    def _after_commit(self) -> None:
+        for kind in self._kinds:
+            self.meet(kind, "after")
+
+
+def _is_writer() -> bool:
+    return threading.current_thread().name == "agentflow-writer"
+
+
+def _kinds(changed: set[str]) -> tuple[Kind, ...]:
+    """Name a transaction by the tables that it changed; a heartbeat changes `runs` alone."""
+    kinds: list[Kind] = []
+    if "leases" in changed:
+        kinds.append("claim")
+    elif "events" in changed:
+        kinds.append("run")
+    if "writes" in changed:
+        kinds.append("writes")
+    if "checkpoints" in changed:
+        kinds.append("checkpoint")
+    elif "threads" in changed:
+        kinds.append("thread")
+    return tuple(kinds)
