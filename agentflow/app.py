@@ -43,7 +43,7 @@ from agentflow.types import (
     new_id,
     to_timedelta,
 )
-from agentflow.worker import Changes, Worker, drive_held
+from agentflow.worker import Changes, Worker
 
 _EVENT_PAGE = 100
 
@@ -302,8 +302,8 @@ class AgentFlow:
                     self.tenant, run_id, worker=name, lease=self._settings.lease
                 )
                 if claimed is not None:
-                    driver = Driver(self._store, self._saver)
-                    await drive_held(driver, registered, keeper, claimed, AttemptControl())
+                    driver = Driver(self._store, self._saver, keeper)
+                    await driver.attempt(registered, claimed, AttemptControl())
                     self._changes.notify()
 
     async def cancel(self, run_id: str, *, reason: str | None = None, by: str | None = None) -> Run:

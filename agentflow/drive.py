@@ -14,7 +14,7 @@ import inspect
 import logging
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from langchain_core.runnables import RunnableConfig
@@ -39,6 +39,7 @@ from agentflow.errors import (
     StoreUnavailableError,
 )
 from agentflow.interrupts import encode, proposal_hash, to_request
+from agentflow.lease import LeaseKeeper
 from agentflow.retry import Retry, RetryPolicy, decide
 from agentflow.storage import RunStore
 from agentflow.telemetry import (
@@ -139,10 +140,13 @@ class _Question:
 class Driver:
     """Drives attempts against one run store and one checkpointer."""
 
-    def __init__(self, store: RunStore, saver: BaseCheckpointSaver[Any]) -> None:
-        """Use `store` for the runs and `saver` for their checkpoints."""
+    def __init__(
+        self, store: RunStore, saver: BaseCheckpointSaver[Any], keeper: LeaseKeeper
+    ) -> None:
+        """Use `store` for runs, `saver` for their checkpoints, and let `keeper` keep the leases."""
         self._store = store
         self._saver = saver
+        self._keeper = keeper
 
     async def attempt(
         self, registered: RegisteredGraph, claimed: ClaimedRun, control: AttemptControl
@@ -156,16 +160,30 @@ class Driver:
         Raises:
             asyncio.CancelledError: The caller was cancelled; the run was released first.
         """
-        attempt = _Attempt(self._store, self._saver, registered, claimed, control)
         with segment_span(claimed) as span:
             try:
-                await attempt.run(span)
+                lease = await self._acquire(claimed.lease)
+                self._keeper.hold(lease, on_lost=control.lose, on_cancel=control.cancel)
+                try:
+                    held = replace(claimed, lease=lease)
+                    await _Attempt(self._store, self._saver, registered, held, control).run(span)
+                finally:
+                    self._keeper.drop(lease)
             except FencedError as exc:
                 fail_span(span, type(exc).__name__)
                 logger.warning("attempt was fenced", extra={"run_id": claimed.run.id})
             except StoreUnavailableError as exc:
                 fail_span(span, type(exc).__name__)
                 logger.warning("store unavailable", extra={"run_id": claimed.run.id})
+
+    async def _acquire(self, lease: Lease) -> Lease:
+        """Raise the token in the checkpointer; from then on no earlier attempt can write."""
+        if not isinstance(self._saver, Saver):
+            return lease
+        while (token := await self._saver.acquire(lease)) > lease.token:
+            # The checkpointer has seen more claims than the run store, which was restored or moved.
+            lease = await self._store.raise_token(lease, above=token)
+        return lease
 
 
 class _Attempt:
@@ -188,10 +206,10 @@ class _Attempt:
         self._control = control
         self._graph = registered.graph
         self._started: AttemptStart | None = None
+        self._is_released = False
 
     async def run(self, span: Span) -> None:
-        """Take the thread, work, and settle the outcome."""
-        self._lease = await self._acquire()
+        """Work, and settle the outcome."""
         config: RunnableConfig = {"callbacks": [NodeSpans(self._run.id, span)]}
         self._graph = self._registered.graph.copy(
             update={
@@ -207,6 +225,7 @@ class _Attempt:
                 self._control.attach(task)
             if self._control.is_cancelled and task.cancelled():
                 await self._flush_quietly()
+                await self._release_thread()
                 await self._store.finish_cancel(self._lease)
                 span.set_attribute(RUN_STATUS, "cancelled")
         except ExceptionGroup as raised:
@@ -217,28 +236,25 @@ class _Attempt:
         finally:
             await self._release_thread()
 
-    async def _acquire(self) -> Lease:
-        """Raise the token in the checkpointer; from then on no earlier attempt can write."""
-        lease = self._lease
-        if not isinstance(self._saver, Saver):
-            return lease
-        while (token := await self._saver.acquire(lease)) > lease.token:
-            # The checkpointer has seen more claims than the run store, which was restored or moved.
-            lease = await self._store.raise_token(lease, above=token)
-        return lease
-
     def _own_saver(self) -> BaseCheckpointSaver[Any]:
         return (
             self._saver.with_lease(self._lease) if isinstance(self._saver, Saver) else self._saver
         )
 
     async def _release_thread(self) -> None:
-        if isinstance(self._saver, Saver) and not self._control.is_lost:
+        """Give the thread back, before the outcome is told.
+
+        Whoever hears that the run has ended or parked can write the thread at once. If this process
+        dies in between, the run is recovered and takes the thread again.
+        """
+        if isinstance(self._saver, Saver) and not self._control.is_lost and not self._is_released:
+            self._is_released = True
             await asyncio.shield(self._saver.release(self._lease))
 
     async def _give_back(self) -> None:
         """Queue the run again, because whoever drives it is going away."""
         await self._flush_quietly()
+        await self._release_thread()
         await self._store.release_run(self._lease, reason="drain")
 
     async def _flush(self) -> None:
@@ -277,6 +293,7 @@ class _Attempt:
             await self._drive(graph_input, config)
         except GraphDrained:
             await self._flush()
+            await self._release_thread()
             await self._store.release_run(self._lease, reason="drain")
             span.set_attribute(RUN_STATUS, "queued")
             return
@@ -427,6 +444,7 @@ class _Attempt:
                     proposal_hash=proposal_hash(request),
                 )
             )
+        await self._release_thread()
         await self._store.park_run(
             self._lease,
             waits,
@@ -436,6 +454,7 @@ class _Attempt:
         span.set_attribute(RUN_STATUS, "waiting")
 
     async def _finish(self, state: StateSnapshot, span: Span) -> None:
+        await self._release_thread()
         await self._store.finish_run(
             self._lease,
             _output(self._graph, state.values),
@@ -454,6 +473,7 @@ class _Attempt:
         node, failures = await self._failed_tasks(started)
         attempt = max([started.attempt, *failures.values()])
         failure = _failure(error, node, attempt)
+        await self._release_thread()
         policy = self._registered.retry
         verdict = None if isinstance(error, _HOPELESS) else decide(policy, attempt, error)
         if isinstance(verdict, Retry):

@@ -45,7 +45,9 @@ write that was refused must stop the run.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+Outcome = Literal["not_written", "contended", "unknown"]
 
 
 class AgentflowError(Exception):
@@ -292,11 +294,20 @@ class LeaseLostError(FencedError):
 class StoreUnavailableError(StoreError):
     """The store could not be reached within its deadline; it is the one error worth retrying."""
 
-    def __init__(self, store: str, reason: str) -> None:
-        """Name the store (without credentials) and the driver's reason."""
-        super().__init__(store, reason)
+    def __init__(self, store: str, reason: str, outcome: Outcome = "not_written") -> None:
+        """Name the store (without credentials), the driver's reason, and what is known.
+
+        Args:
+            store: The store's URL without its password.
+            reason: What the driver says.
+            outcome: Whether what was being written is certainly not there (`not_written`), the same
+                because another transaction was in the way (`contended`), or may be there, because
+                the connection broke (`unknown`).
+        """
+        super().__init__(store, reason, outcome)
         self.store = store
         self.reason = reason
+        self.outcome: Outcome = outcome
 
     def __str__(self) -> str:
         """Say which store and why."""

@@ -17,6 +17,11 @@ from agentflow.drive import RegisteredGraph
 from agentflow.errors import InvalidInputError
 from agentflow.storage import OnExisting
 
+_QUALIFIERS = {
+    typing_extensions.Required,
+    typing_extensions.NotRequired,
+    typing_extensions.ReadOnly,
+}
 _CONFIG_KEYS = {"configurable", "recursion_limit", "tags"}
 
 
@@ -109,7 +114,7 @@ def _check_keys(schema: Any, value: Mapping[str, Any], subject: str) -> None:
     unknown = sorted(str(key) for key in value if key not in hints)
     found = [f"{key}: the graph has no such input key" for key in unknown]
     for key, item in value.items():
-        hint = hints.get(key)
+        hint = _unqualified(hints.get(key))
         if hint is None or getattr(hint, "__metadata__", None):
             continue
         try:
@@ -135,6 +140,13 @@ def _check_type(schema: Any, value: Any, subject: str, prefix: str = "") -> None
     except (PydanticUserError, TypeError, NameError):
         # The annotation is not one that can be checked; the graph will judge the value itself.
         return
+
+
+def _unqualified(hint: Any) -> Any:
+    """Return what stands inside `Required`, `NotRequired` and `ReadOnly`."""
+    while get_origin(hint) in _QUALIFIERS:
+        (hint,) = get_args(hint)
+    return hint
 
 
 def _checkable(hint: Any) -> Any:

@@ -121,7 +121,7 @@ class Worker:
         """Drive up to `concurrency` runs of `queues` at a time, under the name `name`."""
         self.name = name or f"{socket.gethostname()}-{os.getpid()}-{new_id()[-6:]}"
         self._store = store
-        self._driver = Driver(store, saver)
+        self._saver = saver
         self._graphs = graphs
         self._settings = settings
         self._changes = changes
@@ -140,11 +140,12 @@ class Worker:
         )
         with self._changes.listen() as listener, keeper:
             self._listener = listener
+            driver = Driver(self._store, self._saver, keeper)
             async with asyncio.TaskGroup() as group:
                 while not self._is_stopping:
                     claimed = await self._claim()
                     for run in claimed:
-                        self._begin(group, keeper, run)
+                        self._begin(group, driver, run)
                     if not claimed or len(self._active) >= self._concurrency:
                         await listener.wait(self._settings.poll_interval.total_seconds())
 
@@ -173,18 +174,16 @@ class Worker:
             logger.warning("cannot claim runs", extra={"error": type(exc).__name__})
             return []
 
-    def _begin(self, group: asyncio.TaskGroup, keeper: LeaseKeeper, claimed: ClaimedRun) -> None:
+    def _begin(self, group: asyncio.TaskGroup, driver: Driver, claimed: ClaimedRun) -> None:
         control = AttemptControl()
         self._active[claimed.run.id] = control
-        group.create_task(self._drive(keeper, claimed, control))
+        group.create_task(self._drive(driver, claimed, control))
 
-    async def _drive(
-        self, keeper: LeaseKeeper, claimed: ClaimedRun, control: AttemptControl
-    ) -> None:
+    async def _drive(self, driver: Driver, claimed: ClaimedRun, control: AttemptControl) -> None:
         run = claimed.run
         registered = self._graphs[run.graph, run.version]
         try:
-            await drive_held(self._driver, registered, keeper, claimed, control)
+            await driver.attempt(registered, claimed, control)
         except Exception:
             # A defect here must not take the other runs with it; this one's lease will expire.
             logger.exception("attempt ended unexpectedly", extra={"run_id": run.id})
@@ -208,18 +207,3 @@ class Worker:
         self.stop()
         if self._group is not None:
             await self._group.__aexit__(exc_type, exc, traceback)
-
-
-async def drive_held(
-    driver: Driver,
-    registered: RegisteredGraph,
-    keeper: LeaseKeeper,
-    claimed: ClaimedRun,
-    control: AttemptControl,
-) -> None:
-    """Drive one claimed run while its lease is kept alive."""
-    keeper.hold(claimed.lease, on_lost=control.lose, on_cancel=control.cancel)
-    try:
-        await driver.attempt(registered, claimed, control)
-    finally:
-        keeper.drop(claimed.lease)

@@ -15,7 +15,12 @@ from sqlalchemy.pool import StaticPool
 
 from agentflow.config import Settings
 from agentflow.database.tables import Timestamp
-from agentflow.errors import MissingDriverError, StoreUnavailableError, UnsupportedUrlError
+from agentflow.errors import (
+    MissingDriverError,
+    Outcome,
+    StoreUnavailableError,
+    UnsupportedUrlError,
+)
 
 SUPPORTED = ("memory://", "sqlite:///file", "postgresql://")
 READERS = 4
@@ -60,14 +65,20 @@ def make_engine(url: URL, settings: Settings) -> Engine:
         pool_timeout=timeout,
         connect_args={"connect_timeout": max(2, timeout)},
     )
-    # A process that is stopped inside a transaction holds row locks that no one can pass; the
-    # server ends its session, so that a takeover waits no longer than a lease lasts.
-    idle_ms = max(1, int(settings.lease.total_seconds() * 1000))
+    # A process that is stopped inside a transaction holds row locks that no one can pass: the
+    # server ends its session within the length of a lease. Until then, whoever wants those rows
+    # gives up soon, since everything else that its process writes is waiting behind.
+    lease_ms = settings.lease.total_seconds() * 1000
+    limits = {
+        "idle_in_transaction_session_timeout": max(1, int(lease_ms / 2)),
+        "lock_timeout": max(1, int(lease_ms / 10)),
+    }
 
     @sa.event.listens_for(engine, "connect")
-    def _limit_idle(connection: Any, _record: Any) -> None:
+    def _set_limits(connection: Any, _record: Any) -> None:
         with connection.cursor() as cursor:
-            cursor.execute(f"SET idle_in_transaction_session_timeout = {idle_ms}")
+            for name, milliseconds in limits.items():
+                cursor.execute(f"SET {name} = {milliseconds}")
         connection.commit()
 
     return engine
@@ -154,6 +165,15 @@ _SQLITE_NOW: sa.Select[Any] = sa.select(
 _PG_NOW = sa.text("SELECT clock_timestamp()")
 
 
+_CONTENDED = {"LockNotAvailable", "DeadlockDetected", "SerializationFailure"}
+
+
+def _outcome(error: sa.exc.DBAPIError) -> Outcome:
+    if error.connection_invalidated:
+        return "unknown"
+    return "contended" if type(error.orig).__name__ in _CONTENDED else "not_written"
+
+
 @contextmanager
 def translated(url: URL) -> Iterator[None]:
     """Turn a driver's errors about reaching the database into `StoreUnavailableError`."""
@@ -164,13 +184,15 @@ def translated(url: URL) -> Iterator[None]:
         text = str(exc.orig).strip().splitlines()
         # The driver's first line names host and cause; statements and parameters stay out.
         raise StoreUnavailableError(
-            display_url(url), f"{reason}: {text[0]}" if text else reason
+            display_url(url), f"{reason}: {text[0]}" if text else reason, _outcome(exc)
         ) from exc
     except sa.exc.TimeoutError as exc:
         raise StoreUnavailableError(display_url(url), "no free connection in time") from exc
     except sa.exc.DBAPIError as exc:
         if exc.connection_invalidated:
-            raise StoreUnavailableError(display_url(url), "the connection broke") from exc
+            raise StoreUnavailableError(
+                display_url(url), "the connection broke", "unknown"
+            ) from exc
         if type(exc.orig) is sqlite3.DatabaseError:  # its subclasses are about statements
             raise StoreUnavailableError(display_url(url), str(exc.orig)) from exc
         raise

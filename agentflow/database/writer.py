@@ -166,11 +166,11 @@ class GroupCommitWriter:
 
     def _write_apart(self, batch: list[Operation], error: Exception) -> None:
         """Give each operation of a failed batch a transaction of its own."""
-        lost = isinstance(error, StoreUnavailableError)
+        outcome_is = error.outcome if isinstance(error, StoreUnavailableError) else None
         for operation in batch:
-            # After a lost connection the commit may have happened: only what can be sent again
-            # without harm is; the others' callers learn that the outcome is unknown.
-            if (lost and not operation.resendable) or (len(batch) == 1 and not lost):
+            # Where the commit may have happened, only what can be sent again without harm is.
+            may_repeat = operation.resendable if outcome_is == "unknown" else len(batch) > 1
+            if outcome_is == "not_written" or not may_repeat:
                 _settle(operation, Rejected(error))
                 continue
             try:

@@ -70,11 +70,7 @@ def claim_runs(
 ) -> list[ClaimedRun]:
     """See `RunStore.claim_runs`."""
     now = database_now(connection)
-    wanted = (
-        runs.c.tenant == tenant,
-        runs.c.queue.in_(sorted(queues)),
-        sa.tuple_(runs.c.graph, runs.c.version).in_(sorted(graphs)),
-    )
+    wanted = _wanted(tenant, queues, graphs)
     claimed: list[ClaimedRun] = []
     # Expired runs first: somebody has been waiting for them already.
     for due in (_is_expired(now), _is_queued(now)):
@@ -93,6 +89,33 @@ def claim_runs(
             if taken is not None:
                 claimed.append(taken)
     return claimed
+
+
+def has_due(
+    connection: Connection,
+    tenant: str,
+    queues: Collection[str],
+    graphs: Collection[tuple[str, str]],
+) -> bool:
+    """Whether there may be something to claim; reads only, so that idle workers disturb nobody."""
+    now = database_now(connection)
+    wanted = _wanted(tenant, queues, graphs)
+    return any(
+        connection.execute(
+            sa.select(runs.c.seq).where(*wanted, due, ~_is_behind_another()).limit(1)
+        ).first()
+        for due in (_is_expired(now), _is_queued(now))
+    )
+
+
+def _wanted(
+    tenant: str, queues: Collection[str], graphs: Collection[tuple[str, str]]
+) -> tuple[sa.ColumnElement[bool], ...]:
+    return (
+        runs.c.tenant == tenant,
+        runs.c.queue.in_(sorted(queues)),
+        sa.tuple_(runs.c.graph, runs.c.version).in_(sorted(graphs)),
+    )
 
 
 def claim_run(
@@ -154,7 +177,7 @@ def _take(
     lease: timedelta,
 ) -> ClaimedRun | None:
     """Give a due run to a worker; `None` if it turns out not to be due any more."""
-    token = _next_token(connection, row.tenant, row.thread_id)
+    lock_thread(connection, row.tenant, row.thread_id)
     # Read again under the lock on the thread: a claim of another run of it may have been first.
     behind = sa.select(runs.c.run_id).where(runs.c.seq == row.seq, _is_behind_another())
     if connection.execute(behind).first() is not None:
@@ -172,6 +195,7 @@ def _take(
     except CodecError as exc:
         _quarantine(connection, payloads, row, now, exc)
         return None
+    token = _next_token(connection, row.tenant, row.thread_id)
     log = [NewEvent(type="run.claimed", data={"worker": worker, "token": token})]
     if is_recovery:
         log.insert(0, NewEvent(type="run.recovered", data={"worker": row.worker}))

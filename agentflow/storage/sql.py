@@ -139,6 +139,10 @@ class SqlRunStore(RunStore):
     ) -> list[ClaimedRun]:
         if limit <= 0 or not queues or not graphs:
             return []
+        if not await self._database.read(
+            lambda connection: claims.has_due(connection, tenant, queues, graphs)
+        ):
+            return []
         return await self._write(
             claims.claim_runs,
             tenant,

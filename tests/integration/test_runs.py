@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from langgraph.runtime import Runtime
 from langgraph.types import Send, interrupt
 
 from agentflow import AgentFlow, RetryPolicy
@@ -146,14 +147,16 @@ async def test_exhausted_run_is_a_dead_letter_with_its_cause(
     assert run.error is not None
     assert (run.error.type, run.error.message) == ("builtins.ConnectionError", "unreachable")
     assert (run.error.node, run.error.attempt) == ("b", 3)
-    assert "Fails" in (run.error.traceback or "") or "__call__" in (run.error.traceback or "")
+    assert "in __call__" in (run.error.traceback or "")
     with pytest.raises(RunFailedError, match=r"builtins.ConnectionError in node 'b' \(attempt 3\)"):
         await handle.result()
     store = open_store(database_url)
     letter = await store.find_dead_letter("", "r")
     await store.close()
     assert letter is not None
-    assert (letter.cause, letter.checkpoint_id) == (run.error, run.checkpoint_id)
+    head = (await handle.state()).config["configurable"]["checkpoint_id"]
+    assert (letter.cause, letter.checkpoint_id) == (run.error, head)
+    assert (run.checkpoint_id, run.step) == (head, 1)
     assert (await app.list_events("r"))[-1].data["reason"] == "exhausted"
     fails.calls = 99
     again = await app.submit("g", {}, run_id="r", on_existing="restart_if_failed")
@@ -337,12 +340,9 @@ async def test_context_is_made_for_each_attempt(app: AgentFlow) -> None:
         made.append(run.id)
         return {"lock": threading.Lock()}
 
-    def use(state: State, runtime: Any) -> State:
+    def use(state: State, runtime: Runtime[dict[str, Any]]) -> State:
         return {"log": [type(runtime.context["lock"]).__name__]}
 
-    from langgraph.runtime import Runtime
-
-    use.__annotations__["runtime"] = Runtime
     app.register(chain(("a", use), ("b", asks("ok?"))), name="g", context=context)
     handle = await app.submit("g", {}, run_id="r")
     await app.drive("r")

@@ -1,0 +1,220 @@
+"""What a fault test works with: a database, its victims, the ledger, and what must hold at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+
+from agentflow import AgentFlow
+from agentflow.config import load_settings
+from agentflow.database.engine import make_engine, now, parse_url
+from agentflow.database.tables import checkpoints, events, heads, leases, runs, writes
+from agentflow.storage.rows import GENESIS, hash_event
+from agentflow.types import Run, RunStatus
+from tests.fault.forkserver import ForkServer, Victim
+from tests.fault.graphs import REFUNDS_WORKER, WORKER
+from tests.fault.ledger import Entry, Ledger
+from tests.fault.sabotage import Place
+
+LEASE = 1.0
+PATIENCE = 60.0
+"""Seconds after which something that has not happened will not happen."""
+_LOOK = 0.02
+_AT_ONCE = 3
+"""Victims that run at a time: more would keep each other from their heartbeats on two cores."""
+
+T = TypeVar("T")
+
+
+@dataclass
+class Scene:
+    """One database with workers on it. `app` belongs to the test and drives nothing."""
+
+    url: str
+    ledger: Ledger
+    forkserver: ForkServer
+    app: AgentFlow
+    services_url: str = ""
+    """Set where the workers run the refunds example."""
+    deciders: list[Callable[[], Awaitable[None]]] = field(default_factory=list)
+    """What people do meanwhile; called at each look."""
+
+    def worker(self, *, lease: float = LEASE, **options: Any) -> Victim:
+        """Start a worker process; see `graphs.worker_main` for the options."""
+        env = {"AGENTFLOW_LEASE": str(lease), "AGENTFLOW_POLL_INTERVAL": "0.05"}
+        if self.services_url:
+            arguments = (self.url, self.ledger.address, self.services_url, options)
+            return self.forkserver.spawn(REFUNDS_WORKER, *arguments, env=env)
+        return self.forkserver.spawn(WORKER, self.url, self.ledger.address, options, env=env)
+
+    async def until(self, happened: Callable[[], Awaitable[T | None]], what: str) -> T:
+        """Look until something has happened; what people do meanwhile happens too."""
+        async with asyncio.timeout(PATIENCE):
+            try:
+                while True:
+                    for decide in self.deciders:
+                        await decide()
+                    if (found := await happened()) is not None:
+                        return found
+                    await asyncio.sleep(_LOOK)
+            except asyncio.CancelledError:
+                output = "\n".join(f"{v}:\n{v.output()}" for v in self.forkserver.victims)
+                print(f"waited for {what}; the victims said:\n{output}")
+                raise
+
+    async def ended(self, run_ids: Iterable[str]) -> list[Run]:
+        """Wait until runs have ended, and return them."""
+        return [await self.until(lambda r=r: self._ended(r), f"the end of {r}") for r in run_ids]
+
+    async def _ended(self, run_id: str) -> Run | None:
+        run = await self.app.get_run(run_id)
+        return run if run.status.is_ended else None
+
+    async def died(self, victim: Victim) -> None:
+        """Wait until a victim was killed by itself, as it had been told to."""
+
+        async def code() -> int | None:
+            try:
+                return victim.wait(0)
+            except TimeoutError:
+                return None
+
+        assert await self.until(code, f"the death of {victim}") == -signal.SIGKILL, victim.output()
+
+    async def stopped(self, victim: Victim) -> None:
+        """Wait until a victim has stopped itself, as it had been told to."""
+
+        async def state() -> bool | None:
+            return victim.is_stopped() or None
+
+        await self.until(state, f"{victim} to stop itself")
+
+    async def expired(self, run_id: str) -> None:
+        """Wait until nobody holds a valid lease of a run, by the database's clock."""
+
+        async def look() -> bool | None:
+            return is_lease_over(self.url, run_id) or None
+
+        await self.until(look, f"the end of the lease of {run_id}")
+
+    def entered(self, run_id: str) -> Counter[str]:
+        """Count the executions of each node of a run that began."""
+        return Counter(e["node"] for e in self.ledger.entries(event="enter", run=run_id))
+
+    async def kill_each(
+        self, places: Sequence[Place], submit: Callable[[str], Awaitable[Any]]
+    ) -> dict[str, Place]:
+        """Kill one worker at each place, each with a run of its own; return the runs' places.
+
+        The run is named like its queue, so that nobody else takes it.
+        """
+        turn = asyncio.Semaphore(_AT_ONCE)
+
+        async def kill(place: Place) -> None:
+            async with turn:
+                await submit(str(place))
+                victim = self.worker(queues=[str(place)], at=place.plain())
+                await self.died(victim)
+
+        async with asyncio.TaskGroup() as group:
+            for place in places:
+                group.create_task(kill(place))
+        return {str(place): place for place in places}
+
+
+@asynccontextmanager
+async def open_scene(
+    url: str, ledger: Ledger, forkserver: ForkServer, register: Callable[[AgentFlow], None]
+) -> AsyncIterator[Scene]:
+    """Open the test's own app on the database; no run of it is driven here."""
+    async with AgentFlow(url) as app:
+        register(app)
+        yield Scene(url, ledger, forkserver, app)
+
+
+async def durable_nodes(app: AgentFlow, run: Run) -> set[str]:
+    """Return the nodes of a run whose writes are durable: no later attempt may execute them."""
+    durable: set[str] = set()
+    saver: Any = app._saver
+    thread: Any = {"configurable": {"thread_id": run.thread_id, "checkpoint_ns": ""}}
+    graph = app._find_graph(run.graph, run.version).graph.copy(update={"checkpointer": saver})
+    async for state in graph.aget_state_history(thread):
+        if (state.metadata or {}).get("run_id") == run.id:
+            durable |= {task.name for task in state.tasks if task.result is not None}
+    return durable
+
+
+def read_rows(url: str, table: sa.Table, *conditions: sa.ColumnElement[bool]) -> list[sa.Row[Any]]:
+    """Read a table past agentflow."""
+    engine = make_engine(parse_url(url), load_settings())
+    try:
+        with engine.connect() as connection:
+            return list(connection.execute(sa.select(table).where(*conditions)))
+    finally:
+        engine.dispose()
+
+
+def is_lease_over(url: str, run_id: str) -> bool:
+    """Whether the lease of a run has expired or was given up."""
+    engine = make_engine(parse_url(url), load_settings())
+    try:
+        with engine.connect() as connection:
+            row = connection.execute(sa.select(runs).where(runs.c.run_id == run_id)).one()
+            return row.lease_expires_at is None or row.lease_expires_at <= now(connection)
+    finally:
+        engine.dispose()
+
+
+def assert_sound(url: str, run_ids: Iterable[str]) -> None:
+    """Hold what is stored of ended runs against the invariants that need no knowledge of the graph.
+
+    One outcome for each run; an unbroken chain of audit events; checkpoints of a thread that form
+    one line; and fencing tokens that only grow along it.
+    """
+    ids = sorted(run_ids)
+    stored = read_rows(url, runs, runs.c.run_id.in_(ids))
+    assert [row.run_id for row in sorted(stored, key=lambda row: row.run_id)] == ids
+    threads = {row.thread_id for row in stored}
+    _assert_one_outcome_each(stored, read_rows(url, events, events.c.run_id.in_(ids)))
+    lines = read_rows(url, checkpoints, checkpoints.c.thread_id.in_(threads))
+    ends = {h.thread_id: h for h in read_rows(url, heads, heads.c.thread_id.in_(threads))}
+    tokens = {t.thread_id: t.token for t in read_rows(url, leases, leases.c.thread_id.in_(threads))}
+    for thread in threads:
+        line = sorted((c for c in lines if c.thread_id == thread), key=lambda c: c.seq)
+        assert [c.seq for c in line] == list(range(1, len(line) + 1)), thread
+        if not line:
+            continue
+        parents = [None, *(c.checkpoint_id for c in line[:-1])]
+        assert [c.parent_id for c in line] == parents, f"the checkpoints of {thread} branch"
+        assert ends[thread].checkpoint_id == line[-1].checkpoint_id
+        written = [c.token for c in line]
+        assert written == sorted(written), f"the tokens of {thread} fall: {written}"
+        assert 0 < written[0] <= written[-1] <= tokens[thread]
+    for write in read_rows(url, writes, writes.c.thread_id.in_(threads)):
+        assert 0 < write.token <= tokens[write.thread_id]
+
+
+def _assert_one_outcome_each(stored: Sequence[Any], log: Sequence[Any]) -> None:
+    ends = {f"run.{status}" for status in RunStatus if status.is_ended}
+    for run in stored:
+        chain = sorted((e for e in log if e.run_id == run.run_id), key=lambda e: e.seq)
+        assert [e.seq for e in chain] == list(range(1, len(chain) + 1)), run.run_id
+        previous = GENESIS
+        for event in chain:
+            assert event.prev_hash == previous
+            assert event.hash == hash_event(dict(event._mapping))
+            previous = event.hash
+        assert run.event_hash == previous
+        assert [e.type for e in chain if e.type in ends] == [f"run.{run.status}"], run.run_id
+
+
+def places(entries: Iterable[Entry]) -> list[Place]:
+    """Return the places that a worker reported, in order."""
+    return [Place(e["kind"], e["number"], e["moment"]) for e in entries]
