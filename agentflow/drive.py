@@ -279,7 +279,8 @@ class _Attempt:
         if started.attempt > self._registered.retry.max_attempts:
             raise AttemptsExhaustedError(self._run.id, started.attempt - 1)
         is_begun = await self._is_begun(before)
-        if is_begun and not before.next:
+        # Not `next`, which leaves out tasks whose writes are durable but not applied yet.
+        if is_begun and not before.tasks:
             await self._finish(before, span)
             return
         graph_input: Any = None if is_begun else self._run.input

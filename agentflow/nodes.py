@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 from langchain_core.language_models import BaseChatModel
-from langchain_core.messages import AIMessage, BaseMessage, SystemMessage, ToolCall, ToolMessage
+from langchain_core.messages import BaseMessage, SystemMessage
 from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.tools import BaseTool
-from langchain_core.tools import tool as as_tool
+from langgraph.prebuilt import ToolNode
 
-from agentflow.errors import InvalidInputError, MissingDriverError
+from agentflow.errors import MissingDriverError
 from agentflow.interrupts import request_approval
 from agentflow.types import DecisionType
 
 __all__ = ["approval_node", "llm_node", "tool_node"]
 
-AsyncNode = Callable[[Any, RunnableConfig], Awaitable[dict[str, Any]]]
 Prompt = str | Callable[[Any], str | Sequence[BaseMessage]]
 Tools = Sequence[BaseTool | Callable[..., Any]]
+
+
+class Node(Protocol):
+    """A node that needs the state alone."""
+
+    def __call__(self, state: Any) -> dict[str, Any]:
+        """Return what is written to the state."""
+        ...
+
+
+class AsyncNode(Protocol):
+    """An async node that passes its configuration on."""
+
+    async def __call__(self, state: Any, config: RunnableConfig) -> dict[str, Any]:
+        """Return what is written to the state."""
+        ...
 
 
 def llm_node(
@@ -53,27 +68,21 @@ def llm_node(
     return call_model
 
 
-def tool_node(tools: Tools, *, messages_key: str = "messages") -> AsyncNode:
-    """Make a node that carries out the tool calls of the last message, in order.
+def tool_node(tools: Tools, *, messages_key: str = "messages") -> ToolNode:
+    """Make a node that carries out the tool calls of the last message, at the same time.
 
-    An unknown tool, or arguments that the tool refuses, become an error message to the model. An
-    exception inside a tool fails the attempt, and the run's retry policy decides.
+    It is LangGraph's own `ToolNode`. An unknown tool, or arguments that the tool refuses, become an
+    error message to the model. An exception inside a tool fails the attempt, and the run's retry
+    policy decides.
 
     Args:
         tools: The tools, as LangChain tools or plain functions.
         messages_key: The channel of the conversation.
 
     Returns:
-        A node that writes one `ToolMessage` for each call.
+        A node that writes one `ToolMessage` for each call, in the order of the calls.
     """
-    known = {tool.name: tool for tool in map(_as_tool, tools)}
-
-    async def call_tools(state: Any, config: RunnableConfig) -> dict[str, Any]:
-        last = _get(state, messages_key)[-1]
-        calls = last.tool_calls if isinstance(last, AIMessage) else []
-        return {messages_key: [await _call_tool(known, call, config) for call in calls]}
-
-    return call_tools
+    return ToolNode(tools, messages_key=messages_key)
 
 
 def approval_node(
@@ -83,7 +92,7 @@ def approval_node(
     title: str | None = None,
     allowed: Sequence[DecisionType] = ("approve", "edit", "reject"),
     when: Callable[[Any], bool] | None = None,
-) -> Callable[[Any], dict[str, Any]]:
+) -> Node:
     """Make a node that asks a person to approve a proposal and writes down the decision.
 
     Args:
@@ -125,50 +134,6 @@ def _messages(state: Any, prompt: Prompt | None, messages_key: str) -> list[Base
         return list(made)
     conversation = list(_get(state, messages_key))
     return [SystemMessage(made), *conversation] if made else conversation
-
-
-def _as_tool(item: BaseTool | Callable[..., Any]) -> BaseTool:
-    if isinstance(item, BaseTool):
-        return item
-    made = as_tool(item)
-    if not isinstance(made, BaseTool):
-        raise InvalidInputError("tool", (f"{item!r}: is not a function that can be a tool",))
-    return made
-
-
-async def _call_tool(
-    known: Mapping[str, BaseTool], call: ToolCall, config: RunnableConfig
-) -> ToolMessage:
-    tool = known.get(call["name"])
-    if tool is None:
-        return _tool_error(call, f"there is no tool named {call['name']!r}")
-    try:
-        result = await tool.ainvoke({**call, "type": "tool_call"}, config)
-    except ValueError as exc:
-        if not _is_about_arguments(exc):
-            raise
-        return _tool_error(call, f"invalid arguments: {exc}")
-    if isinstance(result, ToolMessage):
-        return result
-    return ToolMessage(str(result), name=call["name"], tool_call_id=call["id"])
-
-
-def _is_about_arguments(error: ValueError) -> bool:
-    """Whether pydantic refused the arguments, as opposed to the tool itself having failed."""
-    from pydantic import ValidationError
-
-    trace = error.__traceback__
-    frames = []
-    while trace is not None:
-        frames.append(trace.tb_frame.f_code.co_name)
-        trace = trace.tb_next
-    return isinstance(error, ValidationError) and "_parse_input" in frames
-
-
-def _tool_error(call: ToolCall, problem: str) -> ToolMessage:
-    return ToolMessage(
-        f"Error: {problem}", name=call["name"], tool_call_id=call["id"], status="error"
-    )
 
 
 def _get(state: Any, key: str) -> Any:

@@ -1,0 +1,1 @@
+"""Benchmarks against LangGraph's own savers, all in one run: `make bench`."""
