@@ -91,6 +91,7 @@ def approval_node(
     into: str = "approval",
     title: str | None = None,
     allowed: Sequence[DecisionType] = ("approve", "edit", "reject"),
+    response: Any = None,
     when: Callable[[Any], bool] | None = None,
 ) -> Node:
     """Make a node that asks a person to approve a proposal and writes down the decision.
@@ -101,6 +102,7 @@ def approval_node(
             edited; act on this value only), `message`, `value`, `by` and `at` (ISO 8601).
         title: What the reviewer reads first.
         allowed: The decisions that may be taken.
+        response: A type that an edited proposal must fit; checked before the decision is stored.
         when: If it returns false for the state, nobody is asked, and `type` is `not_required`.
 
     Returns:
@@ -111,7 +113,7 @@ def approval_node(
         subject = proposal(state) if callable(proposal) else _get(state, proposal)
         if when is not None and not when(state):
             return {into: {"type": "not_required", "proposal": subject}}
-        result = request_approval(subject, title=title, allowed=allowed)
+        result = request_approval(subject, title=title, allowed=allowed, response=response)
         decision = asdict(result) | {"proposal": result.proposal}
         return {into: decision | {"at": result.at.isoformat() if result.at else None}}
 

@@ -286,10 +286,22 @@ class Serializer:
         return _hint_for(type(value))
 
     def _unpack(self, data: bytes, where: str) -> Any:
-        def hook(code: int, payload: bytes) -> Any:
-            return self._build(code, payload, where)
+        failures: list[Exception] = []
 
-        return ormsgpack.unpackb(data, ext_hook=hook)
+        def hook(code: int, payload: bytes) -> Any:
+            try:
+                return self._build(code, payload, where)
+            except Exception as exc:
+                failures.append(exc)
+                raise
+
+        try:
+            return ormsgpack.unpackb(data, ext_hook=hook)
+        except ValueError:
+            if not failures:
+                raise
+        # The library says only that the hook failed; callers need to know how.
+        raise failures[0]
 
     def _build(self, code: int, payload: bytes, where: str) -> Any:
         if code == _Ext.TEXT:
@@ -381,7 +393,9 @@ def _children(value: Any) -> list[tuple[str, Any]]:
     if isinstance(value, (set, frozenset)):
         return [("{}", item) for item in value]
     if isinstance(value, BaseModel):
-        return [(f".{name}", item) for name, item in value.__dict__.items()]
+        fields, extra, _, private = _pydantic_state(value)
+        parts = {**fields, **(extra or {}), **(private or {})}
+        return [(f".{name}", item) for name, item in parts.items()]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return [(f".{name}", item) for name, item in _dataclass_state(value).items()]
     return []

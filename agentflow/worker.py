@@ -176,6 +176,8 @@ class Worker:
 
     def _begin(self, group: asyncio.TaskGroup, driver: Driver, claimed: ClaimedRun) -> None:
         control = AttemptControl()
+        if self._is_stopping:
+            control.drain()  # claimed while the worker was being told to stop
         self._active[claimed.run.id] = control
         group.create_task(self._drive(driver, claimed, control))
 

@@ -124,12 +124,11 @@ def report(raw: dict[str, dict[str, list[float]]], commit: str) -> str:
     lines = [
         "# Benchmarks",
         "",
-        "Made by `make bench`; the raw figures are in `benchmarks.json` beside this page. Medians of",
-        f'{ROUNDS} interleaved rounds in one run, full fsync, `durability="sync"`.',
+        "Made by `make bench`; the raw figures are in `benchmarks.json` beside this page.",
+        f'Medians of {ROUNDS} interleaved rounds in one run, full fsync, `durability="sync"`.',
         f"Commit {commit}, Python {platform.python_version()}.",
         "",
-        f"| checkpointer | {STEPS} steps alone, ms a step "
-        f"| {CONCURRENT_RUNS} runs at once, steps/s |",
+        f"| checkpointer | {STEPS} steps alone, ms a step | {CONCURRENT_RUNS} runs, steps/s |",
         "|---|---|---|",
     ]
     for name, metrics in raw.items():

@@ -82,7 +82,10 @@ def build_graph(
     graph.add_node("classify", llm_node(model, tools=[look_up_order], prompt=_classify_prompt))
     graph.add_node("look_up", tool_node([look_up_order]))
     graph.add_node("propose", llm_node(model, tools=[propose_refund], prompt=_propose_prompt))
-    graph.add_node("approve", approval_node(approvable_refund, title="Refund", when=needs_approval))
+    graph.add_node(
+        "approve",
+        approval_node(approvable_refund, title="Refund", response=Refund, when=needs_approval),
+    )
     outside = _ServiceNodes(services)
     graph.add_node("pay", outside.pay)
     graph.add_node("email", outside.email)
