@@ -19,6 +19,7 @@ from agentflow.errors import (
     InvalidInputError,
     RunCancelledError,
     RunFailedError,
+    ThreadBusyError,
     UnknownGraphError,
 )
 from agentflow.inputs import check_input, check_options
@@ -285,36 +286,47 @@ class AgentFlow:
             UnknownGraphError: The run's graph is not registered here.
         """
         name = f"drive-{new_id()[-6:]}"
-        keeper = LeaseKeeper(
-            self._store, lease=self._settings.lease, heartbeat=self._settings.heartbeat
-        )
+        keeper = self._keeper()
         with keeper, self._changes.listen() as listener:
             while True:
                 run = await self.get_run(run_id)
                 if run.status.is_ended or run.status is RunStatus.WAITING:
                     return run
                 registered = self._find_graph(run.graph, run.version)
-                delay = (run.available_at - self._clock.now()).total_seconds()
-                if run.status is RunStatus.QUEUED and delay > 0:
-                    await listener.wait(delay)
-                    continue
                 claimed = await self._store.claim_run(
                     self.tenant, run_id, worker=name, lease=self._settings.lease
                 )
-                if claimed is not None:
+                if claimed is None:
+                    # Not due yet, by the store's clock, or it has just ended.
+                    await listener.wait(self._settings.poll_interval.total_seconds())
+                else:
                     driver = Driver(self._store, self._saver, keeper)
                     await driver.attempt(registered, claimed, AttemptControl())
                     self._changes.notify()
 
     async def cancel(self, run_id: str, *, reason: str | None = None, by: str | None = None) -> Run:
-        """Cancel a run: at once if it is queued or waiting, else as soon as its worker hears of it.
+        """Cancel a run: at once unless a worker has it, else as soon as that worker hears of it.
 
         Raises:
             IllegalTransitionError: It succeeded or failed already.
         """
         run = await self._store.cancel_run(self.tenant, run_id, reason=reason, by=by)
+        if run.status is RunStatus.RUNNING:
+            run = await self._cancel_abandoned(run)
         self._changes.notify()
         return run
+
+    async def _cancel_abandoned(self, run: Run) -> Run:
+        """End a run whose worker is gone; leave it to its worker otherwise."""
+        try:
+            claimed = await self._store.claim_run(
+                self.tenant, run.id, worker=f"cancel-{new_id()[-6:]}", lease=self._settings.lease
+            )
+        except ThreadBusyError:
+            return run
+        if claimed is not None:
+            await Driver(self._store, self._saver, self._keeper()).cancel(claimed)
+        return await self.get_run(run.id)
 
     async def list_events(
         self, run_id: str, *, after: int = 0, limit: int = _EVENT_PAGE
@@ -398,6 +410,11 @@ class AgentFlow:
     ) -> None:
         """Close the app."""
         await self.aclose()
+
+    def _keeper(self) -> LeaseKeeper:
+        return LeaseKeeper(
+            self._store, lease=self._settings.lease, heartbeat=self._settings.heartbeat
+        )
 
     def _find_graph(self, name: str, version: str | None) -> RegisteredGraph:
         # The newest version is the one registered last.

@@ -137,6 +137,17 @@ class _Question:
     answers_recorded: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Failed:
+    """What an attempt left behind when it failed."""
+
+    node: str | None
+    attempt: int
+    failures: Mapping[str, int]
+    checkpoint_id: str | None
+    step: int | None
+
+
 class Driver:
     """Drives attempts against one run store and one checkpointer."""
 
@@ -176,6 +187,13 @@ class Driver:
                 fail_span(span, type(exc).__name__)
                 logger.warning("store unavailable", extra={"run_id": claimed.run.id})
 
+    async def cancel(self, claimed: ClaimedRun) -> None:
+        """End a claimed run as cancelled, without driving it."""
+        lease = await self._acquire(claimed.lease)
+        if isinstance(self._saver, Saver):
+            await self._saver.release(lease)
+        await self._store.finish_cancel(lease)
+
     async def _acquire(self, lease: Lease) -> Lease:
         """Raise the token in the checkpointer; from then on no earlier attempt can write."""
         if not isinstance(self._saver, Saver):
@@ -206,6 +224,7 @@ class _Attempt:
         self._control = control
         self._graph = registered.graph
         self._started: AttemptStart | None = None
+        self._begun_at: str | None = None
         self._is_released = False
 
     async def run(self, span: Span) -> None:
@@ -259,7 +278,7 @@ class _Attempt:
 
     async def _flush(self) -> None:
         if isinstance(self._saver, Saver):
-            await self._saver.flush(self._run.thread_id)
+            await self._saver.with_lease(self._lease).flush(self._run.thread_id)
 
     async def _flush_quietly(self) -> None:
         try:
@@ -276,6 +295,12 @@ class _Attempt:
         started = await self._start(before, questions)
         self._started = started
         _show(span, before)
+        if self._run.cancel_requested_at is not None:
+            # Requested while its last worker was dying.
+            await self._release_thread()
+            await self._store.finish_cancel(self._lease)
+            span.set_attribute(RUN_STATUS, "cancelled")
+            return
         if started.attempt > self._registered.retry.max_attempts:
             raise AttemptsExhaustedError(self._run.id, started.attempt - 1)
         is_begun = await self._is_begun(before)
@@ -354,7 +379,7 @@ class _Attempt:
         return [item async for item in own] != []
 
     async def _start(self, state: StateSnapshot, questions: list[_Question]) -> AttemptStart:
-        checkpoint_id = state.config["configurable"].get("checkpoint_id")
+        self._begun_at = checkpoint_id = state.config["configurable"].get("checkpoint_id")
         finished = sum(1 for task in state.tasks if task.result is not None)
         answered = sum(question.answers_recorded for question in questions)
         return await self._store.start_attempt(
@@ -470,36 +495,56 @@ class _Attempt:
             raise error
         fail_span(span, type(error).__name__)
         await self._flush_quietly()
-        started = self._started or AttemptStart(attempt=self._run.attempt, failures={})
-        node, failures = await self._failed_tasks(started)
-        attempt = max([started.attempt, *failures.values()])
-        failure = _failure(error, node, attempt)
+        failed = await self._failed()
+        failure = _failure(error, failed.node, failed.attempt)
         await self._release_thread()
         policy = self._registered.retry
-        verdict = None if isinstance(error, _HOPELESS) else decide(policy, attempt, error)
+        verdict = None if isinstance(error, _HOPELESS) else decide(policy, failed.attempt, error)
         if isinstance(verdict, Retry):
             await self._store.retry_run(
-                self._lease, failure, delay=verdict.delay, failures=failures
+                self._lease,
+                failure,
+                delay=verdict.delay,
+                failures=failed.failures,
+                checkpoint_id=failed.checkpoint_id,
+                step=failed.step,
             )
             span.set_attribute(RUN_STATUS, "queued")
         else:
             reason = verdict.reason if verdict else "not_retryable"
             if isinstance(error, AttemptsExhaustedError):
                 reason = "exhausted"
-            await self._store.fail_run(self._lease, failure, reason=reason)
+            await self._store.fail_run(
+                self._lease,
+                failure,
+                reason=reason,
+                checkpoint_id=failed.checkpoint_id,
+                step=failed.step,
+            )
             span.set_attribute(RUN_STATUS, "failed")
 
-    async def _failed_tasks(self, started: AttemptStart) -> tuple[str | None, dict[str, int]]:
-        """Return the node that failed, and the failures of each task so far, this one included."""
+    async def _failed(self) -> _Failed:
+        """Read what failed, and count: since the last progress, and for each task."""
+        started = self._started or AttemptStart(attempt=self._run.attempt, failures={})
         try:
             state = await self._state(self._config({}))
         except FencedError:
             raise
         except Exception:  # noqa: BLE001 -- the failure that is being settled is the news
-            return None, dict(started.failures)
-        failed = [task for task in state.tasks if task.error is not None]
-        counts = {task.id: started.failures.get(task.id, 0) + 1 for task in failed}
-        return (failed[0].name if failed else None), counts
+            run = self._run
+            return _Failed(None, started.attempt, started.failures, self._begun_at, run.step)
+        checkpoint_id = state.config["configurable"].get("checkpoint_id")
+        has_moved = checkpoint_id != self._begun_at
+        before = {} if has_moved else started.failures
+        tasks = [task for task in state.tasks if task.error is not None]
+        counts = {task.id: before.get(task.id, 0) + 1 for task in tasks}
+        return _Failed(
+            node=tasks[0].name if tasks else None,
+            attempt=max([1 if has_moved else started.attempt, *counts.values()]),
+            failures={**before, **counts},
+            checkpoint_id=checkpoint_id,
+            step=(state.metadata or {}).get("step"),
+        )
 
 
 def _interrupts(state: StateSnapshot) -> Iterator[tuple[StateSnapshot, str, Interrupt]]:

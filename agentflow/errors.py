@@ -85,7 +85,9 @@ class UnsupportedUrlError(ConfigError):
 
     def __str__(self) -> str:
         """Say what was given and what is possible."""
-        return f"unsupported storage URL {self.scheme!r}; use one of: {', '.join(self.supported)}"
+        what = "URL" if ":" in self.scheme else "URL scheme"
+        known = ", ".join(self.supported)
+        return f"unsupported storage {what} {self.scheme!r}; use one of: {known}"
 
 
 class MissingDriverError(ConfigError):

@@ -84,7 +84,11 @@ class RetryPolicy:
     max_interval: Duration = 60.0
     """The longest wait; never more than 60 seconds."""
     max_attempts: int = 5
-    """All attempts without progress in between, the first one included."""
+    """All attempts without progress in between, the first one included.
+
+    An attempt whose worker was lost counts, as the first one at the node that comes next: with 1, such
+    a run is not tried again.
+    """
     jitter: bool = True
     """Whether a wait is shortened at random, by up to a half, so that crowds disperse."""
     retry_on: RetryOn = retry_on_default

@@ -96,7 +96,6 @@ class _Ext(enum.IntEnum):
     PATH = 18
     PATTERN = 19
     RANGE = 20
-    BYTEARRAY = 21
     IP = 22
     ENUM = 23
     PYDANTIC = 24
@@ -272,7 +271,7 @@ class Serializer:
                 hint = cause.hint
             elif "Recursion" in str(exc):
                 hint = "nested too deeply, or it contains itself"
-            elif type(value).__module__ != "builtins":
+            elif type(value).__module__ != "builtins" or isinstance(value, BaseException):
                 hint = self._class_hint(value)
         return path, value, hint
 
@@ -588,7 +587,6 @@ _ENCODERS: dict[type, _Encoder] = {
     UUID: (_Ext.UUID, lambda value: value.bytes),
     re.Pattern: (_Ext.PATTERN, lambda value: [value.pattern, value.flags]),
     range: (_Ext.RANGE, _range),
-    bytearray: (_Ext.BYTEARRAY, bytes),
     SecretStr: (_Ext.SECRET, lambda value: [value.get_secret_value()]),
     SecretBytes: (_Ext.SECRET, lambda value: [value.get_secret_value()]),
     Send: (_Ext.SEND, _send),
@@ -614,7 +612,6 @@ _DECODERS: dict[int, Callable[[Any], Any]] = {
     _Ext.PATH: _build_path,
     _Ext.PATTERN: lambda value: re.compile(value[0], value[1]),
     _Ext.RANGE: lambda value: range(*value),
-    _Ext.BYTEARRAY: bytearray,
     _Ext.IP: lambda value: _IP_TYPES[value[0]](value[1]),
     _Ext.SECRET: _build_secret,
     _Ext.SEND: _build_send,

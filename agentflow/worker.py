@@ -16,7 +16,6 @@ from langgraph.checkpoint.base import BaseCheckpointSaver
 
 from agentflow.config import Settings
 from agentflow.drive import AttemptControl, Driver, RegisteredGraph
-from agentflow.errors import StoreUnavailableError
 from agentflow.lease import LeaseKeeper
 from agentflow.storage import RunStore
 from agentflow.types import ClaimedRun, new_id
@@ -170,7 +169,7 @@ class Worker:
                 limit=room,
                 lease=self._settings.lease,
             )
-        except StoreUnavailableError as exc:
+        except Exception as exc:  # noqa: BLE001 -- the runs that are being driven must go on
             logger.warning("cannot claim runs", extra={"error": type(exc).__name__})
             return []
 

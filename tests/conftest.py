@@ -142,3 +142,10 @@ def _unavailable(reason: str) -> NoReturn:
     if os.environ.get("CI") == "true":
         pytest.fail(f"{reason}, and CI=true lets no test be skipped for it")
     pytest.skip(reason)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hold full runs against the requirements."""
+    from tests.requirements import Requirements
+
+    config.pluginmanager.register(Requirements(config), "agentflow-requirements")

@@ -35,7 +35,7 @@ from langgraph.checkpoint.base import (
 from opentelemetry.trace import Span
 from sqlalchemy.engine import Connection
 
-from agentflow.checkpoint.encoding import Encoder, HolderCache
+from agentflow.checkpoint.encoding import Encoder, HolderCache, read_seen
 from agentflow.checkpoint.listing import Listing
 from agentflow.checkpoint.reading import (
     HeadKey,
@@ -56,6 +56,11 @@ from agentflow.errors import AgentflowError, InvalidInputError
 from agentflow.telemetry import CHECKPOINT_BYTES, fail_span, start_checkpoint_span
 from agentflow.types import FencingToken, Lease, new_id
 
+_Place = tuple[HeadKey, Lease | None, str | None]
+"""Namespace, lease, and the invocation's load or else the checkpoint."""
+_FAILED_LIMIT = 1000
+"""How many failed invocations are remembered."""
+
 
 class _Core:
     """What all copies of a saver share."""
@@ -67,8 +72,21 @@ class _Core:
         self.instance = new_id()
         self.cache = HolderCache()
         self.lock = threading.Lock()
-        # The last operation of each thread's namespace that is not durable yet, or has failed.
-        self.tails: dict[tuple[HeadKey, int | None], Future[Any]] = {}
+        # The last operation on each checkpoint that is not durable yet, or has failed. What is
+        # bound to a checkpoint, or follows from it, comes after it and fails with it.
+        self.tails: dict[_Place, Future[Any]] = {}
+
+    def end_tail(self, place: _Place, done: Future[Any]) -> None:
+        """Drop an operation that succeeded; remember one that failed, for those that follow it."""
+        has_failed = done.cancelled() or done.exception() is not None
+        with self.lock:
+            if self.tails.get(place) is not done:
+                return
+            if not has_failed:
+                del self.tails[place]
+            elif len(self.tails) > _FAILED_LIMIT:
+                oldest = next((p for p, tail in self.tails.items() if tail.done()), place)
+                del self.tails[oldest]
 
     def forget_thread(self, thread: ThreadKey) -> None:
         self.cache.forget_thread(thread)
@@ -138,17 +156,21 @@ class Saver(BaseCheckpointSaver[str]):
         thread = self._thread_key(lease.thread_id)
         await settled(self._core.database.submit(ReleaseThread(thread, lease)))
         with self._core.lock:
-            for tail in [t for t in self._core.tails if t[0][:2] == thread and t[1] == lease.token]:
-                del self._core.tails[tail]
+            for place in [p for p in self._core.tails if p[0][:2] == thread and p[1] == lease]:
+                del self._core.tails[place]
 
     async def flush(self, thread_id: str) -> None:
-        """Wait until everything accepted for the thread is durable.
+        """Wait until everything accepted for the thread under this saver's lease is durable.
 
         Raises:
             AgentflowError: One of those operations failed; the first failure is raised.
         """
-        for tail in self._tails(self._thread_key(thread_id)):
-            await settled(tail)
+        thread = self._thread_key(thread_id)
+        with self._core.lock:
+            tails = self._core.tails.items()
+            own = [future for place, future in tails if self._is_own(place, thread)]
+        for future in own:
+            await settled(future)
 
     def put(
         self,
@@ -236,8 +258,14 @@ class Saver(BaseCheckpointSaver[str]):
 
     def _delete_thread(self, thread_id: str) -> Future[Any]:
         thread = self._thread_key(thread_id)
-        self._core.forget_thread(thread)
-        return self._core.database.submit(DeleteThread(thread, self._lease))
+        future = self._core.database.submit(DeleteThread(thread, self._lease))
+
+        def forget(done: Future[Any]) -> None:
+            if not done.cancelled() and done.exception() is None:
+                self._core.forget_thread(thread)
+
+        future.add_done_callback(forget)
+        return future
 
     def get_tuple(self, config: RunnableConfig) -> CheckpointTuple | None:
         """Load a checkpoint: the one named by `checkpoint_id`, else the head of its namespace.
@@ -248,13 +276,13 @@ class Saver(BaseCheckpointSaver[str]):
         """
         key, load = self._load(config)
         self._wait_for(key[:2])
-        return self._loaded(self._core.database.read_now(load))
+        return self._loaded(key, self._core.database.read_now(load))
 
     async def aget_tuple(self, config: RunnableConfig) -> CheckpointTuple | None:
         """Load a checkpoint; see `get_tuple`."""
         key, load = self._load(config)
         await self._await(key[:2])
-        return self._loaded(await self._core.database.read(load))
+        return self._loaded(key, await self._core.database.read(load))
 
     def list(
         self,
@@ -354,22 +382,40 @@ class Saver(BaseCheckpointSaver[str]):
             raise InvalidInputError("config", ("configurable.thread_id: is missing",))
         return (*self._thread_key(str(thread_id)), configurable.get("checkpoint_ns") or "")
 
-    def _tails(self, thread: ThreadKey) -> builtins.list[Future[Any]]:
-        with self._core.lock:
-            return [future for (key, _), future in self._core.tails.items() if key[:2] == thread]
+    def _is_own(self, place: _Place, thread: ThreadKey) -> bool:
+        return place[0][:2] == thread and place[1] == self._lease
 
     def _wait_for(self, thread: ThreadKey) -> None:
-        wait(self._tails(thread))
+        wait(self._pending(thread))
 
     async def _await(self, thread: ThreadKey) -> None:
-        for tail in self._tails(thread):
-            if not tail.done():
-                await asyncio.wait([asyncio.wrap_future(tail)])
+        for tail in self._pending(thread):
+            await asyncio.wait([asyncio.wrap_future(tail)])
 
-    def _enqueue(self, key: HeadKey, make: Callable[[], PutCheckpoint | PutWrites]) -> Future[Any]:
-        """Put an operation behind the one before it in its namespace."""
+    def _pending(self, thread: ThreadKey) -> builtins.list[Future[Any]]:
+        with self._core.lock:
+            tails = self._core.tails.items()
+            return [
+                future for (key, *_), future in tails if key[:2] == thread and not future.done()
+            ]
+
+    def _enqueue(
+        self,
+        key: HeadKey,
+        config: RunnableConfig,
+        checkpoint_id: str,
+        make: Callable[[], PutCheckpoint | PutWrites],
+    ) -> Future[Any]:
+        """Queue an operation behind the last one of the same invocation in this namespace.
+
+        An invocation that loaded something is known by its load, so that of two that race the
+        loser's failure is not the winner's. One that found nothing is followed from checkpoint to
+        checkpoint.
+        """
         core = self._core
-        place = (key, self._lease.token if self._lease else None)
+        seen = read_seen(config, key[2])
+        after = seen.load_id if seen else config["configurable"].get("checkpoint_id") or None
+        place: _Place = (key, self._lease, seen.load_id if seen else checkpoint_id)
         try:
             operation = make()
         except AgentflowError as exc:
@@ -378,20 +424,13 @@ class Saver(BaseCheckpointSaver[str]):
             future.set_exception(exc)
             with core.lock:
                 core.tails[place] = future
-            return future
-        with core.lock:
-            operation.previous = core.tails.get(place)
-            future = core.database.submit(operation)
-            core.tails[place] = future
-        future.add_done_callback(lambda done: self._forget_tail(place, done))
+        else:
+            with core.lock:
+                operation.previous = core.tails.get((key, self._lease, after))
+                future = core.database.submit(operation)
+                core.tails[place] = future
+        future.add_done_callback(lambda done: core.end_tail(place, done))
         return future
-
-    def _forget_tail(self, place: tuple[HeadKey, int | None], done: Future[Any]) -> None:
-        if done.cancelled() or done.exception() is not None:
-            return
-        with self._core.lock:
-            if self._core.tails.get(place) is done:
-                del self._core.tails[place]
 
     def _accept_writes(
         self,
@@ -401,8 +440,11 @@ class Saver(BaseCheckpointSaver[str]):
         task_path: str,
     ) -> Future[Any]:
         key = self._head_key(config)
+        checkpoint_id = config["configurable"]["checkpoint_id"]
         return self._enqueue(
             key,
+            config,
+            checkpoint_id,
             lambda: self._encoder.make_writes(key, self._lease, config, writes, task_id, task_path),
         )
 
@@ -426,7 +468,7 @@ class Saver(BaseCheckpointSaver[str]):
             span.set_attribute(CHECKPOINT_BYTES, put.size)
             return put
 
-        future = self._enqueue(key, make)
+        future = self._enqueue(key, config, checkpoint["id"], make)
         future.add_done_callback(lambda done: _end_span(span, done))
         configurable = {
             "thread_id": key[1],
@@ -440,16 +482,18 @@ class Saver(BaseCheckpointSaver[str]):
     ) -> tuple[HeadKey, Callable[[Connection], StoredCheckpoint | None]]:
         key = self._head_key(config)
         checkpoint_id = config["configurable"].get("checkpoint_id") or None
-        if self._lease is None:
-            # A new invocation begins here; an earlier one's failure is not its own.
-            with self._core.lock:
-                tail = self._core.tails.get((key, None))
-                if tail is not None and tail.done():
-                    del self._core.tails[key, None]
         return key, lambda connection: load_checkpoint(connection, key, checkpoint_id)
 
-    def _loaded(self, stored: StoredCheckpoint | None) -> CheckpointTuple | None:
-        return None if stored is None else self._encoder.read(self._core.tenant, stored)
+    def _loaded(self, key: HeadKey, stored: StoredCheckpoint | None) -> CheckpointTuple | None:
+        if stored is None:
+            return None
+        if self._lease is None:
+            # Whoever goes on by hand from here is not the one who failed here before.
+            with self._core.lock:
+                place: _Place = (key, None, stored.checkpoint_id)
+                if place in self._core.tails and self._core.tails[place].done():
+                    del self._core.tails[place]
+        return self._encoder.read(self._core.tenant, stored)
 
 
 def _end_span(span: Span, done: Future[Any]) -> None:

@@ -25,7 +25,7 @@ from langgraph.checkpoint.serde.types import ERROR
 from agentflow.checkpoint.reading import Channels, HeadKey, StoredCheckpoint, ThreadKey
 from agentflow.checkpoint.writing import PutCheckpoint, PutWrites, Seen
 from agentflow.codec import Codec, digest
-from agentflow.types import Lease
+from agentflow.types import Lease, new_id
 
 # LangGraph hands the configurable keys of a loaded checkpoint back with each put of the invocation,
 # and keeps keys that start with two underscores out of the metadata.
@@ -119,7 +119,7 @@ class Encoder:
         """Encode a checkpoint; only the values of changed channels go with it."""
         configurable = config["configurable"]
         parent_id = configurable.get("checkpoint_id") or None
-        seen = _read_seen(configurable)
+        seen = read_seen(config, key[2])
         values = checkpoint["channel_values"]
         body = {name: value for name, value in checkpoint.items() if name != "channel_values"}
         channels, unresolved = self._resolve(key, checkpoint, new_versions, parent_id, seen)
@@ -202,7 +202,12 @@ class Encoder:
         configurable = {
             "thread_id": stored.thread_id,
             "checkpoint_ns": stored.ns,
-            _SEEN: (stored.ns, stored.head_seq, stored.checkpoint_id),
+            _SEEN: Seen(
+                ns=stored.ns,
+                head_seq=stored.head_seq,
+                checkpoint_id=stored.checkpoint_id,
+                load_id=new_id(),
+            ),
         }
         parent = stored.parent_id
         checkpoint = cast(Checkpoint, {**body, "channel_values": values})
@@ -238,12 +243,10 @@ def _holders(checkpoint: Checkpoint, channels: Channels) -> Holders:
     return holders
 
 
-def _read_seen(configurable: Mapping[str, Any]) -> Seen | None:
-    stamp = configurable.get(_SEEN)
-    if not isinstance(stamp, (tuple, list)) or len(stamp) != 3:  # noqa: PLR2004 -- as `_to_tuple` makes it
-        return None
-    ns, head_seq, checkpoint_id = stamp
-    return Seen(ns=ns, head_seq=head_seq, checkpoint_id=checkpoint_id)
+def read_seen(config: RunnableConfig, ns: str) -> Seen | None:
+    """Return what the invocation behind a call saw when it loaded this namespace, if it did."""
+    stamp = config["configurable"].get(_SEEN)
+    return stamp if isinstance(stamp, Seen) and stamp.ns == ns else None
 
 
 def _run_id(config: RunnableConfig, metadata: CheckpointMetadata) -> str | None:

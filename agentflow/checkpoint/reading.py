@@ -16,6 +16,7 @@ import sqlalchemy as sa
 from langgraph.checkpoint.base import writes_sort_key
 from sqlalchemy.engine import Connection
 
+from agentflow.codec import seal, unseal
 from agentflow.database.tables import checkpoints, heads, writes
 from agentflow.errors import HashMismatchError
 
@@ -41,12 +42,12 @@ class Head:
 
 def pack_channels(channels: Channels) -> bytes:
     """Encode a row's channels."""
-    return ormsgpack.packb(channels)
+    return seal(ormsgpack.packb(channels))
 
 
 def unpack_channels(data: bytes) -> Channels:
     """Decode a row's channels."""
-    channels: Channels = ormsgpack.unpackb(data)
+    channels: Channels = ormsgpack.unpackb(unseal(data, where="checkpoints.channels"))
     return channels
 
 
@@ -119,6 +120,8 @@ def load_checkpoint(
     )
     rows = connection.execute(query).all()
     found = _complete(connection, key[0], rows)
+    if not found and head is not None and head.checkpoint_id == checkpoint_id:
+        raise HashMismatchError(f"head of thread {key[1]!r}", "the checkpoint it names is gone")
     return found[0] if found else None
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import sqlalchemy as sa
@@ -24,6 +25,7 @@ from agentflow.errors import (
 
 SUPPORTED = ("memory://", "sqlite:///file", "postgresql://")
 READERS = 4
+_WAL_RETRY = 0.005
 
 
 def parse_url(url: str) -> URL:
@@ -81,7 +83,34 @@ def make_engine(url: URL, settings: Settings) -> Engine:
                 cursor.execute(f"SET {name} = {milliseconds}")
         connection.commit()
 
+    @sa.event.listens_for(engine, "after_cursor_execute")
+    def _go_idle(  # the arguments are SQLAlchemy's
+        _connection: Any, cursor: Any, _sql: Any, _values: Any, _context: Any, is_many: Any
+    ) -> None:
+        # psycopg sends many rows as a pipeline. PostgreSQL takes the Flush that ends it for a new
+        # request, and would let the session idle in its transaction without a limit.
+        if is_many:
+            cursor.connection.execute("SELECT 1")
+
     return engine
+
+
+def _enable_wal(cursor: sqlite3.Cursor, timeout: timedelta) -> None:
+    """Switch a file to write-ahead logging, once for all its life.
+
+    SQLite's busy timeout does not cover this one statement: of two connections that open a new file
+    at once, one is told at once that it is locked.
+    """
+    deadline = time.monotonic() + timeout.total_seconds()
+    while True:
+        try:
+            cursor.execute("PRAGMA journal_mode=WAL")
+        except sqlite3.OperationalError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(_WAL_RETRY)
+        else:
+            return
 
 
 def _sqlite_engine(url: URL, settings: Settings) -> Engine:
@@ -103,7 +132,7 @@ def _sqlite_engine(url: URL, settings: Settings) -> Engine:
         cursor = connection.cursor()
         cursor.execute(f"PRAGMA busy_timeout={busy_ms}")
         if not in_memory:
-            cursor.execute("PRAGMA journal_mode=WAL")
+            _enable_wal(cursor, settings.store_timeout)
             cursor.execute("PRAGMA synchronous=FULL")
         cursor.close()
 

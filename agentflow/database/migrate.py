@@ -41,8 +41,10 @@ class MigrationStatus:
 def status(url: str) -> MigrationStatus:
     """Read where the schema of the database at `url` stands, without changing anything."""
     parsed = parse_url(url)
-    if parsed.get_backend_name() == "sqlite" and not Path(parsed.database or "").is_file():
-        return _status(None)  # connecting would make the file
+    if parsed.get_backend_name() == "sqlite":
+        file = Path(parsed.database or "")
+        if file.parent.is_dir() and not file.exists():
+            return _status(None)  # connecting would make the file
     engine = make_engine(parsed, load_settings())
     try:
         with translated(parsed), engine.connect() as connection:

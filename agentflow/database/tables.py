@@ -1,9 +1,9 @@
 """The tables, as SQLAlchemy Core sees them; `migrations` creates them.
 
 Every key starts with the tenant. Times are microseconds since 1970 as integers, which compare and
-index the same everywhere. Columns named in `PAYLOADS` hold envelopes of the codec; what stands
-outside them (ids, statuses, times, names of graphs and queues) is what the database must be able to
-search.
+index the same everywhere. Binary columns hold payloads in envelopes of the codec (`channels` one
+for each value); what stands outside them (ids, statuses, times, names of graphs and queues) is what
+the database must be able to search.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ runs = _table(
     Column("status", _NAME, nullable=False),
     Column("priority", Integer, nullable=False),
     Column("available_at", Timestamp, nullable=False),
-    # Why the run will next be driven: start, approval, retry, drain or recovery.
+    # Why the run will next be driven: start, approval, retry, drain or requeue.
     Column("wake_reason", _NAME, nullable=False),
     Column("attempt", Integer, nullable=False),
     Column("claims", Integer, nullable=False),
@@ -238,11 +238,3 @@ dead_letters = _table(
     Column("cause", LargeBinary, nullable=False),
     PrimaryKeyConstraint("tenant", "run_id"),
 )
-
-PAYLOADS = tuple(
-    column
-    for table in metadata.sorted_tables
-    for column in table.columns
-    if isinstance(column.type, LargeBinary)
-)
-"""Every column that holds envelopes."""

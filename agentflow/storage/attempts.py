@@ -48,7 +48,10 @@ def start_attempt(
     """See `RunStore.start_attempt`."""
     now = database_now(connection)
     row = get_held_run(connection, lease, now)
-    attempt = row.attempt if row.progress in {None, progress} else 1
+    attempt = row.attempt
+    if row.progress not in {None, progress}:
+        # A worker that died after its progress died at what comes next: that was the first attempt.
+        attempt = 2 if reason == "recovery" else 1
     failures: dict[str, int] = payloads.load(row.failures, "runs.failures") or {}
     if row.checkpoint_id != checkpoint_id:
         failures = {}
@@ -206,6 +209,8 @@ def retry_run(
     *,
     delay: timedelta,
     failures: Mapping[str, int],
+    checkpoint_id: str | None,
+    step: int | None,
 ) -> None:
     """See `RunStore.retry_run`."""
     now = database_now(connection)
@@ -225,6 +230,8 @@ def retry_run(
         log=[event],
         error=payloads.dump(failure, "runs.error"),
         failures=payloads.dump(dict(failures), "runs.failures"),
+        checkpoint_id=checkpoint_id,
+        step=step,
         wake_reason="retry",
         available_at=now + delay,
         **RELEASED,
@@ -232,7 +239,14 @@ def retry_run(
 
 
 def fail_run(
-    connection: Connection, payloads: Payloads, lease: Lease, failure: RunFailure, *, reason: str
+    connection: Connection,
+    payloads: Payloads,
+    lease: Lease,
+    failure: RunFailure,
+    *,
+    reason: str,
+    checkpoint_id: str | None,
+    step: int | None,
 ) -> None:
     """See `RunStore.fail_run`."""
     now = database_now(connection)
@@ -246,7 +260,7 @@ def fail_run(
         "at": now,
         "attempts": row.attempt,
         "claims": row.claims,
-        "checkpoint_id": row.checkpoint_id,
+        "checkpoint_id": checkpoint_id,
         "cause": cause,
     }
     replace(connection, dead_letters, [letter])
@@ -259,6 +273,8 @@ def fail_run(
         log=log,
         error=cause,
         is_dead_letter=True,
+        checkpoint_id=checkpoint_id,
+        step=step,
         **RELEASED,
     )
 
@@ -306,11 +322,13 @@ def cancel_run(
     data = {"reason": reason, "by": by}
     if status in {RunStatus.SUCCEEDED, RunStatus.FAILED}:
         raise IllegalTransitionError(run_id, status.value, RunStatus.CANCELLED.value)
-    is_held = status is RunStatus.RUNNING and row.lease_expires_at > now
-    if is_held and row.cancel_requested_at is None:
-        event = NewEvent(type="run.cancel_requested", data=data)
-        change_run(connection, row, payloads, now, log=[event], cancel_requested_at=now)
-    elif not is_held and status is not RunStatus.CANCELLED:
+    if status is RunStatus.RUNNING:
+        # Whoever holds the run, or recovers it, ends it: only under its lease can the thread be
+        # given back.
+        if row.cancel_requested_at is None:
+            event = NewEvent(type="run.cancel_requested", data=data)
+            change_run(connection, row, payloads, now, log=[event], cancel_requested_at=now)
+    elif status is not RunStatus.CANCELLED:
         _cancel(connection, payloads, row, now, NewEvent(type="run.cancelled", data=data))
     return to_run(get_run(connection, tenant, run_id, lock=False), payloads)
 

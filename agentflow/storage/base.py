@@ -111,8 +111,8 @@ class RunStore(ABC):
     ) -> ClaimedRun | None:
         """Take one run if it is due by the rules of `claim_runs`.
 
-        `None` if it has ended or waits; `ThreadBusyError` if it, or an older run of its thread, is
-        held, queued or waiting elsewhere, or its time has not come.
+        `None` if it has ended, waits, or its time has not come; `ThreadBusyError` if it, or another
+        run of its thread, is in the way.
         """
 
     @abstractmethod
@@ -168,12 +168,30 @@ class RunStore(ABC):
 
     @abstractmethod
     async def retry_run(
-        self, lease: Lease, failure: RunFailure, *, delay: timedelta, failures: Mapping[str, int]
+        self,
+        lease: Lease,
+        failure: RunFailure,
+        *,
+        delay: timedelta,
+        failures: Mapping[str, int],
+        checkpoint_id: str | None,
+        step: int | None,
     ) -> None:
-        """Queue the run again after `delay`; its lease ends. Event: `run.retried`."""
+        """Queue the run again after `delay`; its lease ends. Event: `run.retried`.
+
+        `failures` counts for as long as the thread stands at `checkpoint_id`.
+        """
 
     @abstractmethod
-    async def fail_run(self, lease: Lease, failure: RunFailure, *, reason: str) -> None:
+    async def fail_run(
+        self,
+        lease: Lease,
+        failure: RunFailure,
+        *,
+        reason: str,
+        checkpoint_id: str | None,
+        step: int | None,
+    ) -> None:
         """End the run as `failed` and keep a dead letter, together; its lease ends.
 
         Pending waits become `withdrawn`. Event: `run.failed` with the reason.

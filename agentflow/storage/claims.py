@@ -19,7 +19,6 @@ from agentflow.database.statements import insert_new
 from agentflow.database.tables import leases, runs
 from agentflow.errors import BlockedTypeError, CodecError, ThreadBusyError
 from agentflow.storage.rows import (
-    RELEASED,
     UNFINISHED,
     Payloads,
     change_run,
@@ -27,7 +26,6 @@ from agentflow.storage.rows import (
     get_run,
     is_held,
     to_run,
-    withdraw_waits,
 )
 from agentflow.types import (
     ClaimedRun,
@@ -36,11 +34,12 @@ from agentflow.types import (
     Lease,
     NewEvent,
     RunStatus,
-    WaitStatus,
 )
 
-_LOOK_AGAIN = timedelta(minutes=1)
-"""How long a run that cannot be read is left alone."""
+_LOOK_AT_MOST = 1000
+"""How many due runs one claim looks at, to get past those that this worker cannot read."""
+_REPAIR = timedelta(minutes=1)
+"""How long a run whose stored input is damaged is left alone."""
 
 
 def lock_thread(connection: Connection, tenant: str, thread_id: str) -> int:
@@ -74,20 +73,23 @@ def claim_runs(
     claimed: list[ClaimedRun] = []
     # Expired runs first: somebody has been waiting for them already.
     for due in (_is_expired(now), _is_queued(now)):
-        room = limit - len(claimed)
-        if room <= 0:
-            break
-        query = (
-            sa.select(runs)
-            .where(*wanted, due, ~_is_behind_another())
-            .order_by(runs.c.priority.desc(), runs.c.seq)
-            .limit(room)
-            .with_for_update(of=runs, skip_locked=True)
-        )
-        for row in connection.execute(query).all():
-            taken = _take(connection, payloads, row, now, worker=worker, lease=lease)
-            if taken is not None:
-                claimed.append(taken)
+        seen: list[int] = []
+        while (room := limit - len(claimed)) > 0 and len(seen) < _LOOK_AT_MOST:
+            query = (
+                sa.select(runs)
+                .where(*wanted, due, ~_is_behind_another(), runs.c.seq.not_in(seen))
+                .order_by(runs.c.priority.desc(), runs.c.seq)
+                .limit(room)
+                .with_for_update(of=runs, skip_locked=True)
+            )
+            rows = connection.execute(query).all()
+            seen += [row.seq for row in rows]
+            taken = (
+                _take(connection, payloads, row, now, worker=worker, lease=lease) for row in rows
+            )
+            claimed += [run for run in taken if run is not None]
+            if len(rows) < room:
+                break
     return claimed
 
 
@@ -140,6 +142,8 @@ def claim_run(
         ~_is_behind_another(),
     )
     if connection.execute(query).first() is None:
+        if status is RunStatus.QUEUED and row.available_at > now:
+            return None
         raise ThreadBusyError(row.thread_id, run_id if status is RunStatus.RUNNING else None)
     return _take(connection, payloads, row, now, worker=worker, lease=lease)
 
@@ -183,17 +187,14 @@ def _take(
     if connection.execute(behind).first() is not None:
         return None
     is_recovery = row.status == RunStatus.RUNNING
-    if is_recovery and row.cancel_requested_at is not None:
-        _end_cancelled(connection, payloads, row, now)
-        return None
     try:
         run = to_run(row, payloads, strict=True)
-    except BlockedTypeError as exc:
+    except BlockedTypeError:
         # Its classes are not known to this worker; another one may know them.
-        del exc
         return None
     except CodecError as exc:
-        _quarantine(connection, payloads, row, now, exc)
+        event = NewEvent(type="run.unreadable", data={"error": type(exc).__name__})
+        _put_off(connection, payloads, row, now, event)
         return None
     token = _next_token(connection, row.tenant, row.thread_id)
     log = [NewEvent(type="run.claimed", data={"worker": worker, "token": token})]
@@ -240,26 +241,22 @@ def _next_token(
     return FencingToken(token)
 
 
-def _end_cancelled(
-    connection: Connection, payloads: Payloads, row: sa.Row[Any], now: datetime
+def _put_off(
+    connection: Connection,
+    payloads: Payloads,
+    row: sa.Row[Any],
+    now: datetime,
+    event: NewEvent,
 ) -> None:
-    log = withdraw_waits(connection, row, now, status=WaitStatus.WITHDRAWN)
-    log.append(NewEvent(type="run.cancelled", data={"reason": "its worker was lost"}))
-    change_run(connection, row, payloads, now, status=RunStatus.CANCELLED, log=log, **RELEASED)
-
-
-def _quarantine(
-    connection: Connection, payloads: Payloads, row: sa.Row[Any], now: datetime, error: CodecError
-) -> None:
-    """Put off a run whose stored input is damaged, so that it does not block its queue."""
+    """Leave a run alone for a while, so that it does not keep others out of the queue."""
     change_run(
         connection,
         row,
         payloads,
         now,
-        log=[NewEvent(type="run.unreadable", data={"error": type(error).__name__})],
-        available_at=now + _LOOK_AGAIN,
-        lease_expires_at=None if row.lease_expires_at is None else now + _LOOK_AGAIN,
+        log=[event],
+        available_at=now + _REPAIR,
+        lease_expires_at=None if row.lease_expires_at is None else now + _REPAIR,
     )
 
 

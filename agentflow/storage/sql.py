@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
@@ -201,12 +202,42 @@ class SqlRunStore(RunStore):
         )
 
     async def retry_run(
-        self, lease: Lease, failure: RunFailure, *, delay: timedelta, failures: Mapping[str, int]
+        self,
+        lease: Lease,
+        failure: RunFailure,
+        *,
+        delay: timedelta,
+        failures: Mapping[str, int],
+        checkpoint_id: str | None,
+        step: int | None,
     ) -> None:
-        await self._write(attempts.retry_run, lease, failure, delay=delay, failures=failures)
+        await self._write(
+            attempts.retry_run,
+            lease,
+            failure,
+            delay=delay,
+            failures=failures,
+            checkpoint_id=checkpoint_id,
+            step=step,
+        )
 
-    async def fail_run(self, lease: Lease, failure: RunFailure, *, reason: str) -> None:
-        await self._write(attempts.fail_run, lease, failure, reason=reason)
+    async def fail_run(
+        self,
+        lease: Lease,
+        failure: RunFailure,
+        *,
+        reason: str,
+        checkpoint_id: str | None,
+        step: int | None,
+    ) -> None:
+        await self._write(
+            attempts.fail_run,
+            lease,
+            failure,
+            reason=reason,
+            checkpoint_id=checkpoint_id,
+            step=step,
+        )
 
     async def release_run(self, lease: Lease, *, reason: str) -> None:
         await self._write(attempts.release_run, lease, reason=reason)
@@ -272,7 +303,7 @@ class SqlRunStore(RunStore):
 
     async def close(self) -> None:
         if self._owns_database:
-            self._database.close()
+            await asyncio.to_thread(self._database.close)
 
     async def _write(self, verb: Callable[..., T], *args: Any, **named: Any) -> T:
         return await self._database.write(

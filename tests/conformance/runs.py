@@ -142,7 +142,9 @@ async def bring_to(store: RunStore, status: RunStatus, run_id: str) -> Lease:
         RunStatus.QUEUED: lambda: store.release_run(lease, reason="drain"),
         RunStatus.WAITING: lambda: park(store, lease, question()),
         RunStatus.SUCCEEDED: lambda: finish(store, lease),
-        RunStatus.FAILED: lambda: store.fail_run(lease, FAILURE, reason="exhausted"),
+        RunStatus.FAILED: lambda: store.fail_run(
+            lease, FAILURE, reason="exhausted", checkpoint_id=None, step=None
+        ),
         RunStatus.CANCELLED: lambda: store.finish_cancel(lease),
     }
     if status in steps:

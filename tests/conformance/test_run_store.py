@@ -85,12 +85,16 @@ VERBS = {
     "park": _Case(lambda store, lease: park(store, lease, question(7)), {R: W}, LeaseLostError),
     "finish": _Case(finish, {R: S}, LeaseLostError),
     "retry": _Case(
-        lambda store, lease: store.retry_run(lease, FAILURE, delay=LEASE, failures={}),
+        lambda store, lease: store.retry_run(
+            lease, FAILURE, delay=LEASE, failures={}, checkpoint_id=None, step=None
+        ),
         {R: Q},
         LeaseLostError,
     ),
     "fail": _Case(
-        lambda store, lease: store.fail_run(lease, FAILURE, reason="exhausted"),
+        lambda store, lease: store.fail_run(
+            lease, FAILURE, reason="exhausted", checkpoint_id=None, step=None
+        ),
         {R: F},
         LeaseLostError,
     ),
@@ -183,7 +187,7 @@ async def test_known_id_with_other_content_is_a_conflict(store: RunStore, on_exi
 
 async def test_requeued_run_has_a_new_budget_and_no_dead_letter(store: RunStore) -> None:
     lease = await running(store, "r")
-    await store.fail_run(lease, FAILURE, reason="exhausted")
+    await store.fail_run(lease, FAILURE, reason="exhausted", checkpoint_id=None, step=None)
     run, is_new = await store.create_run("", spec("r"), on_existing="restart_if_failed")
     assert not is_new
     assert (run.status, run.attempt, run.dead_letter, run.ended_at) == (Q, 0, False, None)
@@ -274,7 +278,9 @@ async def test_runs_are_listed_by_status_graph_and_thread(store: RunStore) -> No
 
 async def test_retried_run_waits_and_keeps_its_error(store: RunStore) -> None:
     lease = await running(store, "r")
-    await store.retry_run(lease, FAILURE, delay=timedelta(minutes=5), failures={})
+    await store.retry_run(
+        lease, FAILURE, delay=timedelta(minutes=5), failures={}, checkpoint_id=None, step=None
+    )
     run = await store.get_run("", "r")
     assert run.error == FAILURE
     assert timedelta(minutes=4) < run.available_at - datetime.now(UTC) < timedelta(minutes=6)
@@ -283,7 +289,7 @@ async def test_retried_run_waits_and_keeps_its_error(store: RunStore) -> None:
 
 async def test_failed_run_and_its_dead_letter_come_together(store: RunStore) -> None:
     lease = await running(store, "r")
-    await store.fail_run(lease, FAILURE, reason="not_retryable")
+    await store.fail_run(lease, FAILURE, reason="not_retryable", checkpoint_id=None, step=None)
     run, letter = await store.get_run("", "r"), await store.find_dead_letter("", "r")
     assert letter is not None
     assert (run.dead_letter, run.error, letter.cause) == (True, FAILURE, FAILURE)
@@ -318,18 +324,14 @@ async def test_requested_cancellation_is_honoured_where_the_run_would_go_on(
     assert log[-1] == "run.cancelled"
 
 
-async def test_expired_run_with_a_requested_cancellation_is_cancelled(store: RunStore) -> None:
+async def test_expired_run_is_given_out_with_its_requested_cancellation(store: RunStore) -> None:
     lease = await running(store, "r")
     await store.cancel_run("", "r", reason=None, by=None)
     await store.extend_leases([lease], EXPIRED)
-    assert await claim_all(store) == []
+    (claimed,) = await claim_all(store)
+    assert claimed.run.cancel_requested_at is not None
+    await store.finish_cancel(claimed.lease)
     assert (await store.get_run("", "r")).status is C
-
-
-async def test_cancelling_a_run_whose_worker_is_gone_needs_nobody(store: RunStore) -> None:
-    await create(store, "r")
-    await claim(store, "r", lease=EXPIRED)
-    assert (await store.cancel_run("", "r", reason=None, by=None)).status is C
 
 
 async def test_cancelled_waiting_run_withdraws_its_questions(store: RunStore) -> None:

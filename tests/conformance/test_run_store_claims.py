@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
+import sys
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
-from agentflow.errors import LeaseLostError, ThreadBusyError
+from agentflow.database.engine import parse_url
+from agentflow.database.tables import runs
+from agentflow.errors import HashMismatchError, LeaseLostError, ThreadBusyError
 from agentflow.storage import RunStore
 from agentflow.types import RunStatus
 from tests.conformance.runs import (
@@ -46,8 +52,7 @@ async def test_only_runs_that_are_due_are_claimed(store: RunStore) -> None:
     assert await claim_all(store, queues=[]) == []
     assert await claim_all(store, graphs=[]) == []
     assert await claim_all(store, limit=0) == []
-    with pytest.raises(ThreadBusyError):
-        await claim(store, "later")
+    assert await store.claim_run("", "later", worker="w", lease=LEASE) is None
     (slow,) = await claim_all(store, queues=["slow", "default"])
     assert slow.run.id == "elsewhere"
     (old,) = await claim_all(store, graphs=[("g", "0"), ("g", "1")])
@@ -77,7 +82,9 @@ async def test_unfinished_run_holds_the_later_ones_of_its_thread(
     if status is W:
         await park(store, lease, question())
     else:
-        await store.retry_run(lease, FAILURE, delay=timedelta(hours=1), failures={})
+        await store.retry_run(
+            lease, FAILURE, delay=timedelta(hours=1), failures={}, checkpoint_id=None, step=None
+        )
     assert await claim_all(store) == []
     with pytest.raises(ThreadBusyError):
         await claim(store, "next")
@@ -87,7 +94,7 @@ async def test_unfinished_run_holds_the_later_ones_of_its_thread(
 
 async def test_requeued_run_waits_for_the_one_that_holds_its_thread(store: RunStore) -> None:
     lease = await running(store, "old")
-    await store.fail_run(lease, FAILURE, reason="exhausted")
+    await store.fail_run(lease, FAILURE, reason="exhausted", checkpoint_id=None, step=None)
     newer = await running(store, "new", thread_id="old")
     await store.create_run("", spec("old"), on_existing="restart_if_failed")
     assert await claim_all(store) == []
@@ -199,7 +206,12 @@ async def test_attempts_start_anew_with_progress_and_are_counted_without(store: 
             traceparent=None,
         )
         await store.retry_run(
-            claimed.lease, FAILURE, delay=timedelta(0), failures={"t": started.attempt}
+            claimed.lease,
+            FAILURE,
+            delay=timedelta(0),
+            failures={"t": started.attempt},
+            checkpoint_id=checkpoint_id,
+            step=None,
         )
         return started.attempt, dict(started.failures)
 
@@ -227,3 +239,37 @@ async def test_beginning_of_an_attempt_is_noted_with_reason_and_checkpoint(store
     assert log["run.released"]["reason"] == "drain"
     run = await store.get_run("", "r")
     assert (run.checkpoint_id, run.step) == ("c5", 5)
+
+
+async def test_run_whose_classes_are_not_known_here_is_left_to_others(
+    store: RunStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "only_elsewhere.py").write_text(
+        "from dataclasses import dataclass\n@dataclass\nclass Ticket:\n    x: int\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module("only_elsewhere")
+    await create(store, "strange", input={"t": module.Ticket(1)}, priority=9)
+    await create(store, "plain")
+    monkeypatch.delitem(sys.modules, "only_elsewhere")
+    assert [c.run.id for c in await claim_all(store)] == ["plain"]
+    assert (await store.get_run("", "strange")).status is Q
+    monkeypatch.setitem(sys.modules, "only_elsewhere", module)
+    (claimed,) = await claim_all(store)
+    assert claimed.run.input == {"t": module.Ticket(1)}
+
+
+async def test_run_with_a_damaged_input_does_not_block_the_others(
+    store: RunStore, database_url: str
+) -> None:
+    await create(store, "damaged", priority=9)
+    await create(store, "whole")
+    engine = sa.create_engine(parse_url(database_url))
+    with engine.begin() as connection:
+        damaged = sa.update(runs).where(runs.c.run_id == "damaged")
+        connection.execute(damaged.values(input=b"\x01\x00\x01\x00junk"))
+    engine.dispose()
+    assert [c.run.id for c in await claim_all(store)] == ["whole"]
+    assert await types_of_events(store, "damaged") == ["run.submitted", "run.unreadable"]
+    with pytest.raises(HashMismatchError, match=r"runs\.input"):
+        await store.get_run("", "damaged")

@@ -183,7 +183,7 @@ async def test_pending_questions_end_with_their_run(store: RunStore, end: str) -
     if end == "finish":
         await finish(store, lease)
     elif end == "fail":
-        await store.fail_run(lease, FAILURE, reason="exhausted")
+        await store.fail_run(lease, FAILURE, reason="exhausted", checkpoint_id=None, step=None)
     else:
         await store.finish_cancel(lease)
     states = {wait.id: wait.status for wait in await waits(store, run_id="r")}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from typing import Annotated, Any, TypedDict
 
 from langgraph.graph import END, START, StateGraph
 from langgraph.types import interrupt
 
-Node = Callable[[Any], Any]
+Node = Any
+"""Whatever `add_node` takes; its own annotation lists overloads that no alias can follow."""
 
 
 class State(TypedDict, total=False):

@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, TypedDict
 
 import pytest
 from langgraph.runtime import Runtime
@@ -36,6 +36,12 @@ async def app(database_url: str) -> AsyncIterator[AgentFlow]:
     """An app on an empty database."""
     async with AgentFlow(database_url) as opened:
         yield opened
+
+
+class Context(TypedDict):
+    """What cannot be stored."""
+
+    lock: Any
 
 
 class Fails:
@@ -340,7 +346,7 @@ async def test_context_is_made_for_each_attempt(app: AgentFlow) -> None:
         made.append(run.id)
         return {"lock": threading.Lock()}
 
-    def use(state: State, runtime: Runtime[dict[str, Any]]) -> State:
+    def use(state: State, runtime: Runtime[Context]) -> State:
         return {"log": [type(runtime.context["lock"]).__name__]}
 
     app.register(chain(("a", use), ("b", asks("ok?"))), name="g", context=context)

@@ -1,0 +1,209 @@
+"""The one writer of a database: shared commits, separate failures, no caller left waiting."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import wait
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from agentflow.config import Settings
+from agentflow.database import Database
+from agentflow.database.tables import leases
+from agentflow.database.writer import Call, Rejected
+from agentflow.errors import StoreUnavailableError
+from agentflow.failpoints import arm, disarm
+
+
+@pytest.fixture
+def database(database_url: str) -> Iterator[Database]:
+    """An empty database."""
+    opened = Database(database_url, Settings())
+    opened.submit(Call(lambda _: None)).result(timeout=30)
+    yield opened
+    disarm()
+    opened.close()
+
+
+def insert(name: str, error: Exception | None = None) -> Call:
+    """Make an operation that writes a row, and then perhaps fails."""
+
+    def run(connection: Connection) -> str:
+        row = {"tenant": "", "thread_id": name, "token": 0}
+        connection.execute(sa.insert(leases).values(row))
+        if error is not None:
+            raise error
+        return name
+
+    return Call(run)
+
+
+def names(database: Database) -> list[str]:
+    """List the rows that are there."""
+    query = sa.select(leases.c.thread_id).order_by(leases.c.thread_id)
+    return list(database.read_now(lambda c: c.execute(query).scalars().all()))
+
+
+def held(database: Database) -> threading.Event:
+    """Keep the writer busy until the event is set, so that what follows is one batch."""
+    entered, go_on = threading.Event(), threading.Event()
+
+    def hold(_: Connection) -> None:
+        entered.set()
+        go_on.wait(30)
+
+    database.submit(Call(hold))
+    entered.wait(30)
+    return go_on
+
+
+def commits(action: Any) -> int:
+    """Count the commits while `action` runs."""
+    counted: list[int] = []
+    arm("database.after_commit", lambda: counted.append(1))
+    action()
+    disarm()
+    return len(counted)
+
+
+def test_what_is_queued_together_is_committed_together_in_order(database: Database) -> None:
+    go_on = held(database)
+    order: list[str] = []
+    futures = []
+    for i in range(20):
+        operation = insert(f"{i:02}")
+        futures.append(database.submit(operation))
+        futures[-1].add_done_callback(lambda done: order.append(done.result()))
+
+    def run() -> None:
+        go_on.set()
+        wait(futures, timeout=30)
+
+    assert commits(run) <= 2, "one for what held the writer, one for all the others"
+    assert order == [f"{i:02}" for i in range(20)] == names(database)
+
+
+def test_operation_that_raises_fails_alone(database: Database) -> None:
+    go_on = held(database)
+    futures = [
+        database.submit(insert("a")),
+        database.submit(insert("bad", KeyError("mine"))),
+        database.submit(insert("b")),
+        database.submit(insert("a")),
+        database.submit(insert("c")),
+    ]
+    go_on.set()
+    wait(futures, timeout=30)
+    assert isinstance(futures[1].exception(), KeyError)
+    assert isinstance(futures[3].exception(), sa.exc.IntegrityError)
+    assert [futures[i].result() for i in (0, 2, 4)] == ["a", "b", "c"]
+    assert names(database) == ["a", "b", "c"]
+
+
+def test_operation_that_refuses_costs_the_others_nothing(database: Database) -> None:
+    go_on = held(database)
+    good = [database.submit(insert(name)) for name in "ab"]
+    lost = database.submit(Call(lambda _: Rejected(ValueError("lost a race"))))
+    good.append(database.submit(insert("c")))
+
+    def run() -> None:
+        go_on.set()
+        wait([*good, lost], timeout=30)
+
+    assert commits(run) <= 2
+    with pytest.raises(ValueError, match="lost a race"):
+        lost.result()
+    assert names(database) == ["a", "b", "c"]
+
+
+def test_commit_that_fails_leaves_nothing_and_fails_its_callers(database: Database) -> None:
+    def fail() -> None:
+        raise OSError("disk full")
+
+    arm("database.before_commit", fail)
+    futures = [database.submit(insert(name)) for name in "ab"]
+    for future in futures:
+        with pytest.raises(OSError, match="disk full"):
+            future.result(timeout=30)
+    disarm()
+    assert names(database) == []
+    assert database.submit(insert("c")).result(timeout=30) == "c"
+
+
+def test_even_an_exit_in_an_operation_leaves_nobody_waiting(
+    database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    def leave(_: Connection) -> None:
+        raise SystemExit
+
+    go_on = held(database)
+    futures = [database.submit(Call(leave)), database.submit(insert("a"))]
+    go_on.set()
+    done, waiting = wait(futures, timeout=30)
+    assert (len(done), len(waiting)) == (2, 0)
+    assert "the writer failed" in caplog.text
+    assert database.submit(insert("b")).result(timeout=30) == "b"
+
+
+def test_closing_writes_what_is_queued_and_refuses_what_comes_later(database_url: str) -> None:
+    database = Database(database_url, Settings())
+    go_on = held(database)
+    futures = [database.submit(insert(name)) for name in "abc"]
+    closing = threading.Thread(target=database.close)
+    closing.start()
+    go_on.set()
+    closing.join(30)
+    assert [future.result(timeout=1) for future in futures] == ["a", "b", "c"]
+    with pytest.raises(StoreUnavailableError, match="it was closed"):
+        database.submit(insert("d"))
+    database.close()
+    again = Database(database_url, Settings())
+    assert names(again) == ["a", "b", "c"]
+    again.close()
+
+
+def test_cancelled_future_does_not_stop_the_others(database: Database) -> None:
+    go_on = held(database)
+    cancelled, kept = database.submit(insert("a")), database.submit(insert("b"))
+    assert cancelled.cancel()
+    go_on.set()
+    assert kept.result(timeout=30) == "b"
+
+
+FORK = """
+import os, sys
+from agentflow.checkpoint import open_checkpointer
+from langgraph.checkpoint.base import empty_checkpoint
+
+def put(saver, thread):
+    config = {"configurable": {"thread_id": thread, "checkpoint_ns": ""}}
+    saver.put(config, empty_checkpoint(), {"source": "input", "step": -1}, {})
+
+saver = open_checkpointer(sys.argv[1])
+put(saver, "before")
+child = os.fork()
+if child == 0:
+    put(saver, "child")
+    assert {t.config["configurable"]["thread_id"] for t in saver.list(None)} >= {"before", "child"}
+    saver.close()
+    os._exit(0)
+put(saver, "parent")
+_, status = os.waitpid(child, 0)
+assert status == 0, status
+threads = {t.config["configurable"]["thread_id"] for t in saver.list(None)}
+assert threads == {"before", "child", "parent"}, threads
+saver.close()
+"""
+
+
+@pytest.mark.slow
+def test_parent_and_child_of_a_fork_both_write(database_url: str) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", FORK, database_url]
+    subprocess.run(command, check=True, timeout=60, cwd=Path.cwd())

@@ -1,0 +1,179 @@
+"""Which tests accept which requirement, and the hook that holds a full run against it.
+
+A full run (no selection by path, name or mark) fails if a test that accepts a requirement was
+skipped, deselected or is missing. A name without parameters stands for all of its cases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+
+_SAVER = "tests/conformance/test_saver.py"
+_STORE = "tests/conformance/test_run_store.py"
+_CLAIMS = "tests/conformance/test_run_store_claims.py"
+_WAITS = "tests/conformance/test_run_store_waits.py"
+_GRAPHS = "tests/integration/test_checkpointed_graphs.py"
+_RUNS = "tests/integration/test_runs.py"
+_RESUME = "tests/integration/test_resume_cases.py"
+_SPANS = "tests/integration/test_telemetry.py"
+_URLS = "tests/integration/test_database_urls.py"
+_DAMAGE = "tests/integration/test_damage.py"
+_VALUES = "tests/unit/test_serializer.py"
+_RETRY = "tests/unit/test_retry.py"
+_INPUTS = "tests/unit/test_inputs.py"
+
+REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
+    "S0-1": (
+        f"{_VALUES}::test_every_supported_type_comes_back_equal_and_of_its_type",
+        f"{_VALUES}::test_any_state_comes_back_equal",
+        f"{_VALUES}::test_unstorable_value_is_refused_with_path_type_and_advice",
+        f"{_RUNS}::test_unstorable_state_fails_the_run_naming_channel_path_and_type",
+    ),
+    "S0-8": (
+        f"{_VALUES}::test_stored_bytes_of_version_one_are_still_read",
+        f"{_VALUES}::test_newer_version_is_named",
+    ),
+    "S0-17": (
+        f"{_RUNS}::test_events_are_followed_to_the_end_and_resumed_by_number",
+        f"{_STORE}::test_audit_log_is_gapless_and_its_hashes_recompute",
+    ),
+    "S0-19": (
+        f"{_CLAIMS}::test_beginning_of_an_attempt_is_noted_with_reason_and_checkpoint",
+        f"{_SPANS}::test_resumed_segment_is_a_new_trace_linked_to_the_previous_one",
+    ),
+    "S2-1": (f"{_RUNS}::test_result_is_there_for_another_process",),
+    "S2-4": (
+        f"{_STORE}::test_only_the_changes_in_the_table_of_statuses_are_legal",
+        f"{_STORE}::test_each_verb_changes_a_run_only_as_the_table_allows",
+    ),
+    "S2-7": (f"{_RUNS}::test_exhausted_run_is_a_dead_letter_with_its_cause",),
+    "S2-8": (f"{_SAVER}::test_loaded_values_cannot_change_what_is_stored",),
+    "S2-9": (
+        f"{_GRAPHS}::test_any_checkpoint_can_be_continued_and_the_branch_is_the_latest",
+        f"{_GRAPHS}::test_update_of_an_old_checkpoint_branches",
+    ),
+    "S2-13": (
+        f"{_RUNS}::test_bad_submissions_leave_no_row",
+        f"{_INPUTS}::test_input_that_does_not_fit_is_refused_by_place",
+    ),
+    "S2-14": (
+        f"{_SAVER}::test_failed_write_fails_the_checkpoint_that_follows_it",
+        f"{_SAVER}::test_reader_does_not_make_a_failed_write_forgotten",
+        f"{_SAVER}::test_torn_write_leaves_the_old_checkpoint",
+        f"{_GRAPHS}::test_failed_checkpoint_stops_the_graph_and_finished_nodes_are_not_run_again",
+        f"{_GRAPHS}::test_unstorable_write_stops_the_graph_before_the_next_node",
+    ),
+    "S2-20": (
+        f"{_SAVER}::test_latest_is_the_newest_put_whatever_the_ids_say",
+        f"{_GRAPHS}::test_one_of_two_racing_invocations_gets_a_conflict",
+        f"{_GRAPHS}::test_host_whose_clock_is_a_minute_behind_continues_the_newest_checkpoint",
+    ),
+    "S2-21": (
+        f"{_VALUES}::test_changed_byte_is_never_read_as_a_value",
+        f"{_VALUES}::test_each_flipped_cut_or_added_byte_is_found",
+        f"{_DAMAGE}::test_flipped_byte_is_refused_and_left_as_it_is",
+    ),
+    "S2-22": (
+        f"{_RUNS}::test_failed_attempt_is_retried_and_finished_nodes_are_not_run_again",
+        f"{_RUNS}::test_drained_run_is_queued_and_continues_where_it_stopped",
+    ),
+    "S2-23": (
+        f"{_CLAIMS}::test_beginning_of_an_attempt_is_noted_with_reason_and_checkpoint",
+        f"{_RESUME}::test_recovery_after_a_delivered_answer_asks_the_next_question",
+    ),
+    "S2-24": (
+        f"{_RETRY}::test_waits_double_up_to_a_minute",
+        f"{_RETRY}::test_attempt_one_thousand_waits_a_minute",
+        f"{_RETRY}::test_jitter_shortens_by_at_most_a_half",
+        f"{_RUNS}::test_backoff_is_a_time_in_the_row",
+    ),
+    "S3-2": (f"{_SAVER}::test_listing_filters_limits_and_pages_over_all_threads",),
+    "S3-3": (f"{_GRAPHS}::test_any_checkpoint_can_be_continued_and_the_branch_is_the_latest",),
+    "S3-5": (
+        f"{_RUNS}::test_ended_run_is_not_driven_again",
+        f"{_RUNS}::test_drained_run_is_queued_and_continues_where_it_stopped",
+    ),
+    "S3-7": (
+        f"{_SPANS}::test_failed_node_and_its_segment_have_error_status",
+        f"{_RUNS}::test_exhausted_run_is_a_dead_letter_with_its_cause",
+    ),
+    "S3-8": (
+        f"{_SPANS}::test_segment_names_run_thread_step_and_checkpoint",
+        f"{_SPANS}::test_nodes_and_checkpoints_belong_to_the_segment",
+    ),
+    "S3-12": (
+        f"{_STORE}::test_what_is_not_there_is_not_found",
+        f"{_URLS}::test_database_that_cannot_be_reached_is_named_without_its_password",
+    ),
+}
+
+_outcomes = pytest.StashKey[dict[str, set[str]]]()
+_problems = pytest.StashKey[list[str]]()
+
+
+def find_problems(
+    requirements: Mapping[str, tuple[str, ...]], outcomes: Mapping[str, set[str]]
+) -> list[str]:
+    """Say which requirements were not accepted, and by which tests, from the outcomes by test."""
+    by_name: dict[str, list[set[str]]] = {}
+    for node_id, found in outcomes.items():
+        by_name.setdefault(node_id.partition("[")[0], []).append(found)
+        by_name.setdefault(node_id, []).append(found)
+    problems = []
+    for requirement, tests in requirements.items():
+        for test in tests:
+            if test not in by_name:
+                problems.append(f"{requirement}: {test} is missing or was deselected")
+            elif any("skipped" in found for found in by_name[test]):
+                problems.append(f"{requirement}: {test} was skipped")
+    return problems
+
+
+def _is_full(session: pytest.Session) -> bool:
+    config = session.config
+    return (
+        config.args_source is pytest.Config.ArgsSource.TESTPATHS
+        and not config.option.collectonly
+        and not any(
+            config.getoption(name, None) for name in ("keyword", "markexpr", "deselect", "ignore")
+        )
+        and not any(config.getoption(name, None) for name in ("lf", "stepwise"))
+        and not (session.shouldstop or session.shouldfail)
+        # Under xdist only the process that collects all reports can judge.
+        and not hasattr(config, "workerinput")
+    )
+
+
+class Requirements:
+    """The hooks; registered by `tests/conftest.py`."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        """Start with nothing seen."""
+        self._config = config
+        seen: dict[str, set[str]] = {}
+        config.stash[_outcomes] = seen
+        config.stash[_problems] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Remember what became of each test."""
+        self._config.stash[_outcomes].setdefault(report.nodeid, set()).add(report.outcome)
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """Fail a full run in which a requirement was not accepted."""
+        if not _is_full(session):
+            return
+        seen = self._config.stash[_outcomes]
+        found = find_problems(REQUIREMENTS, seen)
+        self._config.stash[_problems] = found
+        if found and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """Say which ones."""
+        found = self._config.stash[_problems]
+        if found:
+            terminalreporter.section("requirements without an accepting test", red=True)
+            for problem in found:
+                terminalreporter.write_line(problem)
