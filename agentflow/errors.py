@@ -91,20 +91,18 @@ class UnsupportedUrlError(ConfigError):
 
 
 class MissingDriverError(ConfigError):
-    """The Python package that a storage URL needs is not installed."""
+    """A Python package that a storage URL or a model name needs is not installed."""
 
-    def __init__(self, package: str, extra: str) -> None:
-        """Name the package and the extra that brings it."""
+    def __init__(self, package: str, extra: str | None) -> None:
+        """Name the package and the extra that brings it, if one does."""
         super().__init__(package, extra)
         self.package = package
         self.extra = extra
 
     def __str__(self) -> str:
         """Say how to install it."""
-        return (
-            f"the package {self.package!r} is not installed; "
-            f'install it with: pip install "agentflow[{self.extra}]"'
-        )
+        wanted = f'"agentflow[{self.extra}]"' if self.extra else self.package
+        return f"the package {self.package!r} is not installed; install it: pip install {wanted}"
 
 
 class AppReferenceError(ConfigError):

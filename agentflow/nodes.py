@@ -125,7 +125,7 @@ def _bind(model: BaseChatModel | str, tools: Tools) -> Runnable[Any, Any]:
         try:
             from langchain.chat_models import init_chat_model
         except ImportError as exc:
-            raise MissingDriverError("langchain", "models") from exc
+            raise MissingDriverError("langchain", None) from exc
         model = init_chat_model(model)
     return model.bind_tools(list(tools)) if tools else model
 

@@ -86,8 +86,8 @@ class RetryPolicy:
     max_attempts: int = 5
     """All attempts without progress in between, the first one included.
 
-    An attempt whose worker was lost counts, as the first one at the node that comes next: with 1, such
-    a run is not tried again.
+    An attempt whose worker was lost counts, as the first one at the node that comes next: with 1,
+    such a run is not tried again.
     """
     jitter: bool = True
     """Whether a wait is shortened at random, by up to a half, so that crowds disperse."""

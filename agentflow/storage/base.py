@@ -141,11 +141,10 @@ class RunStore(ABC):
     ) -> AttemptStart:
         """Note, before the first step, that an attempt begins and from where.
 
-        `progress` names what is durable; if it differs from the last attempt's, the count of
-        attempts starts anew with this one, and so do the failures per task if `checkpoint_id`
-        differs.
-        Event: `run.started` if `reason` is `start`, else one `run.resumed` with reason and
-            checkpoint.
+        `progress` names what is durable. If it differs from the last attempt's, the count of
+        attempts starts anew: with this one, or, if the last one lost its worker, with that one. The
+        failures per task start anew if `checkpoint_id` differs. Event: `run.started` if `reason` is
+        `start`, else one `run.resumed` with reason and checkpoint.
         """
 
     @abstractmethod
