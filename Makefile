@@ -30,7 +30,7 @@ check: $(INSTALLED) ## formatting, lint, types and layers
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/lint-imports
+	$(VENV)/bin/lint-imports --no-cache
 
 bench: $(INSTALLED) servers ## agentflow beside other checkpointers, in one run
 	@$(PYTHON) -m benchmarks

@@ -11,7 +11,7 @@ import operator
 import os
 import signal
 from collections.abc import Callable
-from typing import Annotated, Any, NotRequired, TypedDict
+from typing import Annotated, Any, NotRequired, Protocol, TypedDict
 
 from langchain_core.runnables import RunnableConfig
 from langgraph.graph import END, START, StateGraph
@@ -32,6 +32,16 @@ REFUNDS_WORKER = "tests.fault.graphs:refunds_worker_main"
 LINEAR = ("a", "b", "c", "d")
 
 Graph = StateGraph[Any, None, Any, Any]
+
+
+class TracingNode(Protocol):
+    """A node as LangGraph calls it: by these names."""
+
+    def __call__(self, state: Trace, config: RunnableConfig) -> dict[str, Any]:
+        """Return what is written to the state."""
+        ...
+
+
 Options = dict[str, Any]
 
 
@@ -60,7 +70,7 @@ class Nodes:
 
     def linear(self) -> Graph:
         """Return four nodes in a row."""
-        graph = StateGraph(Trace)
+        graph: Graph = StateGraph(Trace)
         for before, name in zip((START, *LINEAR), LINEAR, strict=False):
             graph.add_node(name, self._tracing(name))
             graph.add_edge(before, name)
@@ -69,7 +79,7 @@ class Nodes:
 
     def single(self) -> Graph:
         """Return one node."""
-        graph = StateGraph(Trace)
+        graph: Graph = StateGraph(Trace)
         graph.add_node("a", self._tracing("a"))
         graph.add_edge(START, "a")
         return graph
@@ -91,7 +101,7 @@ class Nodes:
 
     def poison(self) -> Graph:
         """Return one node that kills its worker each time."""
-        graph = StateGraph(Trace)
+        graph: Graph = StateGraph(Trace)
         graph.add_node("drink", self._drink)
         graph.add_edge(START, "drink")
         return graph
@@ -105,7 +115,7 @@ class Nodes:
         )
         return graph
 
-    def _tracing(self, name: str) -> Callable[[Trace, RunnableConfig], dict[str, Any]]:
+    def _tracing(self, name: str) -> TracingNode:
         def node(state: Trace, config: RunnableConfig) -> dict[str, Any]:
             run = config["metadata"]["run_id"]
             self._enter(run, name)
@@ -163,9 +173,7 @@ def register_all(
     """Register every graph of this module under the name of its method."""
     nodes = Nodes(ledger, sabotage, kill_at)
     for name in ("linear", "single", "loop", "questions", "interview", "poison"):
-        app.register(
-            getattr(nodes, name)(), name=name, retry=RetryPolicy(initial_interval=0.05)
-        )
+        app.register(getattr(nodes, name)(), name=name, retry=RetryPolicy(initial_interval=0.05))
 
 
 def register_refunds(app: AgentFlow, services: ServiceClient) -> None:
@@ -195,7 +203,7 @@ async def refunds_worker_main(url: str, ledger: str, services_url: str, options:
 def _sabotage(ledger: str, options: Options) -> Sabotage | None:
     if options.get("deaf"):
         # A heartbeat that never comes: nothing but the fence tells this worker that it is late.
-        LeaseKeeper._extend = _no_heartbeat  # type: ignore[method-assign]
+        LeaseKeeper._extend = _no_heartbeat  # type: ignore[assignment,method-assign]  # a plain function
     if options.get("reports"):
         sabotage = Sabotage(ledger)
     elif "at" in options:
@@ -213,7 +221,8 @@ async def _no_heartbeat(_keeper: LeaseKeeper, _held: object) -> None:
 async def _work(app: AgentFlow, options: Options) -> None:
     worker = app.worker(
         concurrency=options.get("concurrency", 1),
-        queues=options.get("queues", ("default",)),
+        # And one of its own, in which a test can hand a run to this very process.
+        queues=[*options.get("queues", ["default"]), f"canary-{os.getpid()}"],
         name=options.get("name"),
     )
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, worker.stop)

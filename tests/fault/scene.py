@@ -1,4 +1,4 @@
-"""What a fault test works with: a database, its victims, the ledger, and what must hold at the end."""
+"""What a fault test works with: a database, its victims, the ledger, and what must hold."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
+from langgraph.types import PregelTask
 
 from agentflow import AgentFlow
 from agentflow.config import load_settings
 from agentflow.database.engine import make_engine, now, parse_url
-from agentflow.database.tables import checkpoints, events, heads, leases, runs, writes
+from agentflow.database.tables import checkpoints, events, heads, leases, metadata, runs, writes
 from agentflow.storage.rows import GENESIS, hash_event
 from agentflow.types import Run, RunStatus
-from tests.fault.forkserver import ForkServer, Victim
+from tests.fault.forkserver import ForkServer, Victim, _is_stopped_or_ended
 from tests.fault.graphs import REFUNDS_WORKER, WORKER
 from tests.fault.ledger import Entry, Ledger
 from tests.fault.sabotage import Place
@@ -71,7 +73,10 @@ class Scene:
 
     async def ended(self, run_ids: Iterable[str]) -> list[Run]:
         """Wait until runs have ended, and return them."""
-        return [await self.until(lambda r=r: self._ended(r), f"the end of {r}") for r in run_ids]
+        return [
+            await self.until(partial(self._ended, run_id), f"the end of {run_id}")
+            for run_id in run_ids
+        ]
 
     async def _ended(self, run_id: str) -> Run | None:
         run = await self.app.get_run(run_id)
@@ -92,7 +97,7 @@ class Scene:
         """Wait until a victim has stopped itself, as it had been told to."""
 
         async def state() -> bool | None:
-            return victim.is_stopped() or None
+            return _is_stopped_or_ended(victim.pid) or None
 
         await self.until(state, f"{victim} to stop itself")
 
@@ -109,24 +114,34 @@ class Scene:
         return Counter(e["node"] for e in self.ledger.entries(event="enter", run=run_id))
 
     async def kill_each(
-        self, places: Sequence[Place], submit: Callable[[str], Awaitable[Any]]
-    ) -> dict[str, Place]:
-        """Kill one worker at each place, each with a run of its own; return the runs' places.
+        self, tried: Sequence[Place], submit: Callable[[str], Awaitable[Any]]
+    ) -> None:
+        """Kill one worker at each place, each with a run of its own.
 
-        The run is named like its queue, so that nobody else takes it.
+        Run and queue are named like the place, so that nobody else takes the run.
         """
-        turn = asyncio.Semaphore(_AT_ONCE)
 
         async def kill(place: Place) -> None:
-            async with turn:
-                await submit(str(place))
-                victim = self.worker(queues=[str(place)], at=place.plain())
-                await self.died(victim)
+            await submit(str(place))
+            await self.died(self.worker(queues=[str(place)], at=place.plain()))
 
-        async with asyncio.TaskGroup() as group:
-            for place in places:
-                group.create_task(kill(place))
-        return {str(place): place for place in places}
+        await _few_at_once(kill, tried)
+
+    async def stop_each(
+        self, tried: Sequence[Place], submit: Callable[[str], Awaitable[Any]], **options: Any
+    ) -> list[Victim]:
+        """Stop one worker at each place, as `kill_each` kills them, and return them."""
+        victims: list[Victim] = []
+
+        async def stop(place: Place) -> None:
+            await submit(str(place))
+            at = place.plain()
+            victim = self.worker(queues=[str(place)], at=at, how="SIGSTOP", **options)
+            victims.append(victim)
+            await self.stopped(victim)
+
+        await _few_at_once(stop, tried)
+        return victims
 
 
 @asynccontextmanager
@@ -139,16 +154,36 @@ async def open_scene(
         yield Scene(url, ledger, forkserver, app)
 
 
-async def durable_nodes(app: AgentFlow, run: Run) -> set[str]:
+async def _few_at_once(act: Callable[[Place], Awaitable[None]], tried: Sequence[Place]) -> None:
+    turn = asyncio.Semaphore(_AT_ONCE)
+
+    async def take_turn(place: Place) -> None:
+        async with turn:
+            await act(place)
+
+    async with asyncio.TaskGroup() as group:
+        for place in tried:
+            group.create_task(take_turn(place))
+
+
+async def durable_tasks(app: AgentFlow, run: Run) -> list[PregelTask]:
+    """Return the tasks of a run that left something durable: a result, or a question."""
+    registered = app._find_graph(run.graph, run.version)
+    graph = registered.graph.copy(update={"checkpointer": app._saver})
+    thread: Any = {"configurable": {"thread_id": run.thread_id}}
+    return [
+        task
+        async for state in graph.aget_state_history(thread)
+        if (state.metadata or {}).get("run_id") == run.id
+        for task in state.tasks
+        if task.result is not None or task.interrupts
+    ]
+
+
+async def durable_nodes(app: AgentFlow, run_id: str) -> set[str]:
     """Return the nodes of a run whose writes are durable: no later attempt may execute them."""
-    durable: set[str] = set()
-    saver: Any = app._saver
-    thread: Any = {"configurable": {"thread_id": run.thread_id, "checkpoint_ns": ""}}
-    graph = app._find_graph(run.graph, run.version).graph.copy(update={"checkpointer": saver})
-    async for state in graph.aget_state_history(thread):
-        if (state.metadata or {}).get("run_id") == run.id:
-            durable |= {task.name for task in state.tasks if task.result is not None}
-    return durable
+    tasks = await durable_tasks(app, await app.get_run(run_id))
+    return {task.name for task in tasks if task.result is not None}
 
 
 def read_rows(url: str, table: sa.Table, *conditions: sa.ColumnElement[bool]) -> list[sa.Row[Any]]:
@@ -159,6 +194,20 @@ def read_rows(url: str, table: sa.Table, *conditions: sa.ColumnElement[bool]) ->
             return list(connection.execute(sa.select(table).where(*conditions)))
     finally:
         engine.dispose()
+
+
+def read_everything(url: str, run_ids: Iterable[str]) -> dict[str, list[Any]]:
+    """Return every row that belongs to some runs or to their threads."""
+    ids = sorted(run_ids)
+    threads = {row.thread_id for row in read_rows(url, runs, runs.c.run_id.in_(ids))}
+    found = {}
+    for table in metadata.sorted_tables:
+        column, wanted = (
+            (table.c.thread_id, threads) if "thread_id" in table.c else (table.c.run_id, set(ids))
+        )
+        rows = read_rows(url, table, column.in_(wanted))
+        found[table.name] = sorted(map(repr, rows))
+    return found
 
 
 def is_lease_over(url: str, run_id: str) -> bool:

@@ -27,7 +27,7 @@ async def test_run_killed_at_any_commit_ends_as_its_twin(
     await scene.kill_each(
         tried, lambda name: scene.app.submit("linear", INPUT, run_id=name, queue=name)
     )
-    saved = {str(p): await durable_nodes(scene.app, await scene.app.get_run(str(p))) for p in tried}
+    saved = {str(p): await durable_nodes(scene.app, str(p)) for p in tried}
     begun = {str(p): scene.entered(str(p)) for p in tried}
     scene.worker(queues=[str(p) for p in tried], concurrency=10)
     twin = await scene.app.get_run("twin")
@@ -87,8 +87,9 @@ async def survey(scene: Scene, graph: str) -> list[Place]:
     twin = scene.worker(queues=["twin"], reports=True)
     (run,) = await scene.ended(["twin"])
     assert (run.status, run.output) == (RunStatus.SUCCEEDED, OUTPUT)
-    # Its last commit gives the thread back, after the run has ended.
-    scene.ledger.wait_for(event="place", kind="thread", number=2, moment="after", pid=twin.pid)
+    # It reports its last commits after the database has them.
+    for kind in ("thread", "run"):
+        scene.ledger.wait_for(event="place", kind=kind, number=2, moment="after", pid=twin.pid)
     twin.kill()
     twin.wait()
     found = places(scene.ledger.entries(event="place", pid=twin.pid))
