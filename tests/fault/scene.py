@@ -29,7 +29,7 @@ LEASE = 1.0
 PATIENCE = 60.0
 """Seconds after which something that has not happened will not happen."""
 _LOOK = 0.02
-_AT_ONCE = 3
+AT_ONCE = 3
 """Victims that run at a time: more would keep each other from their heartbeats on two cores."""
 
 T = TypeVar("T")
@@ -155,7 +155,7 @@ async def open_scene(
 
 
 async def _few_at_once(act: Callable[[Place], Awaitable[None]], tried: Sequence[Place]) -> None:
-    turn = asyncio.Semaphore(_AT_ONCE)
+    turn = asyncio.Semaphore(AT_ONCE)
 
     async def take_turn(place: Place) -> None:
         async with turn:
