@@ -82,8 +82,8 @@ class Sabotage:
         if self._at is None:
             record(self._ledger, event="place", pid=os.getpid(), **here.plain())
         elif here == self._at:
-            # To this thread: sent to the process, another thread would take the signal, and this one
-            # would go on for a moment, perhaps into the next transaction.
+            # To this thread: sent to the process, another thread would take the signal, and this
+            # one would go on for a moment, perhaps into the next transaction.
             signal.pthread_kill(threading.get_ident(), self._how)
 
     def _begin(self, _connection: sa.Connection) -> None:
