@@ -151,6 +151,8 @@ class AgentFlow:
         Raises:
             InvalidInputError: The name and version are taken by another graph.
         """
+        if not isinstance(graph, (StateGraph, Pregel)):
+            raise InvalidInputError("graph", ("must be a StateGraph or a compiled graph",))
         if not name or not version:
             raise InvalidInputError("graph", ("name, version: must not be empty",))
         if (name, version) in self._graphs:
@@ -209,7 +211,12 @@ class AgentFlow:
         registered = self._find_graph(name, version)
         check_input(registered, input)
         options = check_options(
-            config=config, metadata=metadata, start_at=start_at, on_existing=on_existing
+            config=config,
+            metadata=metadata,
+            start_at=start_at,
+            on_existing=on_existing,
+            priority=priority,
+            names={"run_id": run_id, "thread_id": thread_id, "queue": queue, "by": by},
         )
         chosen_id = run_id or new_id()
         spec = RunSpec(

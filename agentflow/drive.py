@@ -13,7 +13,7 @@ import asyncio
 import inspect
 import logging
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -113,6 +113,8 @@ class AttemptControl:
     def cancel(self) -> None:
         """Stop at once: somebody cancelled the run."""
         self.is_cancelled = True
+        # A node that does not let itself be cancelled is the last one.
+        self.run_control.request_drain("cancel")
         self._interrupt()
 
     def attach(self, task: asyncio.Task[None]) -> None:
@@ -135,6 +137,11 @@ class _Question:
     checkpoint_id: str
     interrupt: Interrupt
     answers_recorded: int
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What makes it this question and no other."""
+        return (self.ns, self.interrupt.id, self.checkpoint_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +233,8 @@ class _Attempt:
         self._started: AttemptStart | None = None
         self._begun_at: str | None = None
         self._is_released = False
+        self._answered: set[tuple[str, str, str]] = set()
+        """The questions whose answers the graph has been given."""
 
     async def run(self, span: Span) -> None:
         """Work, and settle the outcome."""
@@ -271,10 +280,14 @@ class _Attempt:
             await asyncio.shield(self._saver.release(self._lease))
 
     async def _give_back(self) -> None:
-        """Queue the run again, because whoever drives it is going away."""
+        """Queue the run again, because whoever drives it is going away.
+
+        The attempt counts, since the run itself may be the reason: a node that calls `sys.exit`
+        takes its worker with it.
+        """
         await self._flush_quietly()
         await self._release_thread()
-        await self._store.release_run(self._lease, reason="drain")
+        await self._store.release_run(self._lease, reason="drain", counts=True)
 
     async def _flush(self) -> None:
         if isinstance(self._saver, Saver):
@@ -320,13 +333,15 @@ class _Attempt:
         except GraphDrained:
             await self._flush()
             await self._release_thread()
-            await self._store.release_run(self._lease, reason="drain")
+            await self._store.release_run(self._lease, reason="drain", counts=False)
             span.set_attribute(RUN_STATUS, "queued")
             return
         await self._flush()
         after = await self._state(config)
         _show(span, after)
         questions = await self._questions(after)
+        if any(question.key in self._answered for question in questions):
+            raise RunError("the graph asks again what was answered; it did not take the answer")
         if questions:
             await self._park(after, questions, span)
         elif after.next:
@@ -395,7 +410,15 @@ class _Attempt:
         """Read the open questions, each in the namespace that asked it."""
         found = []
         saver = self._own_saver()
+        spaces: dict[str, set[str]] = {}
+        for known_ns, interrupt_id, _ in await self._waits() if state.tasks else ():
+            spaces.setdefault(interrupt_id, set()).add(known_ns)
         for snapshot, task_id, interrupt in _interrupts(state):
+            ns = snapshot.config["configurable"].get("checkpoint_ns", "")
+            if spaces.get(interrupt.id, {ns}) != {ns}:
+                # What a subgraph asked stays listed by its parent after it was answered, until the
+                # subgraph has ended. It was asked there, and is not open here.
+                continue
             stored = await saver.aget_tuple(snapshot.config)
             recorded = 0
             for writer, channel, value in (stored.pending_writes or ()) if stored else ():
@@ -404,7 +427,7 @@ class _Attempt:
             configurable = snapshot.config["configurable"]
             found.append(
                 _Question(
-                    ns=configurable.get("checkpoint_ns", ""),
+                    ns=ns,
                     task_id=task_id,
                     checkpoint_id=configurable["checkpoint_id"],
                     interrupt=interrupt,
@@ -423,11 +446,12 @@ class _Attempt:
         """
         waits = await self._waits()
         send: dict[str, Any] = {}
-        has_work = _has_open_task(state)
+        has_work = _has_open_task(state, {question.task_id for question in questions})
         for question in questions:
-            wait = waits.get((question.ns, question.interrupt.id, question.checkpoint_id))
+            wait = waits.get(question.key)
             if wait is None or wait.status is not WaitStatus.RESOLVED or wait.decision is None:
                 continue
+            self._answered.add(question.key)
             if question.answers_recorded > wait.answers_recorded:
                 has_work = True
                 continue
@@ -560,12 +584,12 @@ def _interrupts(state: StateSnapshot) -> Iterator[tuple[StateSnapshot, str, Inte
                 yield state, task.id, interrupt
 
 
-def _has_open_task(state: StateSnapshot) -> bool:
-    """Whether a task of the superstep neither finished nor waits for an answer."""
+def _has_open_task(state: StateSnapshot, asking: Collection[str]) -> bool:
+    """Whether a task of the superstep neither finished nor is one of those that ask."""
     return any(
-        _has_open_task(task.state)
+        _has_open_task(task.state, asking)
         if isinstance(task.state, StateSnapshot) and task.state.interrupts
-        else task.result is None and not task.interrupts
+        else task.result is None and task.id not in asking
         for task in state.tasks
     )
 
@@ -573,8 +597,10 @@ def _has_open_task(state: StateSnapshot) -> bool:
 def _output(graph: Pregel[Any, Any, Any, Any], values: Any) -> Any:
     """Return what `invoke` would: the output channels of the final state."""
     channels = graph.output_channels
+    if isinstance(graph.stream_channels_asis, str):
+        return values  # one channel: the state is its value
     if isinstance(channels, str):
-        return values.get(channels) if isinstance(values, Mapping) else values
+        return values.get(channels)
     if not isinstance(values, Mapping):
         return values
     return {channel: values[channel] for channel in channels if channel in values}

@@ -22,6 +22,7 @@ _QUALIFIERS = {
     typing_extensions.NotRequired,
     typing_extensions.ReadOnly,
 }
+_MAX_PRIORITY = 2**31 - 1
 _CONFIG_KEYS = {"configurable", "recursion_limit", "tags"}
 
 
@@ -35,45 +36,74 @@ class Options:
 
 def check_options(
     *,
-    config: Mapping[str, Any] | None,
-    metadata: Mapping[str, Any] | None,
-    start_at: datetime | None,
-    on_existing: str,
+    config: Any,
+    metadata: Any,
+    start_at: Any,
+    on_existing: Any,
+    priority: Any = 0,
+    names: Mapping[str, Any] | None = None,
 ) -> Options:
-    """Check the options of a submission.
+    """Check the options of a submission; `names` are those that must be text, if given.
 
     Raises:
         InvalidInputError: Names every option that is malformed.
     """
-    found: list[str] = []
-    settings = dict(config or {})
-    unknown = sorted(set(settings) - _CONFIG_KEYS)
+    found = [
+        f"{option}: must be text, not empty and without NUL"
+        for option, name in (names or {}).items()
+        if name is not None and not _is_name(name)
+    ]
+    if not isinstance(priority, int) or abs(priority) > _MAX_PRIORITY:
+        found.append(f"priority: must be an integer between {-_MAX_PRIORITY} and {_MAX_PRIORITY}")
+    if start_at is not None and (not isinstance(start_at, datetime) or start_at.tzinfo is None):
+        found.append("start_at: must have a time zone")
+    if on_existing not in get_args(OnExisting):
+        found.append(f"on_existing: must be one of {', '.join(get_args(OnExisting))}")
+    found += _config_problems({} if config is None else config)
+    found += _metadata_problems({} if metadata is None else metadata)
+    if found:
+        raise InvalidInputError("submission", tuple(found))
+    return Options(config=dict(config or {}), metadata=dict(metadata or {}))
+
+
+def _config_problems(config: Any) -> list[str]:
+    if not isinstance(config, Mapping):
+        return ["config: must be a mapping"]
+    found = []
+    unknown = sorted(str(key) for key in config if key not in _CONFIG_KEYS)
     if unknown:
         allowed = ", ".join(sorted(_CONFIG_KEYS))
         found.append(f"config: unknown keys {', '.join(unknown)} (allowed: {allowed})")
-    configurable = settings.get("configurable", {})
+    configurable = config.get("configurable", {})
     if not isinstance(configurable, Mapping):
         found.append("config.configurable: must be a mapping")
+    elif any(not isinstance(key, str) for key in configurable):
+        found.append("config.configurable: keys must be text")
     else:
         found += [
             f"config.configurable.{key}: is set by agentflow"
             for key in configurable
-            if key in {"thread_id", "checkpoint_id", "checkpoint_ns"} or str(key).startswith("__")
+            if key in {"thread_id", "checkpoint_id", "checkpoint_ns"} or key.startswith("__")
         ]
-    limit = settings.get("recursion_limit", 1)
-    if not isinstance(limit, int) or limit < 1:
+    tags = config.get("tags", [])
+    if not isinstance(tags, (list, tuple)) or not all(isinstance(tag, str) for tag in tags):
+        found.append("config.tags: must be a list of text")
+    limit = config.get("recursion_limit", 1)
+    if type(limit) is not int or limit < 1:
         found.append("config.recursion_limit: must be a positive integer")
-    if any(not isinstance(key, str) for key in metadata or {}):
-        found.append("metadata: keys must be text")
-    if "run_id" in (metadata or {}):
-        found.append("metadata.run_id: is set by agentflow")
-    if start_at is not None and start_at.tzinfo is None:
-        found.append("start_at: must have a time zone")
-    if on_existing not in get_args(OnExisting):
-        found.append(f"on_existing: must be one of {', '.join(get_args(OnExisting))}")
-    if found:
-        raise InvalidInputError("submission", tuple(found))
-    return Options(config=settings, metadata=dict(metadata or {}))
+    return found
+
+
+def _metadata_problems(metadata: Any) -> list[str]:
+    if not isinstance(metadata, Mapping):
+        return ["metadata: must be a mapping"]
+    if any(not isinstance(key, str) for key in metadata):
+        return ["metadata: keys must be text"]
+    return ["metadata.run_id: is set by agentflow"] if "run_id" in metadata else []
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and value != "" and "\0" not in value
 
 
 def check_input(registered: RegisteredGraph, value: Any) -> None:

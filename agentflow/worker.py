@@ -207,4 +207,5 @@ class Worker:
         """Drain and wait until everything has been settled."""
         self.stop()
         if self._group is not None:
-            await self._group.__aexit__(exc_type, exc, traceback)
+            # Not told of an exception of the body: it passes on as it is, not inside a group.
+            await self._group.__aexit__(None, None, None)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from agentflow.checkpoint.base import Saver as Saver
+from agentflow.checkpoint.base import Saver
 from agentflow.codec import Codec
 from agentflow.config import load_settings
 from agentflow.database import Database
 from agentflow.serializer import AllowList
+
+__all__ = ["Saver", "open_checkpointer"]
 
 
 def open_checkpointer(url: str, *, allow: AllowList = "imported", tenant: str = "") -> Saver:

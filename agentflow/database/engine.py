@@ -43,7 +43,7 @@ def parse_url(url: str) -> URL:
         return make_url("sqlite://")
     try:
         parsed = make_url(url)
-    except sa.exc.ArgumentError as exc:
+    except (sa.exc.ArgumentError, ValueError) as exc:
         raise UnsupportedUrlError(scheme, SUPPORTED) from exc
     if parsed.drivername == "sqlite":
         return parsed
@@ -72,7 +72,8 @@ def make_engine(url: URL, settings: Settings) -> Engine:
     # gives up soon, since everything else that its process writes is waiting behind.
     lease_ms = settings.lease.total_seconds() * 1000
     limits = {
-        "idle_in_transaction_session_timeout": max(1, int(lease_ms / 2)),
+        # Not below a second: a process that is merely slow may pause that long.
+        "idle_in_transaction_session_timeout": max(1000, int(lease_ms / 2)),
         "lock_timeout": max(1, int(lease_ms / 10)),
     }
 
@@ -172,8 +173,8 @@ def is_memory(url: URL) -> bool:
 
 
 def display_url(url: URL) -> str:
-    """Return a URL for messages, without its password."""
-    return url.render_as_string(hide_password=True)
+    """Return a URL for messages, without what may be a secret: its password and its options."""
+    return url.set(query={}).render_as_string(hide_password=True)
 
 
 def now(connection: Connection) -> datetime:

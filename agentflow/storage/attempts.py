@@ -251,6 +251,8 @@ def fail_run(
     """See `RunStore.fail_run`."""
     now = database_now(connection)
     row = get_held_run(connection, lease, now)
+    if _honour_cancel(connection, payloads, row, now):
+        return
     log = withdraw_waits(connection, row, now, status=WaitStatus.WITHDRAWN)
     log.append(NewEvent(type="run.failed", data={**_facts(failure), "reason": reason}))
     cause = payloads.dump(failure, "dead_letters.cause")
@@ -279,7 +281,9 @@ def fail_run(
     )
 
 
-def release_run(connection: Connection, payloads: Payloads, lease: Lease, *, reason: str) -> None:
+def release_run(
+    connection: Connection, payloads: Payloads, lease: Lease, *, reason: str, counts: bool
+) -> None:
     """See `RunStore.release_run`."""
     now = database_now(connection)
     row = get_held_run(connection, lease, now)
@@ -294,7 +298,7 @@ def release_run(connection: Connection, payloads: Payloads, lease: Lease, *, rea
         log=[NewEvent(type="run.released", data={"reason": reason})],
         wake_reason=reason,
         available_at=now,
-        attempt=0,
+        attempt=row.attempt if counts else 0,
         **RELEASED,
     )
 

@@ -40,8 +40,8 @@ OnExisting = Literal["return", "reject", "restart_if_failed"]
 class RunStore(ABC):
     """Runs, leases, waits, audit events and dead letters of all tenants in one database.
 
-    A run whose cancellation was requested becomes `cancelled` where `park_run`, `retry_run` or
-    `release_run` would have kept it going.
+    A run whose cancellation was requested becomes `cancelled` by `park_run`, `retry_run`,
+    `fail_run` and `release_run`.
     """
 
     @abstractmethod
@@ -197,8 +197,11 @@ class RunStore(ABC):
         """
 
     @abstractmethod
-    async def release_run(self, lease: Lease, *, reason: str) -> None:
-        """Queue the run again, for at once, with its attempts cleared. Event: `run.released`."""
+    async def release_run(self, lease: Lease, *, reason: str, counts: bool) -> None:
+        """Queue the run again, for at once. Event: `run.released`.
+
+        Its attempts are cleared, unless this one `counts`.
+        """
 
     @abstractmethod
     async def finish_cancel(self, lease: Lease) -> None:

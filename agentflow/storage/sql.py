@@ -239,8 +239,8 @@ class SqlRunStore(RunStore):
             step=step,
         )
 
-    async def release_run(self, lease: Lease, *, reason: str) -> None:
-        await self._write(attempts.release_run, lease, reason=reason)
+    async def release_run(self, lease: Lease, *, reason: str, counts: bool) -> None:
+        await self._write(attempts.release_run, lease, reason=reason, counts=counts)
 
     async def finish_cancel(self, lease: Lease) -> None:
         await self._write(attempts.finish_cancel, lease)

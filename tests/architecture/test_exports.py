@@ -40,7 +40,7 @@ ERRORS = {
     "RunError": {
         "AttemptsExhaustedError",
         "IllegalTransitionError",
-        "MissingContextError",
+        "ProposalUnstableError",
         "RunCancelledError",
         "RunFailedError",
     },

@@ -139,7 +139,7 @@ async def bring_to(store: RunStore, status: RunStatus, run_id: str) -> Lease:
     """Bring a new run to a status; return its last lease."""
     lease = await running(store, run_id)
     steps: dict[RunStatus, Callable[[], Awaitable[Any]]] = {
-        RunStatus.QUEUED: lambda: store.release_run(lease, reason="drain"),
+        RunStatus.QUEUED: lambda: store.release_run(lease, reason="drain", counts=False),
         RunStatus.WAITING: lambda: park(store, lease, question()),
         RunStatus.SUCCEEDED: lambda: finish(store, lease),
         RunStatus.FAILED: lambda: store.fail_run(

@@ -99,7 +99,9 @@ VERBS = {
         LeaseLostError,
     ),
     "release": _Case(
-        lambda store, lease: store.release_run(lease, reason="drain"), {R: Q}, LeaseLostError
+        lambda store, lease: store.release_run(lease, reason="drain", counts=False),
+        {R: Q},
+        LeaseLostError,
     ),
     "finish_cancel": _Case(lambda store, lease: store.finish_cancel(lease), {R: C}, LeaseLostError),
     "cancel": _Case(

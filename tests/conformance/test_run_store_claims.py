@@ -106,7 +106,7 @@ async def test_requeued_run_waits_for_the_one_that_holds_its_thread(store: RunSt
 
 async def test_tokens_of_a_thread_only_grow(store: RunStore) -> None:
     first = await running(store, "a", thread_id="t")
-    await store.release_run(first, reason="drain")
+    await store.release_run(first, reason="drain", counts=False)
     second = await claim(store, "a")
     await finish(store, second)
     third = await running(store, "b", thread_id="t")
@@ -181,7 +181,7 @@ async def test_expired_lease_is_lost_although_nobody_took_over(store: RunStore) 
 
 async def test_heartbeat_extends_what_holds_and_reports_on_each(store: RunStore) -> None:
     kept, gone = await running(store, "kept"), await running(store, "gone")
-    await store.release_run(gone, reason="drain")
+    await store.release_run(gone, reason="drain", counts=False)
     await store.cancel_run("", "kept", reason="enough", by="ada")
     report = await store.extend_leases([kept, gone], LEASE)
     assert (report["kept"].lost, report["kept"].cancel_requested) == (False, True)
@@ -228,7 +228,7 @@ async def test_beginning_of_an_attempt_is_noted_with_reason_and_checkpoint(store
     lease = await claim(store, "r")
     facts: dict[str, Any] = {"progress": "p", "checkpoint_id": "c5", "step": 5, "traceparent": None}
     await store.start_attempt(lease, reason="start", **facts)
-    await store.release_run(lease, reason="drain")
+    await store.release_run(lease, reason="drain", counts=False)
     (claimed,) = await claim_all(store)
     assert claimed.reason == "drain"
     assert claimed.run.attempt == 1, "a clean release clears the attempts"

@@ -78,6 +78,15 @@ class Scene:
             for run_id in run_ids
         ]
 
+    async def parked(self, run_id: str) -> Run:
+        """Wait until a run waits for somebody, and return it."""
+
+        async def look() -> Run | None:
+            run = await self.app.get_run(run_id)
+            return run if run.status is RunStatus.WAITING else None
+
+        return await self.until(look, f"{run_id} to park")
+
     async def _ended(self, run_id: str) -> Run | None:
         run = await self.app.get_run(run_id)
         return run if run.status.is_ended else None

@@ -21,11 +21,10 @@ async def test_fifty_approvals_in_one_run_end_in_success(
     scene: Scene, tally: Tally, graph: str
 ) -> None:
     """Each in a superstep of its own (`questions`), or all asked by one node (`interview`)."""
-    scene.worker()
+    scene.worker(lease=10)
     await scene.app.submit(graph, {"wanted": APPROVALS}, run_id="patient")
     for number in range(APPROVALS):
-        run = await scene.app.wait("patient", until="parked", timeout=30)
-        assert run.status is RunStatus.WAITING
+        run = await scene.parked("patient")
         (asked,) = (await scene.app.approvals.list(run_id="patient")).items
         assert asked.request.proposal == {"number": number}
         assert run.attempt == 0, "a run that waits has used up no attempt"
@@ -53,11 +52,11 @@ async def test_twenty_kills_with_progress_between_them_end_in_success(
     (run,) = await scene.ended(["unlucky"])
     assert run.status is RunStatus.SUCCEEDED
     assert run.output["log"] == [str(number) for number in range(KILLS + 2)]
-    entries = scene.ledger.entries(event="enter", run="unlucky")
-    assert Counter(e["number"] for e in entries) == {
-        number: 2 if number < KILLS else 1 for number in range(KILLS + 2)
-    }
-    assert run.claims == KILLS + 1
+    numbers = [e["number"] for e in scene.ledger.entries(event="enter", run="unlucky")]
+    assert numbers == sorted(numbers), "what was saved is not executed again"
+    executed = Counter(numbers)
+    assert all(executed[number] >= 2 for number in range(KILLS))
+    assert run.claims > KILLS
     assert await scene.app._store.find_dead_letter("", "unlucky") is None
     assert_sound(scene.url, ["unlucky"])
     tally(kills=KILLS)
@@ -72,7 +71,7 @@ async def test_node_that_kills_its_worker_each_time_ends_in_the_dead_letter(
     for name in others:
         await scene.app.submit("linear", {"input": name}, run_id=name)
     for _ in range(MAX_ATTEMPTS):
-        await scene.died(scene.worker(lease=0.5))
+        await scene.died(scene.worker())
     scene.worker()
     (run, *rest) = await scene.ended(["poison", *others])
     assert run.status is RunStatus.FAILED
@@ -103,9 +102,9 @@ async def test_poison_does_not_use_up_the_attempts_of_its_neighbours(
         await scene.app.submit("linear", {"input": name}, run_id=name)
     await scene.app.submit("poison", {"input": "x"}, run_id="poison")
     for _ in range(MAX_ATTEMPTS):
-        await scene.died(scene.worker(lease=0.5, concurrency=10))
+        await scene.died(scene.worker(concurrency=10))
     scene.ledger.release()
-    scene.worker(lease=0.5, concurrency=10)
+    scene.worker(concurrency=10)
     (poisoned, *rest) = await scene.ended(["poison", *neighbours])
     assert poisoned.status is RunStatus.FAILED
     assert {run.id: run.status for run in rest} == dict.fromkeys(neighbours, RunStatus.SUCCEEDED)

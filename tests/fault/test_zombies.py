@@ -86,7 +86,7 @@ class Late:
         )
 
     async def release_run(self) -> None:
-        await self.store.release_run(self.lease, reason="drain")
+        await self.store.release_run(self.lease, reason="drain", counts=False)
 
     async def finish_cancel(self) -> None:
         await self.store.finish_cancel(self.lease)
