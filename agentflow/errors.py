@@ -47,7 +47,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
-Outcome = Literal["not_written", "contended", "unknown"]
+Outcome = Literal["not_written", "unreachable", "contended", "unknown"]
 
 
 class AgentflowError(Exception):
@@ -301,8 +301,8 @@ class StoreUnavailableError(StoreError):
             store: The store's URL without its password.
             reason: What the driver says.
             outcome: Whether what was being written is certainly not there (`not_written`), the same
-                because another transaction was in the way (`contended`), or may be there, because
-                the connection broke (`unknown`).
+                because there was no connection (`unreachable`) or another transaction was in the
+                way (`contended`), or may be there, because the connection broke (`unknown`).
         """
         super().__init__(store, reason, outcome)
         self.store = store

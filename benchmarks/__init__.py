@@ -1,1 +1,1 @@
-"""Benchmarks against LangGraph's own savers, all in one run: `make bench`."""
+"""Benchmarks against a floor and against LangGraph's own savers, all in one run: `make bench`."""

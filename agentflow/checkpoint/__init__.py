@@ -11,7 +11,14 @@ from agentflow.serializer import AllowList
 __all__ = ["Saver", "open_checkpointer"]
 
 
-def open_checkpointer(url: str, *, allow: AllowList = "imported", tenant: str = "") -> Saver:
+def open_checkpointer(
+    url: str,
+    *,
+    allow: AllowList = "imported",
+    compress: bool = True,
+    verify_deltas: bool = False,
+    tenant: str = "",
+) -> Saver:
     """Open a checkpointer on the database at `url`.
 
     It is usable at once: it connects with the first call, creates its tables in an empty database,
@@ -22,6 +29,10 @@ def open_checkpointer(url: str, *, allow: AllowList = "imported", tenant: str = 
         allow: Which classes of your own may be stored: `"imported"`, those whose modules are
             imported when they are loaded; or exactly the given ones, as classes or as
             `"module:Name"`.
+        compress: Whether values are compressed.
+        verify_deltas: A list that grows is stored by what was added. An element that was edited in
+            place is noticed among the last eight at once, and elsewhere when the list has doubled;
+            with this, everywhere at once, at the cost of comparing the whole list each time.
         tenant: Keeps the threads of different tenants in one database apart.
 
     Raises:
@@ -36,4 +47,10 @@ def open_checkpointer(url: str, *, allow: AllowList = "imported", tenant: str = 
         ```
     """
     database = Database(url, load_settings())
-    return Saver(database, codec=Codec(allow=allow), tenant=tenant, owns_database=True)
+    return Saver(
+        database,
+        codec=Codec(allow=allow, compress=compress),
+        tenant=tenant,
+        owns_database=True,
+        verify_deltas=verify_deltas,
+    )

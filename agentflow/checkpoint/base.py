@@ -22,7 +22,7 @@ from collections.abc import (
 )
 from concurrent.futures import Future, wait
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import (
@@ -33,31 +33,27 @@ from langgraph.checkpoint.base import (
     CheckpointTuple,
 )
 from opentelemetry.trace import Span
-from sqlalchemy.engine import Connection
 
-from agentflow.checkpoint.encoding import Encoder, HolderCache, read_seen
-from agentflow.checkpoint.listing import Listing
-from agentflow.checkpoint.reading import (
-    HeadKey,
-    StoredCheckpoint,
-    ThreadKey,
-    load_checkpoint,
-)
-from agentflow.checkpoint.writing import (
-    AcquireThread,
-    DeleteThread,
-    PutCheckpoint,
-    PutWrites,
-    ReleaseThread,
-)
+from agentflow.checkpoint.batch import ThreadStates
+from agentflow.checkpoint.encoding import Encoder, KnownLists, read_seen
+from agentflow.checkpoint.loading import Listing, Reader
+from agentflow.checkpoint.operations import Put, Verb
+from agentflow.checkpoint.planning import Planned
+from agentflow.checkpoint.rows import HeadKey, Rows, ThreadKey
+from agentflow.checkpoint.sql import open_rows
+from agentflow.checkpoint.verbs import acquire_thread, delete_thread, release_thread
 from agentflow.codec import Codec
-from agentflow.database import Database, settled
+from agentflow.database import Database
+from agentflow.database.session import Session
 from agentflow.errors import AgentflowError, InvalidInputError
 from agentflow.telemetry import CHECKPOINT_BYTES, fail_span, start_checkpoint_span
 from agentflow.types import FencingToken, Lease, new_id
 
+T = TypeVar("T")
 _Place = tuple[HeadKey, Lease | None, str | None]
 """Namespace, lease, and the invocation's load or else the checkpoint."""
+_ROW_SIZE = 300
+"""Bytes that a row needs beside its payload, roughly."""
 _FAILED_LIMIT = 1000
 """How many failed invocations are remembered."""
 
@@ -69,8 +65,9 @@ class _Core:
         self.database = database
         self.owns_database = owns_database
         self.tenant = tenant
-        self.instance = new_id()
-        self.cache = HolderCache()
+        self.instance = new_id()[-16:]
+        self.states = ThreadStates()
+        self.known = KnownLists()
         self.lock = threading.Lock()
         # The last operation on each checkpoint that is not durable yet, or has failed. What is
         # bound to a checkpoint, or follows from it, comes after it and fails with it.
@@ -88,8 +85,14 @@ class _Core:
                 oldest = next((p for p, tail in self.tails.items() if tail.done()), place)
                 del self.tails[oldest]
 
+    def submit(self, thread: ThreadKey, function: Callable[[Rows], Any]) -> Future[Any]:
+        """Run a verb on a thread with the writer; its state is read again afterwards."""
+        future = self.database.submit(Verb(function))
+        future.add_done_callback(lambda _: self.states.forget(thread))
+        return future
+
     def forget_thread(self, thread: ThreadKey) -> None:
-        self.cache.forget_thread(thread)
+        self.known.forget_thread(thread)
         with self.lock:
             for tail in [entry for entry in self.tails if entry[0][:2] == thread]:
                 del self.tails[tail]
@@ -110,7 +113,13 @@ class Saver(BaseCheckpointSaver[str]):
     """
 
     def __init__(
-        self, database: Database, *, codec: Codec, tenant: str = "", owns_database: bool = False
+        self,
+        database: Database,
+        *,
+        codec: Codec,
+        tenant: str = "",
+        owns_database: bool = False,
+        verify_deltas: bool = False,
     ) -> None:
         """Save into `database`.
 
@@ -119,12 +128,18 @@ class Saver(BaseCheckpointSaver[str]):
             codec: How values are stored.
             tenant: Part of every key.
             owns_database: Whether closing the saver closes the database.
+            verify_deltas: Whether growing lists are compared as a whole at each checkpoint.
         """
         super().__init__()
-        self._codec = codec
+        self._verify_deltas = verify_deltas
         self._lease: Lease | None = None
         self._core = _Core(database, owns_database=owns_database, tenant=tenant)
-        self._encoder = Encoder(codec, self._core.cache)
+        self._use(codec)
+
+    def _use(self, codec: Codec) -> None:
+        self._codec = codec
+        self._encoder = Encoder(codec, self._core.known, verify_deltas=self._verify_deltas)
+        self._reader = Reader(self._encoder, self._core.states)
 
     def with_lease(self, lease: Lease) -> Saver:
         """Return a copy whose writes are made under `lease`."""
@@ -135,10 +150,8 @@ class Saver(BaseCheckpointSaver[str]):
     def with_allowlist(self, extra_allowlist: Collection[tuple[str, ...]]) -> Saver:
         """Return a copy that also allows the given classes, as `(module, name)`."""
         clone = copy.copy(self)
-        clone._codec = self._codec.with_allowed(
-            [f"{module}:{name}" for module, name, *_ in extra_allowlist]
-        )
-        clone._encoder = Encoder(clone._codec, self._core.cache)
+        extra = [f"{module}:{name}" for module, name, *_ in extra_allowlist]
+        clone._use(self._codec.with_allowed(extra))
         return clone
 
     async def acquire(self, lease: Lease) -> FencingToken:
@@ -148,13 +161,15 @@ class Saver(BaseCheckpointSaver[str]):
             The thread's token. If it is higher than the lease's, the thread was not taken; claim
             again with a token above it.
         """
-        operation = AcquireThread(self._thread_key(lease.thread_id), lease)
-        return FencingToken(await settled(self._core.database.submit(operation)))
+        thread = self._thread_key(lease.thread_id)
+        acquired = self._core.submit(thread, lambda rows: acquire_thread(rows, thread, lease))
+        return FencingToken(await self._core.database.settled(acquired))
 
     async def release(self, lease: Lease) -> None:
         """Give the thread back, if it is still held under the lease's token."""
         thread = self._thread_key(lease.thread_id)
-        await settled(self._core.database.submit(ReleaseThread(thread, lease)))
+        released = self._core.submit(thread, lambda rows: release_thread(rows, thread, lease))
+        await self._core.database.settled(released)
         with self._core.lock:
             for place in [p for p in self._core.tails if p[0][:2] == thread and p[1] == lease]:
                 del self._core.tails[place]
@@ -170,7 +185,7 @@ class Saver(BaseCheckpointSaver[str]):
             tails = self._core.tails.items()
             own = [future for place, future in tails if self._is_own(place, thread)]
         for future in own:
-            await settled(future)
+            await self._core.database.settled(future)
 
     def put(
         self,
@@ -202,7 +217,7 @@ class Saver(BaseCheckpointSaver[str]):
     ) -> RunnableConfig:
         """Store a checkpoint; see `put`."""
         saved, future = self._accept_checkpoint(config, checkpoint, metadata, new_versions)
-        await settled(future)
+        await self._core.database.settled(future)
         return saved
 
     def put_writes(
@@ -238,7 +253,7 @@ class Saver(BaseCheckpointSaver[str]):
         accepted = self._accept_writes(config, writes, task_id, task_path)
 
         async def durable() -> None:
-            await settled(accepted)
+            await self._core.database.settled(accepted)
 
         return durable()
 
@@ -254,11 +269,12 @@ class Saver(BaseCheckpointSaver[str]):
 
     async def adelete_thread(self, thread_id: str) -> None:
         """Delete a thread; see `delete_thread`."""
-        await settled(self._delete_thread(thread_id))
+        await self._core.database.settled(self._delete_thread(thread_id))
 
     def _delete_thread(self, thread_id: str) -> Future[Any]:
         thread = self._thread_key(thread_id)
-        future = self._core.database.submit(DeleteThread(thread, self._lease))
+        lease = self._lease
+        future = self._core.submit(thread, lambda rows: delete_thread(rows, thread, lease))
 
         def forget(done: Future[Any]) -> None:
             if not done.cancelled() and done.exception() is None:
@@ -276,13 +292,13 @@ class Saver(BaseCheckpointSaver[str]):
         """
         key, load = self._load(config)
         self._wait_for(key[:2])
-        return self._loaded(key, self._core.database.read_now(load))
+        return self._continued(key, self._core.database.query_now(load))
 
     async def aget_tuple(self, config: RunnableConfig) -> CheckpointTuple | None:
         """Load a checkpoint; see `get_tuple`."""
         key, load = self._load(config)
         await self._await(key[:2])
-        return self._loaded(key, await self._core.database.read(load))
+        return self._continued(key, await self._core.database.query(load))
 
     def list(
         self,
@@ -303,11 +319,11 @@ class Saver(BaseCheckpointSaver[str]):
 
         The rows are read in pages; nothing is locked while the caller pauses between two of them.
         """
-        listing = Listing(self._encoder, self._core.tenant, config, filter, before, limit)
+        listing = Listing(self._reader, self._core.tenant, config, filter, before, limit)
         if listing.thread_id is not None:
             self._wait_for(self._thread_key(listing.thread_id))
         while not listing.is_done:
-            yield from listing.take(self._core.database.read_now(listing.query))
+            yield from self._core.database.query_now(on_rows(listing.read))
 
     async def alist(
         self,
@@ -318,11 +334,11 @@ class Saver(BaseCheckpointSaver[str]):
         limit: int | None = None,
     ) -> AsyncIterator[CheckpointTuple]:
         """List checkpoints, newest first; see `list`."""
-        listing = Listing(self._encoder, self._core.tenant, config, filter, before, limit)
+        listing = Listing(self._reader, self._core.tenant, config, filter, before, limit)
         if listing.thread_id is not None:
             await self._await(self._thread_key(listing.thread_id))
         while not listing.is_done:
-            for item in listing.take(await self._core.database.read(listing.query)):
+            for item in await self._core.database.query(on_rows(listing.read)):
                 yield item
 
     def get_next_version(self, current: str | int | None, channel: None) -> str:
@@ -404,7 +420,7 @@ class Saver(BaseCheckpointSaver[str]):
         key: HeadKey,
         config: RunnableConfig,
         checkpoint_id: str,
-        make: Callable[[], PutCheckpoint | PutWrites],
+        make: Callable[[], tuple[Planned, int]],
     ) -> Future[Any]:
         """Queue an operation behind the last one of the same invocation in this namespace.
 
@@ -417,7 +433,7 @@ class Saver(BaseCheckpointSaver[str]):
         after = seen.load_id if seen else config["configurable"].get("checkpoint_id") or None
         place: _Place = (key, self._lease, seen.load_id if seen else checkpoint_id)
         try:
-            operation = make()
+            planned, size = make()
         except AgentflowError as exc:
             # Refused at the door; what follows must fail too, as if the database had refused.
             future: Future[Any] = Future()
@@ -425,6 +441,7 @@ class Saver(BaseCheckpointSaver[str]):
             with core.lock:
                 core.tails[place] = future
         else:
+            operation = Put(planned, core.states, size=size)
             with core.lock:
                 operation.previous = core.tails.get((key, self._lease, after))
                 future = core.database.submit(operation)
@@ -441,12 +458,12 @@ class Saver(BaseCheckpointSaver[str]):
     ) -> Future[Any]:
         key = self._head_key(config)
         checkpoint_id = config["configurable"]["checkpoint_id"]
-        return self._enqueue(
-            key,
-            config,
-            checkpoint_id,
-            lambda: self._encoder.make_writes(key, self._lease, config, writes, task_id, task_path),
-        )
+
+        def make() -> tuple[Planned, int]:
+            planned = self._encoder.writes(key, self._lease, config, writes, task_id, task_path)
+            return planned, len(planned.call) + _ROW_SIZE
+
+        return self._enqueue(key, config, checkpoint_id, make)
 
     def _accept_checkpoint(
         self,
@@ -460,13 +477,13 @@ class Saver(BaseCheckpointSaver[str]):
             thread_id=key[1], ns=key[2], checkpoint_id=checkpoint["id"], step=metadata.get("step")
         )
 
-        def make() -> PutCheckpoint:
+        def make() -> tuple[Planned, int]:
             attempt = str(self._lease.token) if self._lease else self._core.instance
-            put = self._encoder.make_checkpoint(
+            planned = self._encoder.checkpoint(
                 key, self._lease, attempt, config, checkpoint, metadata, new_versions
             )
-            span.set_attribute(CHECKPOINT_BYTES, put.size)
-            return put
+            span.set_attribute(CHECKPOINT_BYTES, planned.size)
+            return planned, planned.size + _ROW_SIZE
 
         future = self._enqueue(key, config, checkpoint["id"], make)
         future.add_done_callback(lambda done: _end_span(span, done))
@@ -479,21 +496,24 @@ class Saver(BaseCheckpointSaver[str]):
 
     def _load(
         self, config: RunnableConfig
-    ) -> tuple[HeadKey, Callable[[Connection], StoredCheckpoint | None]]:
+    ) -> tuple[HeadKey, Callable[[Session], CheckpointTuple | None]]:
         key = self._head_key(config)
         checkpoint_id = config["configurable"].get("checkpoint_id") or None
-        return key, lambda connection: load_checkpoint(connection, key, checkpoint_id)
+        return key, on_rows(lambda rows: self._reader.load(rows, key, checkpoint_id))
 
-    def _loaded(self, key: HeadKey, stored: StoredCheckpoint | None) -> CheckpointTuple | None:
-        if stored is None:
-            return None
-        if self._lease is None:
+    def _continued(self, key: HeadKey, found: CheckpointTuple | None) -> CheckpointTuple | None:
+        if found is not None and self._lease is None:
             # Whoever goes on by hand from here is not the one who failed here before.
             with self._core.lock:
-                place: _Place = (key, None, stored.checkpoint_id)
+                place: _Place = (key, None, found.checkpoint["id"])
                 if place in self._core.tails and self._core.tails[place].done():
                     del self._core.tails[place]
-        return self._encoder.read(self._core.tenant, stored)
+        return found
+
+
+def on_rows(function: Callable[[Rows], T]) -> Callable[[Session], T]:
+    """Return `function` of the rows as a function of a session."""
+    return lambda session: function(open_rows(session))
 
 
 def _end_span(span: Span, done: Future[Any]) -> None:

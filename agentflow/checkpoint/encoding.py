@@ -1,6 +1,6 @@
-"""Checkpoints and writes as sealed rows, and back.
+"""LangGraph's calls as serialized puts, and rows as LangGraph's tuples.
 
-Encoding happens in the thread that calls the saver, before anything is queued: what is stored is
+Serializing happens in the thread that calls the saver, before anything is queued: what is stored is
 the value as it was then, whatever the caller does with the object afterwards.
 """
 
@@ -9,8 +9,9 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
+import xxhash
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import (
     WRITES_IDX_MAP,
@@ -22,9 +23,28 @@ from langgraph.checkpoint.base import (
 )
 from langgraph.checkpoint.serde.types import ERROR
 
-from agentflow.checkpoint.reading import Channels, HeadKey, StoredCheckpoint, ThreadKey
-from agentflow.checkpoint.writing import PutCheckpoint, PutWrites, Seen
-from agentflow.codec import Codec, digest
+from agentflow.checkpoint.planning import (
+    INLINE,
+    GrownList,
+    NewValue,
+    PlannedCheckpoint,
+    PlannedWrites,
+    Seen,
+    WholeList,
+)
+from agentflow.checkpoint.records import Place, Record, unpack_record, unpack_writes
+from agentflow.checkpoint.rows import (
+    WHOLE,
+    FoundCheckpoint,
+    HeadKey,
+    Layout,
+    Part,
+    ThreadKey,
+)
+from agentflow.codec import Codec, unseal
+from agentflow.delta import KnownList, grown, hash_block, whole
+from agentflow.delta import loaded as remembered
+from agentflow.errors import HashMismatchError
 from agentflow.types import Lease, new_id
 
 # LangGraph hands the configurable keys of a loaded checkpoint back with each put of the invocation,
@@ -32,49 +52,74 @@ from agentflow.types import Lease, new_id
 _SEEN = "__agentflow_seen"
 # LangGraph's engine marks the configuration of what it runs with keys of its own.
 _ENGINE = "__pregel_"
-_KNOWN_LIMIT = 4096
+_KNOWN_LIMIT = 1024
+_KNOWN_ELEMENTS = 2_000_000
 
-Holders = dict[str, tuple[Any, str | None]]
-"""Channel to its version and the checkpoint that holds its value, `None` if it has none."""
+Stretches = Mapping[tuple[int, int], Sequence[bytes]]
+"""The sealed stretches of values, by thread number and series."""
 
 
-class HolderCache:
-    """Where the values of recently seen checkpoints are held; bounded, safe from any thread."""
+class _Known(NamedTuple):
+    """The lists of one checkpoint, by channel, each with its version."""
+
+    lists: dict[str, tuple[Any, KnownList]]
+    size: int
+
+
+class KnownLists:
+    """The lists of checkpoints that may get a successor; bounded, safe from any thread."""
 
     def __init__(self) -> None:
         """Start empty."""
         self._lock = threading.Lock()
-        self._known: OrderedDict[tuple[HeadKey, str], Holders] = OrderedDict()
+        self._known: OrderedDict[tuple[HeadKey, str], _Known] = OrderedDict()
+        self._size = 0
 
-    def remember(self, key: HeadKey, checkpoint_id: str, holders: Holders) -> None:
-        """Keep the holders of a checkpoint, and drop the oldest entry if there are too many."""
+    def remember(
+        self, key: HeadKey, checkpoint_id: str, lists: dict[str, tuple[Any, KnownList]]
+    ) -> None:
+        """Keep the lists of a checkpoint, and drop the oldest ones if there are too many."""
+        known = _Known(lists, sum(len(entry.items) for _, entry in lists.values()))
         with self._lock:
-            self._known[key, checkpoint_id] = holders
-            self._known.move_to_end((key, checkpoint_id))
-            if len(self._known) > _KNOWN_LIMIT:
-                self._known.popitem(last=False)
+            self._drop((key, checkpoint_id))
+            self._known[key, checkpoint_id] = known
+            self._size += known.size
+            while len(self._known) > _KNOWN_LIMIT or self._size > _KNOWN_ELEMENTS:
+                self._drop(next(iter(self._known)))
 
-    def recall(self, key: HeadKey, checkpoint_id: str | None) -> Holders | None:
-        """Return the holders of a checkpoint, if they are kept."""
+    def recall(self, key: HeadKey, checkpoint_id: str) -> dict[str, tuple[Any, KnownList]]:
+        """Return the lists of a checkpoint that are kept."""
         with self._lock:
-            return None if checkpoint_id is None else self._known.get((key, checkpoint_id))
+            known = self._known.get((key, checkpoint_id))
+            return known.lists if known else {}
+
+    def forget(self, key: HeadKey, checkpoint_id: str) -> None:
+        """Drop the lists of a checkpoint."""
+        with self._lock:
+            self._drop((key, checkpoint_id))
 
     def forget_thread(self, thread: ThreadKey) -> None:
         """Drop everything about a thread."""
         with self._lock:
-            for known in [entry for entry in self._known if entry[0][:2] == thread]:
-                del self._known[known]
+            for place in [place for place in self._known if place[0][:2] == thread]:
+                self._drop(place)
+
+    def _drop(self, place: tuple[HeadKey, str]) -> None:
+        known = self._known.pop(place, None)
+        if known is not None:
+            self._size -= known.size
 
 
 class Encoder:
-    """Makes operations out of LangGraph's calls, and LangGraph's tuples out of rows."""
+    """Makes puts out of LangGraph's calls, and LangGraph's tuples out of rows."""
 
-    def __init__(self, codec: Codec, cache: HolderCache) -> None:
-        """Seal values with `codec`."""
-        self._codec = codec
-        self._cache = cache
+    def __init__(self, codec: Codec, known: KnownLists, *, verify_deltas: bool) -> None:
+        """Serialize with `codec`; `verify_deltas` compares growing lists as a whole each time."""
+        self.codec = codec
+        self._known = known
+        self._verify = verify_deltas
 
-    def make_writes(
+    def writes(
         self,
         key: HeadKey,
         lease: Lease | None,
@@ -82,31 +127,29 @@ class Encoder:
         writes: Sequence[tuple[str, Any]],
         task_id: str,
         task_path: str,
-    ) -> PutWrites:
-        """Encode the writes of one task."""
-        rows = [
-            {
-                "tenant": key[0],
-                "thread_id": key[1],
-                "ns": key[2],
-                "checkpoint_id": config["configurable"]["checkpoint_id"],
-                "task_id": task_id,
-                "idx": WRITES_IDX_MAP.get(channel, position),
-                "task_path": task_path,
-                "channel": channel,
-                "value": self._dump_write(channel, value, key),
-            }
+    ) -> PlannedWrites:
+        """Serialize the writes of one task."""
+        place = Place(*key[1:])
+        items = [
+            (WRITES_IDX_MAP.get(channel, position), channel, _storable(channel, value))
             for position, (channel, value) in enumerate(writes)
         ]
-        return PutWrites(key[:2], lease, rows=rows)
+        call = [task_id, task_path, [list(item) for item in items]]
+        try:
+            serialized = self.codec.serialize(call)
+        except Exception:
+            for _, channel, value in items:  # raises again, and names the channel
+                self.codec.serialize(value, where=place.of_channel(channel))
+            raise
+        return PlannedWrites(
+            key=key,
+            lease=lease,
+            codec=self.codec,
+            checkpoint_id=config["configurable"]["checkpoint_id"],
+            call=serialized,
+        )
 
-    def _dump_write(self, channel: str, value: Any, key: HeadKey) -> bytes:
-        if channel == ERROR and isinstance(value, BaseException):
-            # An exception cannot be rebuilt; LangGraph reads it as text.
-            value = safe_repr(value)
-        return self._codec.dumps(value, where=_place(channel, key))
-
-    def make_checkpoint(
+    def checkpoint(
         self,
         key: HeadKey,
         lease: Lease | None,
@@ -115,115 +158,206 @@ class Encoder:
         checkpoint: Checkpoint,
         metadata: CheckpointMetadata,
         new_versions: ChannelVersions,
-    ) -> PutCheckpoint:
-        """Encode a checkpoint; only the values of changed channels go with it."""
+    ) -> PlannedCheckpoint:
+        """Serialize a checkpoint; only the values of changed channels go with it."""
+        place = Place(*key[1:])
         configurable = config["configurable"]
         parent_id = configurable.get("checkpoint_id") or None
         seen = read_seen(config, key[2])
-        values = checkpoint["channel_values"]
-        body = {name: value for name, value in checkpoint.items() if name != "channel_values"}
-        channels, unresolved = self._resolve(key, checkpoint, new_versions, parent_id, seen)
-        for channel in new_versions:
-            if channel in values and channel in checkpoint["channel_versions"]:
-                channels[channel] = self._codec.dumps(values[channel], where=_place(channel, key))
-        stored_body = self._codec.dumps(body, where=_place("the checkpoint itself", key))
-        stored_metadata = self._codec.dumps(
-            get_checkpoint_metadata(config, metadata), where=_place("metadata", key)
-        )
-        inline = [value for _, value in sorted(channels.items()) if isinstance(value, bytes)]
-        row = {
-            "tenant": key[0],
-            "thread_id": key[1],
-            "ns": key[2],
-            "checkpoint_id": checkpoint["id"],
-            "parent_id": parent_id,
-            "attempt": attempt,
-            "run_id": _run_id(config, metadata),
-            "step": metadata.get("step"),
-            "body": stored_body,
-            "metadata": stored_metadata,
-            "content_hash": digest(b"".join([stored_body, stored_metadata, *inline])),
-        }
-        if not unresolved:
-            self._cache.remember(key, checkpoint["id"], _holders(checkpoint, channels))
-        return PutCheckpoint(
-            key[:2],
-            lease,
-            row=row,
-            channels=channels,
-            unresolved=unresolved,
-            read_versions=self._read_versions,
+        versions = checkpoint["channel_versions"]
+        body = {n: v for n, v in checkpoint.items() if n not in {"channel_values", "id"}}
+        head = self._head(body, get_checkpoint_metadata(config, metadata), place)
+        values = self._values(key, checkpoint, new_versions, parent_id, seen)
+        return PlannedCheckpoint(
+            key=key,
+            lease=lease,
+            codec=self.codec,
+            checkpoint_id=checkpoint["id"],
+            parent_id=parent_id,
+            attempt=attempt,
+            run_id=_run_id(config, metadata),
+            step=metadata.get("step"),
+            head=head,
+            # Copied: the engine goes on counting in the same dictionary.
+            versions=dict(versions),
+            changed=frozenset(new_versions),
+            values=values,
             seen=seen,
             is_invocation=any(name.startswith(_ENGINE) for name in configurable),
         )
 
-    def _resolve(
+    def _head(self, body: dict[str, Any], metadata: Any, place: Place) -> bytes:
+        try:
+            return self.codec.serialize([body, metadata])
+        except Exception:
+            self.codec.serialize(body, where=place.of("the checkpoint itself"))
+            self.codec.serialize(metadata, where=place.of("the metadata"))
+            raise
+
+    def _values(
         self,
         key: HeadKey,
         checkpoint: Checkpoint,
         new_versions: ChannelVersions,
         parent_id: str | None,
         seen: Seen | None,
-    ) -> tuple[Channels, dict[str, Any]]:
-        """Say which checkpoints hold the values of the channels that did not change."""
-        sources = [
-            known
-            for source in (parent_id, seen.checkpoint_id if seen else None, checkpoint["id"])
-            if (known := self._cache.recall(key, source)) is not None
-        ]
-        channels: Channels = {}
-        unresolved: dict[str, Any] = {}
-        for channel, version in checkpoint["channel_versions"].items():
-            if channel in new_versions:
-                continue
-            for known in sources:
-                if channel in known and known[channel][0] == version:
-                    holder = known[channel][1]
-                    if holder is not None:
-                        channels[channel] = holder
-                    break
-            else:
-                unresolved[channel] = version
-        return channels, unresolved
-
-    def _read_versions(self, body: bytes) -> Mapping[str, Any]:
-        versions: Mapping[str, Any] = self._codec.loads(body)["channel_versions"]
-        return versions
-
-    def read(self, tenant: str, stored: StoredCheckpoint) -> CheckpointTuple:
-        """Verify and decode a stored checkpoint, and stamp it with what the reader saw."""
-        key = (tenant, stored.thread_id, stored.ns)
-        load = self._codec.loads
-        body = load(stored.body, where=_place("the checkpoint itself", key))
-        values = {
-            channel: load(value, where=_place(channel, key))
-            for channel, value in stored.values.items()
+    ) -> dict[str, NewValue]:
+        """Serialize what changed; of a list that has grown only what is new."""
+        place = Place(*key[1:])
+        source = parent_id or (seen.checkpoint_id if seen else None)
+        before = self._known.recall(key, source) if source else {}
+        versions, present = checkpoint["channel_versions"], checkpoint["channel_values"]
+        values: dict[str, NewValue] = {}
+        lists = {
+            channel: known
+            for channel, known in before.items()
+            if channel not in new_versions and versions.get(channel) == known[0]
         }
+        for channel in new_versions:
+            if channel not in present or channel not in versions:
+                continue
+            value = present[channel]
+            where = place.of_channel(channel)
+            if type(value) is not list:
+                values[channel] = self.codec.serialize(value, where=where)
+                continue
+            last = before.get(channel)
+            values[channel], after = self._list(value, last[1] if last else None, source, where)
+            if after is not None:
+                lists[channel] = (versions[channel], after)
+        if lists:
+            self._known.remember(key, checkpoint["id"], lists)
+        if before and source is not None:
+            self._known.forget(key, source)
+        return values
+
+    def _list(
+        self, items: list[Any], known: KnownList | None, since: str | None, where: str
+    ) -> tuple[NewValue, KnownList | None]:
+        def dumps(value: Any) -> bytes:
+            return self.codec.serialize(value, where=where)
+
+        if known is not None and since is not None:
+            found = grown(known, items, dumps, verify=self._verify)
+            if found is not None:
+                return GrownList(since, found[0]), found[1]
+        block = dumps(items)
+        if len(block) <= INLINE:
+            return block, None
+        return WholeList(block, len(items)), whole(items, block, dumps)
+
+    def read(self, found: FoundCheckpoint, parts: Loaded) -> CheckpointTuple:
+        """Decode a stored checkpoint, and stamp it with what the reader saw."""
+        row = found.row
+        place = Place(found.thread_id, row.ns)
+        values = self._read_values(found, parts, place)
         configurable = {
-            "thread_id": stored.thread_id,
-            "checkpoint_ns": stored.ns,
+            "thread_id": found.thread_id,
+            "checkpoint_ns": row.ns,
             _SEEN: Seen(
-                ns=stored.ns,
-                head_seq=stored.head_seq,
-                checkpoint_id=stored.checkpoint_id,
+                ns=row.ns,
+                head_seq=found.head_seq,
+                checkpoint_id=row.checkpoint_id,
                 load_id=new_id(),
             ),
         }
-        parent = stored.parent_id
-        checkpoint = cast(Checkpoint, {**body, "channel_values": values})
-        self._cache.remember(key, stored.checkpoint_id, _holders(checkpoint, stored.channels))
+        parent = row.parent_id
+        body = parts.record.body
         return CheckpointTuple(
-            config={"configurable": {**configurable, "checkpoint_id": stored.checkpoint_id}},
-            checkpoint=checkpoint,
-            metadata=load(stored.metadata, where=_place("metadata", key)),
+            config={"configurable": {**configurable, "checkpoint_id": row.checkpoint_id}},
+            checkpoint=cast(
+                "Checkpoint", {**body, "id": row.checkpoint_id, "channel_values": values}
+            ),
+            metadata=cast("CheckpointMetadata", parts.record.metadata),
             parent_config=(
                 {"configurable": {**configurable, "checkpoint_id": parent}} if parent else None
             ),
-            pending_writes=[
-                (task_id, channel, load(value, where=_place(channel, key)))
-                for task_id, channel, value in stored.writes
-            ],
+            pending_writes=unpack_writes(self.codec, parts.writes, place),
         )
+
+    def _read_values(self, found: FoundCheckpoint, loaded: Loaded, place: Place) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        lists: dict[str, tuple[Any, KnownList]] = {}
+        for channel, (version, stored) in loaded.record.layout.items():
+            where = place.of_channel(channel)
+            if stored is None:
+                continue
+            if isinstance(stored, bytes):
+                values[channel] = self.codec.deserialize(stored, where=where)
+                continue
+            sealed = [loaded.stretches.get((found.row.thread, p.series), ()) for p in stored]
+            if stored[0].length == WHOLE:
+                whole_value = unseal(sealed[0][0], where=where) if sealed[0] else None
+                if whole_value is None:
+                    raise missing_part(where)
+                values[channel] = self.codec.deserialize(whole_value, where=where)
+                continue
+            values[channel], known = self._join(stored, sealed, where)
+            lists[channel] = (version, known)
+        if lists and found.row.seq == found.head_seq:
+            key = (found.tenant, found.thread_id, found.row.ns)
+            self._known.remember(key, found.row.checkpoint_id, lists)
+        return values
+
+    def _join(
+        self, parts: Sequence[Part], sealed: Sequence[Sequence[bytes]], where: str
+    ) -> tuple[list[Any], KnownList]:
+        """Put a list together from its stretches, and note it, so that its successor only adds."""
+        joined: list[Any] = []
+        hasher: xxhash.xxh3_128 | None = xxhash.xxh3_128()
+        for part, stretches in zip(parts, sealed, strict=True):
+            wanted = len(joined) + part.length
+            for stretch in stretches:
+                if len(joined) >= wanted:
+                    break
+                block = unseal(stretch, where=where)
+                elements = self.codec.deserialize(block, where=where)
+                joined += elements
+                if hasher is not None:
+                    hash_block(hasher, block, len(elements))
+            if len(joined) < wanted:
+                raise missing_part(where)
+            if len(joined) > wanted:
+                del joined[wanted:]
+                hasher = None
+
+        def dumps(value: Any) -> bytes:
+            return self.codec.serialize(value, where=where)
+
+        return joined, remembered(joined, hasher, len(parts), dumps)
+
+
+class Loaded(NamedTuple):
+    """What belongs to a checkpoint's row, ready to be decoded."""
+
+    record: Record
+    stretches: Stretches
+    writes: Sequence[tuple[int, bytes]]
+
+
+def open_record(codec: Codec, found: FoundCheckpoint) -> Record:
+    """Verify and open a checkpoint's row."""
+    return unpack_record(codec, found.row, Place(found.thread_id, found.row.ns))
+
+
+def missing_part(where: str) -> HashMismatchError:
+    """Make the error of a value that is not stored as a whole any more."""
+    return HashMismatchError(where, "a part of its value is gone")
+
+
+def is_complete(found: FoundCheckpoint, layout: Layout, stretches: Stretches) -> bool:
+    """Whether there is something of each series that a checkpoint names."""
+    return all((found.row.thread, part.series) in stretches for _, part in parts_of(found, layout))
+
+
+def parts_of(found: FoundCheckpoint, layout: Layout) -> list[tuple[int, Part]]:
+    """List where a checkpoint's values are kept, but for those in its row."""
+    return [
+        (found.row.thread, part)
+        for _, stored in layout.values()
+        if stored is not None and not isinstance(stored, bytes)
+        for part in stored
+    ]
 
 
 def safe_repr(error: BaseException) -> str:
@@ -234,26 +368,19 @@ def safe_repr(error: BaseException) -> str:
         return f"{type(error).__name__}(<no text: its repr raises>)"
 
 
-def _holders(checkpoint: Checkpoint, channels: Channels) -> Holders:
-    """Say for each channel of a checkpoint at which version it is and where its value is held."""
-    holders: Holders = {}
-    for channel, version in checkpoint["channel_versions"].items():
-        held = channels.get(channel)
-        holders[channel] = (version, checkpoint["id"] if isinstance(held, bytes) else held)
-    return holders
-
-
 def read_seen(config: RunnableConfig, ns: str) -> Seen | None:
     """Return what the invocation behind a call saw when it loaded this namespace, if it did."""
     stamp = config["configurable"].get(_SEEN)
     return stamp if isinstance(stamp, Seen) and stamp.ns == ns else None
 
 
+def _storable(channel: str, value: Any) -> Any:
+    # An exception cannot be rebuilt; LangGraph reads it as text.
+    if channel == ERROR and isinstance(value, BaseException):
+        return safe_repr(value)
+    return value
+
+
 def _run_id(config: RunnableConfig, metadata: CheckpointMetadata) -> str | None:
     run_id = metadata.get("run_id") or config.get("metadata", {}).get("run_id")
     return str(run_id) if run_id else None
-
-
-def _place(part: str, key: HeadKey) -> str:
-    ns = f", namespace {key[2]!r}" if key[2] else ""
-    return f"channel {part!r} of thread {key[1]!r}{ns}"

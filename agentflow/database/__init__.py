@@ -8,27 +8,28 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import threading
-from collections.abc import Callable
+import time
+from collections import deque
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 from sqlalchemy.engine import Connection
 
 from agentflow.config import Settings
 from agentflow.database import migrate
-from agentflow.database.engine import (
-    READERS,
-    display_url,
-    is_memory,
-    make_engine,
-    parse_url,
-    snapshot,
-    translated,
-)
+from agentflow.database.connections import Connections
+from agentflow.database.engine import READERS, parse_url, snapshot, translated
+from agentflow.database.session import Session
 from agentflow.database.writer import Call, GroupCommitWriter, Operation
+from agentflow.errors import StoreUnavailableError
 
 T = TypeVar("T")
+_FIRST_PAUSE, _MAX_PAUSE = 0.02, 1.0
 
 
 class Database:
@@ -43,31 +44,37 @@ class Database:
         """
         self._url = parse_url(url)
         self._settings = settings
-        self._in_memory = is_memory(self._url)
-        self.name = display_url(self._url)
+        self._deadline = settings.store_timeout.total_seconds()
         self._open()
+        self.name = self._connections.name
 
     def _open(self) -> None:
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._is_ready = False
-        self._engine = make_engine(self._url, self._settings)
-        self._writer = GroupCommitWriter(self._engine, self._url, self._ensure_ready)
+        self._connections = Connections(self._url, self._settings)
+        self._writer = GroupCommitWriter(
+            self._connections,
+            self._ensure_ready,
+            deadline=self._deadline,
+            settled=self._wake_loops,
+        )
         self._readers: ThreadPoolExecutor | None = None
+        self._wakers: WeakKeyDictionary[asyncio.AbstractEventLoop, _Waker] = WeakKeyDictionary()
 
     def _ensure_ready(self) -> None:
         if self._is_ready:
             return
         with self._lock:
             if not self._is_ready:
-                migrate.ensure(self._engine, self._url)
+                migrate.ensure(self._connections.engine, self._url)
                 self._is_ready = True
 
     def _check_fork(self) -> None:
         if self._pid != os.getpid():
             # Threads and sockets do not survive a fork: the child starts afresh and leaves its
             # parent's connections alone.
-            self._engine.dispose(close=False)
+            self._connections.abandon()
             self._open()
 
     def submit(self, operation: Operation) -> Future[Any]:
@@ -80,29 +87,75 @@ class Database:
 
         Cancelling the caller does not tear the transaction: it commits or fails as a whole.
         """
-        outcome: T = await settled(self.submit(Call(function)))
+        outcome: T = await self.settled(self.submit(Call(function)))
         return outcome
 
     def read_now(self, function: Callable[[Connection], T]) -> T:
         """Run `function` on one consistent snapshot, in the calling thread."""
         self._check_fork()
-        if self._in_memory:
+        if self._connections.is_memory:
             outcome: T = self.submit(Call(function)).result()
             return outcome
-        with translated(self._url):
-            self._ensure_ready()
-            with snapshot(self._engine) as connection:
-                return function(connection)
+        return self._persistently(lambda: self._snapshot(function))
 
     async def read(self, function: Callable[[Connection], T]) -> T:
         """Run `function` on one consistent snapshot, in a reader thread."""
         self._check_fork()
-        if self._in_memory:
+        if self._connections.is_memory:
             return await self.write(function)
+        return await self._in_reader(lambda: self.read_now(function))
+
+    def query_now(self, function: Callable[[Session], T]) -> T:
+        """Run single queries, each on what is committed then, in the calling thread."""
+        self._check_fork()
+        if self._connections.is_memory:
+            outcome: T = self.submit(_Query(function)).result()
+            return outcome
+        return self._persistently(lambda: self._query(function))
+
+    async def query(self, function: Callable[[Session], T]) -> T:
+        """Run single queries, each on what is committed then, in a reader thread."""
+        self._check_fork()
+        if self._connections.is_memory:
+            outcome: T = await self.settled(self.submit(_Query(function)))
+            return outcome
+        return await self._in_reader(lambda: self.query_now(function))
+
+    async def _in_reader(self, function: Callable[[], T]) -> T:
         if self._readers is None:
             self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="agentflow-reader")
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._readers, self.read_now, function)
+        return await asyncio.get_running_loop().run_in_executor(self._readers, function)
+
+    def _snapshot(self, function: Callable[[Connection], T]) -> T:
+        with translated(self._url), snapshot(self._connections.engine) as connection:
+            return function(connection)
+
+    def _query(self, function: Callable[[Session], T]) -> T:
+        with self._connections.reading() as session:
+            return function(session)
+
+    def _persistently(self, attempt: Callable[[], T]) -> T:
+        """Read again while the database cannot be reached, until the deadline.
+
+        A database that was never reached is a wrong URL more likely than a restart.
+        """
+        was_ready = self._is_ready
+        with translated(self._url):
+            self._ensure_ready()
+        until = time.monotonic() + self._deadline
+        for pause in _pauses():
+            try:
+                return attempt()
+            except StoreUnavailableError as exc:
+                is_lost = exc.outcome in {"unreachable", "unknown"}
+                if not was_ready or not is_lost or time.monotonic() + pause > until:
+                    raise
+                time.sleep(pause)
+        raise AssertionError
+
+    def _wake_loops(self) -> None:
+        for waker in tuple(self._wakers.values()):
+            waker.wake()
 
     def close(self) -> None:
         """Write what is queued and close all connections; nothing can be written afterwards."""
@@ -111,9 +164,62 @@ class Database:
         self._writer.close()
         if self._readers is not None:
             self._readers.shutdown()
-        self._engine.dispose()
+        self._connections.dispose()
+
+    async def settled(self, future: Future[Any]) -> Any:
+        """Wait for a writer's future from an event loop; cancelling the waiter leaves it alone."""
+        if not future.done():
+            loop = asyncio.get_running_loop()
+            waker = self._wakers.get(loop)
+            if waker is None:
+                waker = self._wakers[loop] = _Waker(self._writer)
+            waiter: asyncio.Future[None] = loop.create_future()
+            future.add_done_callback(lambda _: waker.add(waiter))
+            await waiter
+        return future.result()
 
 
-async def settled(future: Future[Any]) -> Any:
-    """Wait for a writer's future from an event loop; cancelling the waiter leaves it alone."""
-    return await asyncio.shield(asyncio.wrap_future(future))
+class _Query(Operation):
+    """Queries of a database that has one connection only."""
+
+    def __init__(self, function: Callable[[Session], Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    @classmethod
+    def run(cls, session: Session, operations: Any) -> list[Any]:
+        return [operation.function(session) for operation in operations]
+
+
+class _Waker:
+    """Wakes what waits in one event loop: all that a batch has settled with one call."""
+
+    def __init__(self, writer: GroupCommitWriter) -> None:
+        self._writer = writer
+        self._waiting: deque[asyncio.Future[None]] = deque()
+
+    def add(self, waiter: asyncio.Future[None]) -> None:
+        """Wake `waiter` at the end of the writer's batch; at once if it was settled before."""
+        self._waiting.append(waiter)
+        if not self._writer.is_current_thread():
+            self.wake()
+
+    def wake(self) -> None:
+        """Wake what has been added."""
+        if self._waiting:
+            # A loop that was closed has nobody left who waits.
+            with suppress(RuntimeError):
+                self._waiting[0].get_loop().call_soon_threadsafe(self._run)
+
+    def _run(self) -> None:
+        while self._waiting:
+            waiter = self._waiting.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+
+
+def _pauses() -> Generator[float, None, None]:
+    pause = _FIRST_PAUSE
+    while True:
+        yield pause * random.uniform(0.5, 1)  # noqa: S311 -- jitter
+        pause = min(_MAX_PAUSE, pause * 2)

@@ -25,6 +25,7 @@ from agentflow.errors import (
 
 SUPPORTED = ("memory://", "sqlite:///file", "postgresql://")
 READERS = 4
+_CONNECT_TIMEOUT = 10
 _WAL_RETRY = 0.005
 
 
@@ -58,6 +59,10 @@ def make_engine(url: URL, settings: Settings) -> Engine:
     """Make the engine of a database; nothing connects yet."""
     if url.get_backend_name() == "sqlite":
         return _sqlite_engine(url, settings)
+    return _postgres_engine(url, settings)
+
+
+def _postgres_engine(url: URL, settings: Settings) -> Engine:
     timeout = int(settings.store_timeout.total_seconds())
     engine = sa.create_engine(
         url,
@@ -65,24 +70,29 @@ def make_engine(url: URL, settings: Settings) -> Engine:
         pool_size=READERS + 1,
         max_overflow=0,
         pool_timeout=timeout,
-        connect_args={"connect_timeout": max(2, timeout)},
+        connect_args={"connect_timeout": max(2, min(timeout, _CONNECT_TIMEOUT))},
     )
-    # A process that is stopped inside a transaction holds row locks that no one can pass: the
-    # server ends its session within the length of a lease. Until then, whoever wants those rows
-    # gives up soon, since everything else that its process writes is waiting behind.
-    lease_ms = settings.lease.total_seconds() * 1000
-    limits = {
-        # Not below a second: a process that is merely slow may pause that long.
-        "idle_in_transaction_session_timeout": max(1000, int(lease_ms / 2)),
-        "lock_timeout": max(1, int(lease_ms / 10)),
-    }
+    limits = transaction_limits(settings)
 
     @sa.event.listens_for(engine, "connect")
-    def _set_limits(connection: Any, _record: Any) -> None:
+    def _prepare(connection: Any, record: Any) -> None:
+        # A pooler that hands out sessions by the transaction invents the id that it gives its
+        # clients. Behind one, neither settings nor prepared statements outlast a transaction.
         with connection.cursor() as cursor:
-            for name, milliseconds in limits.items():
-                cursor.execute(f"SET {name} = {milliseconds}")
+            ((backend,),) = cursor.execute("SELECT pg_backend_pid()").fetchall()
+            record.info["is_pooled"] = backend != connection.info.backend_pid
+            if record.info["is_pooled"]:
+                connection.prepare_threshold = None
+            else:
+                for name, milliseconds in limits.items():
+                    cursor.execute(f"SET {name} = {milliseconds}")
         connection.commit()
+
+    @sa.event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        if connection.connection.info.get("is_pooled"):
+            for name, milliseconds in limits.items():
+                connection.exec_driver_sql(f"SET LOCAL {name} = {milliseconds}")
 
     @sa.event.listens_for(engine, "after_cursor_execute")
     def _go_idle(  # the arguments are SQLAlchemy's
@@ -94,6 +104,21 @@ def make_engine(url: URL, settings: Settings) -> Engine:
             cursor.connection.execute("SELECT 1")
 
     return engine
+
+
+def transaction_limits(settings: Settings) -> dict[str, int]:
+    """Return PostgreSQL's settings, in milliseconds, that keep a stopped process from blocking all.
+
+    A process that is stopped inside a transaction holds row locks that no one can pass: the server
+    ends its session within the length of a lease. Until then, whoever wants those rows gives up
+    soon, since everything else that its process writes is waiting behind.
+    """
+    lease_ms = settings.lease.total_seconds() * 1000
+    return {
+        # Not below a second: a process that is merely slow may pause that long.
+        "idle_in_transaction_session_timeout": max(1000, int(lease_ms / 2)),
+        "lock_timeout": max(1, int(lease_ms / 10)),
+    }
 
 
 def _enable_wal(cursor: sqlite3.Cursor, timeout: timedelta) -> None:
@@ -198,31 +223,43 @@ _PG_NOW = sa.text("SELECT clock_timestamp()")
 _CONTENDED = {"LockNotAvailable", "DeadlockDetected", "SerializationFailure"}
 
 
-def _outcome(error: sa.exc.DBAPIError) -> Outcome:
-    if error.connection_invalidated:
-        return "unknown"
-    return "contended" if type(error.orig).__name__ in _CONTENDED else "not_written"
-
-
 @contextmanager
 def translated(url: URL) -> Iterator[None]:
     """Turn a driver's errors about reaching the database into `StoreUnavailableError`."""
     try:
         yield
-    except sa.exc.OperationalError as exc:
-        reason = type(exc.orig).__name__
-        text = str(exc.orig).strip().splitlines()
-        # The driver's first line names host and cause; statements and parameters stay out.
-        raise StoreUnavailableError(
-            display_url(url), f"{reason}: {text[0]}" if text else reason, _outcome(exc)
-        ) from exc
     except sa.exc.TimeoutError as exc:
         raise StoreUnavailableError(display_url(url), "no free connection in time") from exc
     except sa.exc.DBAPIError as exc:
-        if exc.connection_invalidated:
-            raise StoreUnavailableError(
-                display_url(url), "the connection broke", "unknown"
-            ) from exc
-        if type(exc.orig) is sqlite3.DatabaseError:  # its subclasses are about statements
-            raise StoreUnavailableError(display_url(url), str(exc.orig)) from exc
-        raise
+        broken: Outcome | None = "unknown" if exc.connection_invalidated else None
+        error = unavailable(url, exc.orig, broken) if exc.orig is not None else None
+        if error is None:
+            raise
+        raise error from exc
+
+
+def unavailable(
+    url: URL, error: BaseException, broken: Outcome | None = None
+) -> StoreUnavailableError | None:
+    """Return what a driver's error says about reaching the database; `None` if nothing.
+
+    Args:
+        url: The database.
+        error: The driver's error.
+        broken: What is known of the outcome, if the connection broke with it.
+    """
+    kind = type(error).__name__
+    is_sqlite = isinstance(error, sqlite3.Error)
+    is_operational = any(cls.__name__ == "OperationalError" for cls in type(error).__mro__)
+    if broken is None and not is_operational and type(error) is not sqlite3.DatabaseError:
+        return None  # its other subclasses are about statements
+    outcome: Outcome = "not_written"
+    if broken is not None:
+        outcome = broken
+    elif kind in _CONTENDED:
+        outcome = "contended"
+    elif not is_sqlite and getattr(error, "sqlstate", None) is None:
+        outcome = "unreachable"
+    # The driver's first line names host and cause; statements and parameters stay out.
+    text = str(error).strip().splitlines()
+    return StoreUnavailableError(display_url(url), f"{kind}: {text[0]}" if text else kind, outcome)

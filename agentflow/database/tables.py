@@ -63,63 +63,56 @@ def _table(name: str, *parts: Any) -> Table:
 
 threads = _table(
     "threads",
+    # What the other tables of checkpoints call the thread: its names may be long.
+    Column("id", _AUTO, primary_key=True, autoincrement=True),
     Column("tenant", _ID, nullable=False),
     Column("thread_id", _ID, nullable=False),
     # The fencing token of the newest lease. It outlives `delete_thread`.
     Column("token", BigInteger, nullable=False),
     Column("is_leased", Boolean, nullable=False),
-    # The sequence number of the newest checkpoint, over all namespaces.
+    # The newest number given in the thread: to a checkpoint, to writes or to a value.
     Column("seq", BigInteger, nullable=False),
-    PrimaryKeyConstraint("tenant", "thread_id"),
+    UniqueConstraint("tenant", "thread_id", name="agentflow_threads_id"),
 )
 
-heads = _table(
-    "heads",
-    Column("tenant", _ID, nullable=False),
-    Column("thread_id", _ID, nullable=False),
-    Column("ns", _ID, nullable=False),
-    Column("checkpoint_id", _ID, nullable=False),
-    Column("seq", BigInteger, nullable=False),
-    Column("attempt", _ID, nullable=False),
-    PrimaryKeyConstraint("tenant", "thread_id", "ns"),
-)
-
+# The newest checkpoint of a namespace, the one with the highest number, is its head.
 checkpoints = _table(
     "checkpoints",
-    Column("tenant", _ID, nullable=False),
-    Column("thread_id", _ID, nullable=False),
+    Column("thread", BigInteger, nullable=False),
     Column("ns", _ID, nullable=False),
+    Column("seq", BigInteger, nullable=False),
     Column("checkpoint_id", _ID, nullable=False),
     Column("parent_id", _ID),
-    Column("seq", BigInteger, nullable=False),
     Column("attempt", _ID, nullable=False),
-    Column("token", BigInteger, nullable=False),
     Column("run_id", _ID),
     Column("step", Integer),
-    Column("body", LargeBinary, nullable=False),
-    Column("metadata", LargeBinary, nullable=False),
-    # channel -> its value, or the id of the checkpoint of this namespace that holds it.
-    Column("channels", LargeBinary, nullable=False),
-    Column("content_hash", _NAME, nullable=False),
-    PrimaryKeyConstraint("tenant", "thread_id", "ns", "checkpoint_id"),
-    UniqueConstraint("tenant", "thread_id", "seq", name="agentflow_checkpoints_seq"),
-    Index("agentflow_checkpoints_run", "tenant", "run_id"),
+    Column("data", LargeBinary, nullable=False),
+    # The writes of its parent that became durable together with it.
+    Column("parent_writes", LargeBinary),
+    PrimaryKeyConstraint("thread", "ns", "seq"),
+    UniqueConstraint("thread", "ns", "checkpoint_id", name="agentflow_checkpoints_id"),
+    Index("agentflow_checkpoints_run", "run_id"),
+)
+
+values = _table(
+    "values",
+    Column("thread", BigInteger, nullable=False),
+    # A list that grows is one series of stretches, anything else a series of one.
+    Column("series", BigInteger, nullable=False),
+    Column("start", BigInteger, nullable=False),
+    Column("data", LargeBinary, nullable=False),
+    PrimaryKeyConstraint("thread", "series", "start"),
 )
 
 writes = _table(
     "writes",
-    Column("tenant", _ID, nullable=False),
-    Column("thread_id", _ID, nullable=False),
+    Column("thread", BigInteger, nullable=False),
     Column("ns", _ID, nullable=False),
     # No foreign key: a write may become durable before its checkpoint, or without it.
     Column("checkpoint_id", _ID, nullable=False),
-    Column("task_id", _ID, nullable=False),
-    Column("idx", Integer, nullable=False),
-    Column("task_path", _NAME, nullable=False),
-    Column("channel", _NAME, nullable=False),
-    Column("token", BigInteger, nullable=False),
-    Column("value", LargeBinary, nullable=False),
-    PrimaryKeyConstraint("tenant", "thread_id", "ns", "checkpoint_id", "task_id", "idx"),
+    Column("seq", BigInteger, nullable=False),
+    Column("data", LargeBinary, nullable=False),
+    PrimaryKeyConstraint("thread", "ns", "checkpoint_id", "seq"),
 )
 
 leases = _table(

@@ -3,12 +3,15 @@
 Everything that this process writes to a database goes through one thread. It takes what is queued,
 of all runs, and commits it in one transaction, so that fifty runs share the cost of one fsync.
 Operations run in the order in which they were submitted. If a batch raises, nothing of it is kept,
-and it is tried again one operation at a time, so that only the offender fails.
+and it is tried again one operation at a time, so that only the offender fails. While the database
+cannot be reached, what may be sent again is sent again, until the deadline.
 """
 
 from __future__ import annotations
 
 import logging
+import queue
+import random
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -17,9 +20,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from sqlalchemy.engine import URL, Connection, Engine
+from sqlalchemy.engine import Connection
 
-from agentflow.database.engine import translated, writing
+from agentflow.database.connections import Connections
+from agentflow.database.engine import translated
+from agentflow.database.session import Session
 from agentflow.errors import StoreUnavailableError
 from agentflow.failpoints import failpoint
 
@@ -29,6 +34,12 @@ MAX_BATCH_BYTES = 8 * 1024 * 1024
 """A batch is closed once it holds this much; one larger operation is a batch of its own."""
 COMPANY_WAIT = 0.002
 """Seconds that operations which are in no hurry wait for others to share a commit with."""
+_LOOKS = 10
+"""How often an idle writer looks into its queue before it falls asleep."""
+_FIRST_PAUSE, _MAX_PAUSE = 0.02, 1.0
+"""Seconds between two attempts to reach the database."""
+_DECIDED = {"not_written", "contended"}
+"""Outcomes after which another attempt at the whole batch would only fail again."""
 
 
 class Rejected:
@@ -49,7 +60,7 @@ class Operation(ABC):
 
     size: int = 0
     """Bytes that it will send, roughly."""
-    patient: bool = False
+    is_patient: bool = False
     """Whether it may wait a moment for company."""
     resendable: bool = False
     """Whether running it again after a commit of unknown outcome gives the same end state."""
@@ -58,15 +69,15 @@ class Operation(ABC):
         """Start with an open future."""
         self.future: Future[Any] = Future()
 
-    @property
-    def family(self) -> type[Operation]:
-        """Neighbours of one family are run together, by its `run`."""
-        return type(self)
+    @classmethod
+    def commits_itself(cls) -> bool:
+        """Whether `run` needs no transaction around it, since it makes its own."""
+        return False
 
     @classmethod
     @abstractmethod
-    def run(cls, connection: Connection, operations: Sequence[Any]) -> list[Any]:
-        """Execute neighbouring operations of this family and return an outcome for each."""
+    def run(cls, session: Session, operations: Sequence[Any]) -> list[Any]:
+        """Execute neighbouring operations of this class and return an outcome for each."""
 
 
 class Call(Operation):
@@ -78,46 +89,76 @@ class Call(Operation):
         self.function = function
 
     @classmethod
-    def run(cls, connection: Connection, operations: Sequence[Call]) -> list[Any]:
+    def run(cls, session: Session, operations: Sequence[Call]) -> list[Any]:
         """Call each function in turn."""
-        return [operation.function(connection) for operation in operations]
+        return [operation.function(session.connection) for operation in operations]
 
 
 class GroupCommitWriter:
-    """Owns the thread, its connection and its queue; started by the first operation."""
+    """Owns the thread and its queue; started by the first operation."""
 
-    def __init__(self, engine: Engine, url: URL, prepare: Callable[[], None]) -> None:
-        """Write through `engine`; `prepare` is called before each batch."""
-        self._engine = engine
-        self._url = url
+    def __init__(
+        self,
+        connections: Connections,
+        prepare: Callable[[], None],
+        *,
+        deadline: float,
+        settled: Callable[[], None],
+    ) -> None:
+        """Write through `connections`.
+
+        Args:
+            connections: Where sessions come from.
+            prepare: Called before each batch.
+            deadline: Seconds to go on trying while the database cannot be reached.
+            settled: Called after each batch whose futures have ended.
+        """
+        self._connections = connections
         self._prepare = prepare
+        self._deadline = deadline
+        self._settled = settled
         self._queue: deque[Operation] = deque()
-        self._wake = threading.Condition()
+        # Waking a thread costs both threads more than a commit of SQLite does. While it is awake
+        # the writer looks into the queue by itself, and only what is urgent wakes it at once.
+        self._signal: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._is_signalled = False
+        self._is_asleep = False
+        self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._closing = False
+        self._closing = threading.Event()
+        self._was_reached = False
 
     def submit(self, operation: Operation) -> Future[Any]:
         """Queue an operation; its future ends when it is durable, or has failed."""
-        with self._wake:
-            if self._closing:
-                raise StoreUnavailableError(str(self._url.database), "it was closed")
+        with self._lock:
+            if self._closing.is_set():
+                raise StoreUnavailableError(self._connections.name, "it was closed")
             self._queue.append(operation)
             if self._thread is None:
                 self._thread = threading.Thread(
                     target=self._serve, name="agentflow-writer", daemon=True
                 )
                 self._thread.start()
-            self._wake.notify()
+            if self._is_asleep or not operation.is_patient:
+                self._wake()
         return operation.future
+
+    def is_current_thread(self) -> bool:
+        """Whether the caller runs in the writer's thread."""
+        return self._thread is not None and self._thread.ident == threading.get_ident()
 
     def close(self) -> None:
         """Write what is queued, then end the thread."""
-        with self._wake:
-            self._closing = True
-            thread = self._thread
-            self._wake.notify()
-        if thread is not None:
-            thread.join()
+        with self._lock:
+            self._closing.set()
+            self._wake()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _wake(self) -> None:
+        if not self._is_signalled:
+            self._is_signalled = True
+            self._signal.put(None)
 
     def _serve(self) -> None:
         while batch := self._take():
@@ -127,74 +168,118 @@ class GroupCommitWriter:
                 logger.exception("the writer failed", extra={"operations": len(batch)})
                 for operation in batch:
                     _settle(operation, Rejected(_as_exception(exc)))
+            self._settled()
+        self._connections.end_writing()
 
     def _take(self) -> list[Operation]:
         """Wait for operations and take a batch; empty once closed and drained."""
-        with self._wake:
-            while not self._queue:
-                if self._closing:
-                    return []
-                self._wake.wait()
-            deadline = time.monotonic() + COMPANY_WAIT
-            while all(operation.patient for operation in self._queue) and not self._closing:
-                remaining = deadline - time.monotonic()
-                if remaining <= 0:
-                    break
-                self._wake.wait(remaining)
-            batch = [self._queue.popleft()]
-            size = batch[0].size
-            while self._queue and size + self._queue[0].size <= MAX_BATCH_BYTES:
-                size += self._queue[0].size
-                batch.append(self._queue.popleft())
-            return batch
+        looks = 0
+        while not self._queue or (not looks and self._may_wait()):
+            if self._closing.is_set() and not self._queue:
+                return []
+            # What is in no hurry is left for one more look.
+            looks += bool(self._queue)
+            self._sleep(COMPANY_WAIT)
+        batch = [self._queue.popleft()]
+        size = batch[0].size
+        while self._queue and size + self._queue[0].size <= MAX_BATCH_BYTES:
+            operation = self._queue.popleft()
+            size += operation.size
+            batch.append(operation)
+        return batch
+
+    def _may_wait(self) -> bool:
+        return not self._closing.is_set() and all(op.is_patient for op in tuple(self._queue))
+
+    def _sleep(self, pause: float) -> None:
+        """Wait to be woken; after some time without work, for as long as it takes."""
+        for _ in range(_LOOKS):
+            try:
+                self._signal.get(timeout=pause)
+            except queue.Empty:
+                if self._queue:
+                    return
+            else:
+                self._is_signalled = False
+                return
+        self._is_asleep = True
+        try:
+            if not self._queue and not self._closing.is_set():
+                self._signal.get()
+                self._is_signalled = False
+        finally:
+            self._is_asleep = False
 
     def _write(self, batch: list[Operation]) -> None:
-        try:
-            with translated(self._url):
-                self._prepare()
-        except Exception as exc:  # noqa: BLE001 -- every failure is handed to its submitter
-            outcomes: list[Any] = [Rejected(exc)] * len(batch)
-        else:
-            try:
-                with translated(self._url):
-                    outcomes = self._transact(batch)
-            except Exception as exc:  # noqa: BLE001 -- every failure is handed to its submitter
-                self._write_apart(batch, exc)
+        until = time.monotonic() + self._deadline
+        pause = _FIRST_PAUSE
+        while (error := self._attempt(batch)) is not None:
+            if not isinstance(error, StoreUnavailableError) or error.outcome in _DECIDED:
+                self._write_apart(batch, error)
                 return
+            if error.outcome == "unknown":
+                batch = self._give_up(batch, error, lambda operation: not operation.resendable)
+            # A database that was never reached is a wrong URL more likely than a restart.
+            is_late = time.monotonic() + pause > until or self._closing.is_set()
+            if is_late or not self._was_reached:
+                batch = self._give_up(batch, error, lambda _: True)
+            if not batch:
+                return
+            self._closing.wait(pause * random.uniform(0.5, 1))  # noqa: S311 -- jitter
+            pause = min(_MAX_PAUSE, pause * 2)
+
+    @staticmethod
+    def _give_up(
+        batch: list[Operation], error: Exception, is_hopeless: Callable[[Operation], bool]
+    ) -> list[Operation]:
+        """Fail some operations of a batch and return the others."""
+        for operation in batch:
+            if is_hopeless(operation):
+                _settle(operation, Rejected(error))
+        return [operation for operation in batch if not is_hopeless(operation)]
+
+    def _attempt(self, batch: list[Operation]) -> Exception | None:
+        """Write a batch and settle it, or say why it could not be written."""
+        try:
+            with translated(self._connections.url):
+                self._prepare()
+            self._was_reached = True
+            outcomes = self._transact(batch)
+        except Exception as exc:  # noqa: BLE001 -- every failure is handed to its submitter
+            return exc
         for operation, outcome in zip(batch, outcomes, strict=True):
             _settle(operation, outcome)
+        return None
 
     def _write_apart(self, batch: list[Operation], error: Exception) -> None:
         """Give each operation of a failed batch a transaction of its own."""
-        outcome_is = error.outcome if isinstance(error, StoreUnavailableError) else None
+        if len(batch) == 1:
+            _settle(batch[0], Rejected(error))
+            return
         for operation in batch:
-            # Where the commit may have happened, only what can be sent again without harm is.
-            may_repeat = operation.resendable if outcome_is == "unknown" else len(batch) > 1
-            if outcome_is == "not_written" or not may_repeat:
-                _settle(operation, Rejected(error))
-                continue
-            try:
-                with translated(self._url):
-                    (outcome,) = self._transact([operation])
-            except Exception as exc:  # noqa: BLE001 -- every failure is handed to its submitter
-                outcome = Rejected(exc)
-            _settle(operation, outcome)
+            self._write([operation])
 
     def _transact(self, batch: Sequence[Operation]) -> list[Any]:
+        groups = _neighbours(batch)
         outcomes: list[Any] = []
-        with writing(self._engine) as connection:
-            for kind, group in _neighbours(batch):
-                outcomes.extend(kind.run(connection, group))
-            failpoint("database.before_commit")
+        if len(groups) == 1 and groups[0][0].commits_itself():
+            with self._connections.autocommitting() as session:
+                outcomes = groups[0][0].run(session, groups[0][1])
+        else:
+            with self._connections.writing() as session:
+                for kind, group in groups:
+                    outcomes.extend(kind.run(session, group))
+                failpoint("database.before_commit")
         failpoint("database.after_commit")
+        session.committed()
         return outcomes
 
 
 def _neighbours(batch: Sequence[Operation]) -> list[tuple[type[Operation], list[Operation]]]:
     groups: list[tuple[type[Operation], list[Operation]]] = []
     for operation in batch:
-        if not groups or groups[-1][0] is not operation.family:
-            groups.append((operation.family, []))
+        if not groups or groups[-1][0] is not type(operation):
+            groups.append((type(operation), []))
         groups[-1][1].append(operation)
     return groups
 

@@ -306,7 +306,7 @@ def test_write_is_accepted_by_the_call_though_nobody_awaits_it(saver: Saver) -> 
     assert load(saver, "c1").pending_writes == [("a", "x", 1)]
 
 
-@pytest.mark.parametrize("point", ["checkpoint.before_insert", "checkpoint.after_insert"])
+@pytest.mark.parametrize("point", ["checkpoint.before_insert", "database.before_commit"])
 def test_torn_write_leaves_the_old_checkpoint(saver: Saver, point: str) -> None:
     put(saver, "c1")
 

@@ -264,10 +264,10 @@ def test_each_flipped_cut_or_added_byte_is_found() -> None:
 
 def test_newer_version_is_named() -> None:
     newer = bytearray(CODEC.dumps(1))
-    newer[0] = 2
-    with pytest.raises(UnknownVersionError, match=r"version 2.*up to 1; upgrade agentflow") as told:
+    newer[0] = 3
+    with pytest.raises(UnknownVersionError, match=r"version 3.*up to 2; upgrade agentflow") as told:
         CODEC.loads(bytes(newer), where="runs.input")
-    assert (told.value.version, told.value.supported, told.value.where) == (2, 1, "runs.input")
+    assert (told.value.version, told.value.supported, told.value.where) == (3, 2, "runs.input")
 
 
 class Local:

@@ -1,0 +1,175 @@
+"""Running a batch of puts: plans made from remembered states, applied if these still hold.
+
+Nearly always a thread is written by one process, which therefore knows its state without reading.
+A plan that was made from a state that has changed is not applied; it is made again from the state
+as it is then, which is locked meanwhile.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from agentflow.checkpoint.planning import Planned, PlannedCheckpoint, ThreadPlan
+from agentflow.checkpoint.records import Place, unpack_record
+from agentflow.checkpoint.rows import (
+    CheckpointRow,
+    Head,
+    Rows,
+    ThreadChange,
+    ThreadKey,
+    ThreadState,
+)
+from agentflow.codec import Codec
+from agentflow.failpoints import failpoint
+
+_MAX_THREADS = 2048
+
+Refusal = Callable[[int], Exception | None]
+"""Says of a put, by its place in the batch, whether something before it has failed."""
+
+
+class ThreadStates:
+    """The states of recently used threads; bounded, safe from any thread."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self._lock = threading.Lock()
+        self._known: OrderedDict[ThreadKey, ThreadState] = OrderedDict()
+
+    def get(self, key: ThreadKey, namespaces: Iterable[str]) -> ThreadState | None:
+        """Return a thread's state, if it is known with the heads of these namespaces."""
+        state = self._known.get(key)
+        if state is None or any(ns not in state.heads for ns in namespaces):
+            return None
+        return state
+
+    def put(self, key: ThreadKey, state: ThreadState) -> None:
+        """Remember what a commit has made of a thread."""
+        with self._lock:
+            self._known[key] = state
+            self._known.move_to_end(key)
+            if len(self._known) > _MAX_THREADS:
+                self._known.popitem(last=False)
+
+    def observe(self, key: ThreadKey, state: ThreadState) -> None:
+        """Remember what a reader has seen, unless something newer is known."""
+        with self._lock:
+            known = self._known.get(key)
+            if known is not None:
+                if (known.token, known.seq) > (state.token, state.seq):
+                    return
+                if known.version == state.version:
+                    state = replace(state, heads={**state.heads, **known.heads})
+            self._known[key] = state
+            if len(self._known) > _MAX_THREADS:
+                self._known.popitem(last=False)
+
+    def forget(self, key: ThreadKey) -> None:
+        """Read the thread again before it is next written."""
+        with self._lock:
+            self._known.pop(key, None)
+
+
+class Batch:
+    """Some puts on their way into one commit."""
+
+    def __init__(
+        self, rows: Rows, states: ThreadStates, puts: Sequence[Planned], has_failed: Refusal
+    ) -> None:
+        """Decide on `puts` in their order.
+
+        Args:
+            rows: Where they go.
+            states: What is known of their threads.
+            puts: What to write.
+            has_failed: Says whether something that a put depends on has failed.
+        """
+        self._rows = rows
+        self._states = states
+        self._puts = puts
+        self._has_failed = has_failed
+        self._by_thread: dict[ThreadKey, list[int]] = {}
+        for place, put in enumerate(puts):
+            self._by_thread.setdefault(put.key[:2], []).append(place)
+        self.outcomes: list[Exception | None] = [None] * len(puts)
+        self._after: dict[ThreadKey, ThreadState] = {}
+
+    def run(self) -> None:
+        """Apply what may be applied."""
+        for put in self._puts:
+            if isinstance(put, PlannedCheckpoint):
+                failpoint("checkpoint.before_insert")
+                break
+        overtaken = self._apply(self._load(self._by_thread))
+        if overtaken:
+            with self._rows.exclusive():
+                lost = self._apply(self._read(overtaken, lock=True))
+            assert not lost, "a locked thread cannot be overtaken"
+
+    def publish(self) -> None:
+        """Remember what the threads have become, once it is durable."""
+        for key, state in self._after.items():
+            self._states.put(key, state)
+
+    def _load(self, keys: Iterable[ThreadKey]) -> dict[ThreadKey, ThreadState]:
+        states: dict[ThreadKey, ThreadState] = {}
+        unknown = []
+        for key in keys:
+            state = self._states.get(key, self._namespaces(key))
+            if state is None:
+                unknown.append(key)
+            else:
+                states[key] = state
+        return states | self._read(unknown, lock=False) if unknown else states
+
+    def _read(self, keys: Iterable[ThreadKey], *, lock: bool) -> dict[ThreadKey, ThreadState]:
+        wanted = {key: self._namespaces(key) for key in keys}
+        return {
+            key: _with_heads(state, wanted[key], rows, key, self._codec(key))
+            for key, (state, rows) in self._rows.load_states(wanted, lock=lock).items()
+        }
+
+    def _namespaces(self, key: ThreadKey) -> set[str]:
+        puts = (self._puts[place] for place in self._by_thread[key])
+        return {put.ns for put in puts if isinstance(put, PlannedCheckpoint)}
+
+    def _codec(self, key: ThreadKey) -> Codec:
+        return self._puts[self._by_thread[key][0]].codec
+
+    def _apply(self, states: Mapping[ThreadKey, ThreadState]) -> list[ThreadKey]:
+        """Plan and apply; return the threads that have changed since their state was read."""
+        changes: dict[ThreadKey, ThreadChange] = {}
+        for key, state in states.items():
+            plan = ThreadPlan(state, self._rows)
+            for place in self._by_thread[key]:
+                error = self._has_failed(place) or plan.add(self._puts[place])
+                self.outcomes[place] = error
+            if (change := plan.change()) is not None:
+                changes[key] = change
+            else:
+                self._after[key] = state
+        applied = self._rows.apply(list(changes.values())) if changes else set()
+        overtaken = []
+        for key, change in changes.items():
+            if change.before.number in applied:
+                self._after[key] = change.after
+            else:
+                overtaken.append(key)
+        return overtaken
+
+
+def _with_heads(
+    state: ThreadState,
+    namespaces: Iterable[str],
+    rows: Sequence[CheckpointRow],
+    key: ThreadKey,
+    codec: Codec,
+) -> ThreadState:
+    heads: dict[str, Head | None] = dict.fromkeys(namespaces)
+    for row in rows:
+        layout = unpack_record(codec, row, Place(key[1], row.ns)).layout
+        heads[row.ns] = Head(row.checkpoint_id, row.seq, row.attempt, layout)
+    return replace(state, heads=heads)

@@ -1,0 +1,132 @@
+"""Reading checkpoints: one, or page by page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from langchain_core.runnables import RunnableConfig
+from langgraph.checkpoint.base import CheckpointTuple
+
+from agentflow.checkpoint.batch import ThreadStates
+from agentflow.checkpoint.encoding import (
+    Encoder,
+    Loaded,
+    is_complete,
+    missing_part,
+    open_record,
+    parts_of,
+)
+from agentflow.checkpoint.rows import FoundCheckpoint, Head, HeadKey, Query, Rows
+
+_PAGE = 50
+_ATTEMPTS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """Reads for one saver."""
+
+    encoder: Encoder
+    states: ThreadStates
+
+    def load(self, rows: Rows, key: HeadKey, checkpoint_id: str | None) -> CheckpointTuple | None:
+        """Read a checkpoint, or the head of its namespace if no id is given."""
+        for _ in range(_ATTEMPTS):
+            found = rows.find_checkpoint(key, checkpoint_id)
+            if found is None:
+                return None
+            if not isinstance(found, FoundCheckpoint):
+                if checkpoint_id is None:
+                    self.states.observe(key[:2], replace(found.thread, heads={key[2]: None}))
+                return None
+            (item,) = self._complete(rows, [found])
+            if item is not None:
+                return item
+        # It was there each time, and each time not all of it: nobody is deleting it.
+        raise missing_part(f"checkpoint {checkpoint_id or 'head'!r} of thread {key[1]!r}")
+
+    def page(
+        self, rows: Rows, query: Query
+    ) -> list[tuple[FoundCheckpoint, CheckpointTuple | None]]:
+        """Read a page of checkpoints; `None` stands for one that was deleted meanwhile."""
+        found = rows.list_checkpoints(query)
+        return list(zip(found, self._complete(rows, found), strict=True))
+
+    def _complete(
+        self, rows: Rows, found: Sequence[FoundCheckpoint]
+    ) -> list[CheckpointTuple | None]:
+        """Add values and writes to rows; `None` for one whose values are not all there."""
+        records = [open_record(self.encoder.codec, each) for each in found]
+        pairs = list(zip(found, records, strict=True))
+        wanted = [part for each, record in pairs for part in parts_of(each, record.layout)]
+        stretches = rows.list_values(wanted) if wanted else {}
+        writes = rows.list_writes(found)
+        items: list[CheckpointTuple | None] = []
+        for each, record in pairs:
+            if not is_complete(each, record.layout, stretches):
+                items.append(None)
+                continue
+            row = each.row
+            if row.seq == each.head_seq:
+                head = Head(row.checkpoint_id, row.seq, row.attempt, record.layout)
+                state = replace(each.thread, heads={row.ns: head})
+                self.states.observe((each.tenant, each.thread_id), state)
+            own = writes.get((row.thread, row.ns, row.checkpoint_id), ())
+            items.append(self.encoder.read(each, Loaded(record, stretches, own)))
+        return items
+
+
+class Listing:
+    """The state of one `list`: where the next page starts, and how many are still wanted."""
+
+    def __init__(
+        self,
+        reader: Reader,
+        tenant: str,
+        config: RunnableConfig | None,
+        matching: dict[str, Any] | None,
+        before: RunnableConfig | None,
+        limit: int | None,
+    ) -> None:
+        """Start at the newest checkpoint that fits."""
+        configurable = (config or {}).get("configurable", {})
+        thread_id = configurable.get("thread_id")
+        self.matching = matching or {}
+        run_id = self.matching.get("run_id")
+        self.thread_id = None if thread_id is None else str(thread_id)
+        self._reader = reader
+        self._query = Query(
+            tenant=tenant,
+            thread_id=self.thread_id,
+            ns=configurable.get("checkpoint_ns"),
+            checkpoint_id=configurable.get("checkpoint_id") or None,
+            before=(before or {}).get("configurable", {}).get("checkpoint_id") or None,
+            # The one metadata key with a column, and an index, of its own.
+            run_id=run_id if isinstance(run_id, str) else None,
+            limit=_PAGE if limit is None or self.matching else max(0, min(limit, _PAGE)),
+        )
+        self._remaining = limit
+        self.is_done = limit is not None and limit <= 0
+
+    def read(self, rows: Rows) -> list[CheckpointTuple]:
+        """Read the next page, and return what matches."""
+        page = self._reader.page(rows, self._query)
+        self.is_done = len(page) < self._query.limit
+        if page:
+            last, row = page[-1][0], page[-1][0].row
+            after = row.seq if self.thread_id else (row.checkpoint_id, last.thread_id, row.ns)
+            self._query = replace(self._query, after=after)
+        return list(self._matching(item for _, item in page if item is not None))
+
+    def _matching(self, items: Iterator[CheckpointTuple]) -> Iterator[CheckpointTuple]:
+        for item in items:
+            if any(item.metadata.get(name) != value for name, value in self.matching.items()):
+                continue
+            yield item
+            if self._remaining is not None:
+                self._remaining -= 1
+                if self._remaining <= 0:
+                    self.is_done = True
+                    return

@@ -1,0 +1,81 @@
+"""What the database's writer runs for a saver: puts, many in one batch, and verbs on a thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from agentflow.checkpoint.batch import Batch, ThreadStates
+from agentflow.checkpoint.planning import Planned, PlannedCheckpoint
+from agentflow.checkpoint.rows import Rows
+from agentflow.checkpoint.sql import open_rows
+from agentflow.database.session import Session
+from agentflow.database.writer import Operation, Rejected
+
+
+class Put(Operation):
+    """A put of a checkpoint, or of writes; all that are neighbours run in one batch, in order."""
+
+    resendable = True
+
+    def __init__(self, planned: Planned, states: ThreadStates, *, size: int) -> None:
+        """Hold what is to be written, and where the states of threads are remembered."""
+        super().__init__()
+        self.planned = planned
+        self.states = states
+        self.size = size
+        self.is_patient = not isinstance(planned, PlannedCheckpoint)
+        self.previous: Future[Any] | None = None
+        """The operation of the same invocation before this one."""
+
+    @classmethod
+    def commits_itself(cls) -> bool:
+        """Puts are applied by one statement, or in a transaction of their own."""
+        return True
+
+    @classmethod
+    def run(cls, session: Session, operations: Sequence[Put]) -> list[Any]:
+        """Write what may be written, in order, and say for each what became of it."""
+        places = {operation.future: place for place, operation in enumerate(operations)}
+
+        def has_failed(place: int) -> Exception | None:
+            # A checkpoint without the writes that led to it would lose work, so one failure fails
+            # all that follows.
+            previous = operations[place].previous
+            if previous is None:
+                return None
+            if previous in places:
+                return batch.outcomes[places[previous]]
+            if not previous.done() or previous.cancelled():
+                return None
+            error = previous.exception()
+            return error if isinstance(error, Exception) else None
+
+        puts = [operation.planned for operation in operations]
+        batch = Batch(open_rows(session), operations[0].states, puts, has_failed)
+        try:
+            batch.run()
+        finally:
+            # From here on it may be stored, whatever the caller is told.
+            for put in puts:
+                if isinstance(put, PlannedCheckpoint):
+                    put.was_sent = True
+        session.after_commit(batch.publish)
+        return [None if error is None else Rejected(error) for error in batch.outcomes]
+
+
+class Verb(Operation):
+    """A change of threads that is decided under their locks, and is safe to run twice."""
+
+    resendable = True
+
+    def __init__(self, function: Callable[[Rows], Any]) -> None:
+        """Run `function` in a transaction; what it returns is the outcome."""
+        super().__init__()
+        self.function = function
+
+    @classmethod
+    def run(cls, session: Session, operations: Sequence[Verb]) -> list[Any]:
+        """Call each function in turn."""
+        return [operation.function(open_rows(session)) for operation in operations]

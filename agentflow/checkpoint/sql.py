@@ -1,0 +1,369 @@
+"""The rows of checkpoints in SQLite and PostgreSQL.
+
+Written for the bare driver: these statements run with every step of every graph. A change of a
+thread compares token, lease and number of the thread's row in the statement that raises the number,
+which locks the row; whoever raises the token waits for it, and comes before or after it as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import cache
+from typing import Any
+
+from agentflow.checkpoint.rows import (
+    WHOLE,
+    CheckpointRow,
+    FoundCheckpoint,
+    FoundThread,
+    HeadKey,
+    Part,
+    Query,
+    Rows,
+    ThreadChange,
+    ThreadKey,
+    ThreadState,
+)
+from agentflow.database.session import Session
+from agentflow.failpoints import failpoint
+
+_CHECKPOINT_COLUMNS = ", ".join(CheckpointRow._fields)
+_C = ", ".join(f"c.{name}" for name in CheckpointRow._fields)
+_THREAD = "t.id, t.token, t.is_leased, t.seq"
+_THREAD_WIDTH = 4
+_UPSERT = "ON CONFLICT (thread, ns, checkpoint_id) DO UPDATE SET " + ", ".join(
+    f"{name} = excluded.{name}" for name in CheckpointRow._fields[2:]
+)
+
+
+def open_rows(session: Session) -> Rows:
+    """Return the rows on a session's connection."""
+    return PostgresRows(session) if session.dialect == "postgresql" else SqliteRows(session)
+
+
+class SqlRows(Rows):
+    """What both databases have in common."""
+
+    def __init__(self, session: Session) -> None:
+        """Run statements on `session`."""
+        self._session = session
+
+    def exclusive(self) -> AbstractContextManager[None]:
+        return self._session.transaction()
+
+    def load_states(
+        self, wanted: Mapping[ThreadKey, Collection[str]], *, lock: bool = False
+    ) -> dict[ThreadKey, tuple[ThreadState, list[CheckpointRow]]]:
+        keys = sorted(wanted)
+        states = self._load_threads(keys, lock=lock)
+        missing = [key for key in keys if key not in states]
+        if missing:
+            self._insert_threads(missing)
+            states |= self._load_threads(missing, lock=lock)
+        heads = [
+            (states[key].number, ns) for key in keys if key not in missing for ns in wanted[key]
+        ]
+        found: dict[int, list[CheckpointRow]] = {}
+        for row in self._load_heads(heads) if heads else ():
+            found.setdefault(row.thread, []).append(row)
+        return {key: (state, found.get(state.number, [])) for key, state in states.items()}
+
+    def _load_threads(
+        self, keys: Sequence[ThreadKey], *, lock: bool
+    ) -> dict[ThreadKey, ThreadState]:
+        given = self._given(("tenant text", "thread_id text"), len(keys))
+        rows = self._session.fetch(
+            f"SELECT t.tenant, t.thread_id, {_THREAD} FROM {given} "
+            "JOIN agentflow_threads t ON t.tenant = w.tenant AND t.thread_id = w.thread_id "
+            f"ORDER BY t.id {self._lock_clause if lock else ''}",
+            [part for key in keys for part in key],
+        )
+        return {(row[0], row[1]): _thread_state(row[2:]) for row in rows}
+
+    def _insert_threads(self, keys: Sequence[ThreadKey]) -> None:
+        with self._session.transaction():
+            self._session.execute_many(
+                "INSERT INTO agentflow_threads (tenant, thread_id, token, is_leased, seq) "
+                "VALUES (?, ?, 0, FALSE, 0) ON CONFLICT (tenant, thread_id) DO NOTHING",
+                keys,
+            )
+
+    def _load_heads(self, places: Sequence[tuple[int, str]]) -> list[CheckpointRow]:
+        given = self._given(("thread bigint", "ns text"), len(places))
+        rows = self._session.fetch(
+            f"SELECT {_C} FROM {given} JOIN agentflow_checkpoints c "
+            "ON c.thread = w.thread AND c.ns = w.ns AND c.seq = (SELECT max(h.seq) "
+            "FROM agentflow_checkpoints h WHERE h.thread = w.thread AND h.ns = w.ns)",
+            [part for place in places for part in place],
+        )
+        return [CheckpointRow(*row) for row in rows]
+
+    def find_checkpoint(
+        self, key: HeadKey, checkpoint_id: str | None
+    ) -> FoundCheckpoint | FoundThread | None:
+        tenant, thread_id, ns = key
+        if checkpoint_id is None:
+            rows = self._session.fetch(_FIND_HEAD, (ns, ns, tenant, thread_id))
+        else:
+            rows = self._session.fetch(_FIND_BY_ID, (ns, checkpoint_id, ns, tenant, thread_id))
+        if not rows:
+            return None
+        thread = _thread_state(rows[0][:_THREAD_WIDTH])
+        head_seq, *columns = rows[0][_THREAD_WIDTH:]
+        if columns[0] is None:
+            return FoundThread(thread)
+        return FoundCheckpoint(tenant, thread_id, thread, CheckpointRow(*columns), head_seq)
+
+    def list_checkpoints(self, query: Query) -> list[FoundCheckpoint]:
+        conditions, parameters = ["t.tenant = ?"], [query.tenant]
+        order = "c.checkpoint_id DESC, t.thread_id DESC, c.ns DESC"
+
+        def narrow(condition: str, *values: Any) -> None:
+            conditions.append(condition)
+            parameters.extend(values)
+
+        if query.thread_id is not None:
+            narrow("t.thread_id = ?", query.thread_id)
+            order = "c.seq DESC"
+        if query.ns is not None:
+            narrow("c.ns = ?", query.ns)
+        if query.checkpoint_id is not None:
+            narrow("c.checkpoint_id = ?", query.checkpoint_id)
+        if query.run_id is not None:
+            narrow("c.run_id = ?", query.run_id)
+        if query.before is not None:
+            narrow(*self._before(query, query.before))
+        if isinstance(query.after, tuple):
+            narrow("(c.checkpoint_id, t.thread_id, c.ns) < (?, ?, ?)", *query.after)
+        elif query.after is not None:
+            narrow("c.seq < ?", query.after)
+        # The page is chosen from the indexes before any row is read.
+        rows = self._session.fetch(
+            f"SELECT t.thread_id, {_THREAD}, {_C}, (SELECT max(h.seq) FROM agentflow_checkpoints h "
+            "WHERE h.thread = c.thread AND h.ns = c.ns) FROM (SELECT c.thread, c.ns, c.seq "
+            "FROM agentflow_threads t JOIN agentflow_checkpoints c ON c.thread = t.id "
+            f"WHERE {' AND '.join(conditions)} ORDER BY {order} LIMIT ?) p "
+            "JOIN agentflow_checkpoints c ON c.thread = p.thread AND c.ns = p.ns AND c.seq = p.seq "
+            f"JOIN agentflow_threads t ON t.id = c.thread ORDER BY {order}",
+            [*parameters, query.limit],
+        )
+        return [
+            FoundCheckpoint(
+                query.tenant,
+                row[0],
+                _thread_state(row[1 : 1 + _THREAD_WIDTH]),
+                CheckpointRow(*row[1 + _THREAD_WIDTH : -1]),
+                row[-1],
+            )
+            for row in rows
+        ]
+
+    def _before(self, query: Query, before: str) -> tuple[str, Any]:
+        """Return the condition for "older than that checkpoint", by its number if it is known."""
+        if query.thread_id is not None:
+            ((seq,),) = self._session.fetch(
+                "SELECT max(c.seq) FROM agentflow_threads t JOIN agentflow_checkpoints c "
+                "ON c.thread = t.id WHERE t.tenant = ? AND t.thread_id = ? AND c.checkpoint_id = ?",
+                [query.tenant, query.thread_id, before],
+            )
+            if seq is not None:
+                return "c.seq < ?", seq
+        return "c.checkpoint_id < ?", before
+
+    def list_values(self, wanted: Iterable[tuple[int, Part]]) -> dict[tuple[int, int], list[bytes]]:
+        reach: dict[tuple[int, int], int] = {}
+        for thread, part in wanted:
+            end = 1 if part.length == WHOLE else part.length
+            reach[thread, part.series] = max(end, reach.get((thread, part.series), 0))
+        if not reach:
+            return {}
+        given = self._given(("thread bigint", "series bigint", "reach bigint"), len(reach))
+        rows = self._session.fetch(
+            f"SELECT v.thread, v.series, v.data FROM {given} JOIN agentflow_values v "
+            "ON v.thread = w.thread AND v.series = w.series AND v.start < w.reach "
+            "ORDER BY v.thread, v.series, v.start",
+            [number for place, end in reach.items() for number in (*place, end)],
+        )
+        found: dict[tuple[int, int], list[bytes]] = {}
+        for thread, series, data in rows:
+            found.setdefault((thread, series), []).append(data)
+        return found
+
+    def list_writes(
+        self, rows: Sequence[FoundCheckpoint]
+    ) -> dict[tuple[int, str, str], list[tuple[int, bytes]]]:
+        if not rows:
+            return {}
+        places = [(f.row.thread, f.row.ns, f.row.checkpoint_id, f.row.seq) for f in rows]
+        columns = ("thread bigint", "ns text", "id text", "seq bigint")
+        logged = self._session.fetch(
+            f"SELECT w.thread, w.ns, w.id, l.seq, l.data FROM {self._given(columns, len(places))} "
+            "JOIN agentflow_writes l "
+            "ON l.thread = w.thread AND l.ns = w.ns AND l.checkpoint_id = w.id",
+            [part for place in places for part in place],
+        )
+        followed = [p for p, f in zip(places, rows, strict=True) if f.row.seq < f.head_seq]
+        if followed:
+            # A checkpoint carries its parent's writes only if the parent was the head until then;
+            # it is the next one of their namespace.
+            logged += self._session.fetch(
+                "SELECT w.thread, w.ns, w.id, s.seq, s.parent_writes "
+                f"FROM {self._given(columns, len(followed))} JOIN agentflow_checkpoints s "
+                "ON s.thread = w.thread AND s.ns = w.ns AND s.seq = (SELECT min(n.seq) "
+                "FROM agentflow_checkpoints n WHERE n.thread = w.thread AND n.ns = w.ns "
+                "AND n.seq > w.seq) WHERE s.parent_id = w.id AND s.parent_writes IS NOT NULL",
+                [part for place in followed for part in place],
+            )
+        found: dict[tuple[int, str, str], list[tuple[int, bytes]]] = {}
+        for thread, ns, checkpoint_id, seq, data in logged:
+            found.setdefault((thread, ns, checkpoint_id), []).append((seq, data))
+        return found
+
+    def set_lease(self, thread: ThreadState, *, token: int, is_leased: bool) -> None:
+        self._session.execute(
+            "UPDATE agentflow_threads SET token = ?, is_leased = ? WHERE id = ?",
+            (token, is_leased, thread.number),
+        )
+
+    def delete(self, thread: ThreadState) -> None:
+        for table in ("checkpoints", "values", "writes"):
+            self._session.execute(
+                f"DELETE FROM agentflow_{table} WHERE thread = ?", (thread.number,)
+            )
+        self._session.execute(
+            "UPDATE agentflow_threads SET seq = seq + 1 WHERE id = ?", (thread.number,)
+        )
+
+    _lock_clause = ""
+
+    def _given(self, columns: tuple[str, ...], count: int) -> str:
+        """Return a table `w` with `count` rows of parameters."""
+        return _given(columns, count, self._session.dialect)
+
+
+class SqliteRows(SqlRows):
+    """SQLite: a transaction of the writer's holds the file's lock from its beginning."""
+
+    def apply(self, changes: Sequence[ThreadChange]) -> set[int]:
+        session, applied = self._session, set()
+        with session.transaction():
+            for change in changes:
+                before = change.before
+                if session.execute(_RAISE, (change.after.seq, before.number, *before.version)):
+                    applied.add(before.number)
+            fresh = [change for change in changes if change.before.number in applied]
+            for table, rows in (
+                (_INSERT_CHECKPOINT, [row for change in fresh for row in change.checkpoints]),
+                (_INSERT_VALUE, [row for change in fresh for row in change.values]),
+                (_INSERT_WRITES, [row for change in fresh for row in change.writes]),
+            ):
+                if rows:
+                    session.execute_many(table, rows)
+            if any(change.checkpoints for change in fresh):
+                failpoint("checkpoint.after_insert")
+        return applied
+
+
+class PostgresRows(SqlRows):
+    """PostgreSQL: a batch is one statement, and so one round trip, which commits by itself."""
+
+    _lock_clause = "FOR UPDATE OF t"
+
+    def apply(self, changes: Sequence[ThreadChange]) -> set[int]:
+        checkpoints = [row for change in changes for row in change.checkpoints]
+        values = [row for change in changes for row in change.values]
+        writes = [row for change in changes for row in change.writes]
+        threads = [
+            (change.before.number, *change.before.version, change.after.seq) for change in changes
+        ]
+        sql = _apply_sql(bool(checkpoints), bool(values), bool(writes))
+        parameters = [
+            list(column)
+            for rows in (threads, checkpoints, values, writes)
+            if rows
+            for column in zip(*rows, strict=True)
+        ]
+        return {number for (number,) in self._session.commit_by(sql, parameters)}
+
+
+def _thread_state(row: Sequence[Any]) -> ThreadState:
+    number, token, is_leased, seq = row
+    return ThreadState(number, token, bool(is_leased), seq)
+
+
+@cache
+def _given(columns: tuple[str, ...], count: int, dialect: str) -> str:
+    names = [column.split()[0] for column in columns]
+    types = [column.split()[1] for column in columns]
+    if dialect == "sqlite":
+        row = f"({', '.join('?' for _ in columns)})"
+        rows = ", ".join(row for _ in range(count))
+        selected = ", ".join(f"column{i + 1} AS {name}" for i, name in enumerate(names))
+        return f"(SELECT {selected} FROM (VALUES {rows})) w"
+    row = f"({', '.join(f'CAST(? AS {kind})' for kind in types)})"
+    return f"(VALUES {', '.join(row for _ in range(count))}) w({', '.join(names)})"
+
+
+def _insert(table: str, columns: Sequence[str], conflict: str = "") -> str:
+    marks = ", ".join("?" for _ in columns)
+    return f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({marks}) {conflict}"
+
+
+_RAISE = (
+    "UPDATE agentflow_threads SET seq = ? WHERE id = ? AND token = ? AND is_leased = ? AND seq = ?"
+)
+_VALUE_COLUMNS = ("thread", "series", "start", "data")
+_WRITES_COLUMNS = ("thread", "ns", "checkpoint_id", "seq", "data")
+_INSERT_CHECKPOINT = _insert("agentflow_checkpoints", CheckpointRow._fields, _UPSERT)
+_INSERT_VALUE = _insert("agentflow_values", _VALUE_COLUMNS)
+_INSERT_WRITES = _insert("agentflow_writes", _WRITES_COLUMNS)
+_HEAD_SEQ = "(SELECT max(h.seq) FROM agentflow_checkpoints h WHERE h.thread = t.id AND h.ns = ?)"
+_FIND_HEAD = (
+    f"SELECT {_THREAD}, c.seq, {_C} FROM agentflow_threads t LEFT JOIN agentflow_checkpoints c "
+    f"ON c.thread = t.id AND c.ns = ? AND c.seq = {_HEAD_SEQ} "
+    "WHERE t.tenant = ? AND t.thread_id = ?"
+)
+_FIND_BY_ID = (
+    f"SELECT {_THREAD}, {_HEAD_SEQ}, {_C} FROM agentflow_threads t "
+    "LEFT JOIN agentflow_checkpoints c ON c.thread = t.id AND c.checkpoint_id = ? AND c.ns = ? "
+    "WHERE t.tenant = ? AND t.thread_id = ?"
+)
+_TYPES = {
+    "thread": "bigint", "ns": "text", "seq": "bigint", "checkpoint_id": "text",
+    "parent_id": "text", "attempt": "text", "run_id": "text", "step": "int", "data": "bytea",
+    "parent_writes": "bytea", "series": "bigint", "start": "bigint",
+}  # fmt: skip
+
+
+@cache
+def _apply_sql(has_checkpoints: bool, has_values: bool, has_writes: bool) -> str:  # noqa: FBT001
+    """Build the statement that applies changes; what a batch has none of is left out."""
+    given = (
+        "given AS (SELECT * FROM unnest(?::bigint[], ?::bigint[], ?::bool[], ?::bigint[], "
+        "?::bigint[]) AS g(id, token, is_leased, seq, after))"
+    )
+    # In the order of the ids, so that two batches never wait for each other.
+    held = (
+        "held AS MATERIALIZED (SELECT t.id, g.after FROM agentflow_threads t JOIN given g "
+        "ON g.id = t.id AND g.token = t.token AND g.is_leased = t.is_leased AND g.seq = t.seq "
+        "ORDER BY t.id FOR UPDATE OF t)"
+    )
+    raised = (
+        "raised AS (UPDATE agentflow_threads t SET seq = h.after FROM held h WHERE h.id = t.id)"
+    )
+    parts = [given, held, raised]
+    for wanted, name, table, columns, conflict in (
+        (has_checkpoints, "c", "agentflow_checkpoints", CheckpointRow._fields, _UPSERT),
+        (has_values, "v", "agentflow_values", _VALUE_COLUMNS, ""),
+        (has_writes, "w", "agentflow_writes", _WRITES_COLUMNS, ""),
+    ):
+        if wanted:
+            listed = ", ".join(columns)
+            arrays = ", ".join(f"?::{_TYPES[column]}[]" for column in columns)
+            parts.append(
+                f"{name} AS (INSERT INTO {table} ({listed}) SELECT "
+                f"{', '.join(f'r.{column}' for column in columns)} FROM unnest({arrays}) "
+                f"AS r({listed}) JOIN held h ON h.id = r.thread {conflict})"
+            )
+    return f"WITH {', '.join(parts)} SELECT id FROM held"

@@ -1,0 +1,128 @@
+"""The connections to one database: for its one writer, and for readers.
+
+What runs with every step uses a connection of its own that commits each statement by itself; what
+runs as a transaction gets one. Whatever goes wrong is told as `StoreUnavailableError`, with what is
+known of the outcome.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import URL
+from sqlalchemy.pool import PoolProxiedConnection
+
+from agentflow.config import Settings
+from agentflow.database.engine import display_url, is_memory, make_engine, translated, unavailable
+from agentflow.database.session import Session
+from agentflow.errors import Outcome
+
+
+class Connections:
+    """Connects on first use; sessions are for one thread at a time."""
+
+    def __init__(self, url: URL, settings: Settings) -> None:
+        """Make the pools of the database at `url`."""
+        self.url = url
+        self.name = display_url(url)
+        self.engine = make_engine(url, settings)
+        self.dialect = self.engine.dialect.name
+        self.is_memory = is_memory(url)
+        # Within a transaction a driver must not commit by itself; outside of one it must.
+        self._autocommit = self.engine if self.dialect == "sqlite" else make_engine(url, settings)
+        if self._autocommit is not self.engine:
+            sa.event.listen(self._autocommit, "connect", _commit_each_statement)
+        self._own: PoolProxiedConnection | None = None
+        """The writer's, kept from batch to batch."""
+
+    @contextmanager
+    def writing(self) -> Iterator[Session]:
+        """Open a transaction that will write."""
+        is_committing = False
+        try:
+            with self.engine.connect().execution_options(agentflow_write=True) as connection:
+                transaction = connection.begin()
+                try:
+                    yield Session(_driver(connection.connection), self.dialect, connection)
+                except BaseException:
+                    transaction.rollback()
+                    raise
+                is_committing = True
+                transaction.commit()
+        except sa.exc.DBAPIError as exc:
+            broken: Outcome | None = None
+            if exc.connection_invalidated:
+                # Without the commit the server has rolled back what it was sent.
+                broken = "unknown" if is_committing else "unreachable"
+            error = unavailable(self.url, exc.orig, broken) if exc.orig is not None else None
+            if error is None:
+                raise
+            raise error from exc
+
+    @contextmanager
+    def autocommitting(self) -> Iterator[Session]:
+        """Open the writer's connection on which each statement commits by itself."""
+        with translated(self.url):
+            if self._own is None:
+                self._own = self._autocommit.raw_connection()
+        with self._translating(self._own, self.end_writing) as session:
+            yield session
+
+    @contextmanager
+    def reading(self) -> Iterator[Session]:
+        """Open a connection for single queries."""
+        with translated(self.url):
+            pooled = self._autocommit.raw_connection()
+        try:
+            with self._translating(pooled, pooled.invalidate) as session:
+                yield session
+        finally:
+            pooled.close()
+
+    @contextmanager
+    def _translating(self, pooled: PoolProxiedConnection, drop: Any) -> Iterator[Session]:
+        raw = _driver(pooled)
+        try:
+            yield Session(raw, self.dialect)
+        except self.engine.dialect.loaded_dbapi.Error as exc:
+            is_broken = self.dialect != "sqlite" and raw.closed
+            error = unavailable(self.url, exc, "unknown" if is_broken else None)
+            if is_broken:
+                drop()
+            if error is None:
+                raise
+            raise error from exc
+
+    def end_writing(self) -> None:
+        """Give up the writer's connection; a new one is made when it is needed."""
+        own, self._own = self._own, None
+        if own is None:
+            return
+        if self.dialect != "sqlite" and _driver(own).closed:
+            own.invalidate()
+        own.close()
+
+    def abandon(self) -> None:
+        """Forget all connections without closing them: they belong to this process' parent."""
+        self.engine.dispose(close=False)
+        self._autocommit.dispose(close=False)
+        if self._own is not None:
+            self._own.detach()
+
+    def dispose(self) -> None:
+        """Close all connections."""
+        self.engine.dispose()
+        self._autocommit.dispose()
+
+
+def _driver(pooled: PoolProxiedConnection) -> Any:
+    connection = pooled.driver_connection
+    assert connection is not None
+    return connection
+
+
+def _commit_each_statement(connection: Any, _record: Any) -> None:
+    connection.autocommit = True

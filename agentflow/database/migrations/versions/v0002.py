@@ -1,0 +1,218 @@
+"""Smaller checkpoints: threads by number, values apart from checkpoints, writes as a log.
+
+Values of revision 0001 were sealed one by one and held by the checkpoint that changed them. They
+become values of their own, sealed as they were.
+"""
+
+import hashlib
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+import ormsgpack
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0002"
+down_revision = "0001"
+
+# SQLite numbers rows by itself only where the primary key is a plain INTEGER.
+NUMBERED = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
+PAGE = 500
+WHOLE = -1  # a part that is a value of its own
+
+
+def upgrade() -> None:
+    """Make the new tables, fill them, and drop the old ones."""
+    for table in ("threads", "checkpoints", "writes"):
+        op.rename_table(f"agentflow_{table}", f"agentflow_{table}_0001")
+    op.drop_index("agentflow_checkpoints_run", "agentflow_checkpoints_0001")
+    _create()
+    connection = op.get_bind()
+    connection.execute(
+        sa.text(
+            "INSERT INTO agentflow_threads (tenant, thread_id, token, is_leased, seq) "
+            "SELECT tenant, thread_id, token, is_leased, seq FROM agentflow_threads_0001"
+        )
+    )
+    threads = connection.execute(
+        sa.text("SELECT id, tenant, thread_id, seq FROM agentflow_threads ORDER BY id")
+    ).all()
+    for number, tenant, thread_id, seq in threads:
+        _Thread(connection, number, tenant, thread_id, seq).convert()
+    for table in ("heads", "writes_0001", "checkpoints_0001", "threads_0001"):
+        op.drop_table(f"agentflow_{table}")
+
+
+def _create() -> None:
+    op.create_table(
+        "agentflow_threads",
+        sa.Column("id", NUMBERED, autoincrement=True, nullable=False),
+        sa.Column("tenant", sa.Text(), nullable=False),
+        sa.Column("thread_id", sa.Text(), nullable=False),
+        sa.Column("token", sa.BigInteger(), nullable=False),
+        sa.Column("is_leased", sa.Boolean(), nullable=False),
+        sa.Column("seq", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("id", name="agentflow_threads_number"),
+        sa.UniqueConstraint("tenant", "thread_id", name="agentflow_threads_id"),
+    )
+    op.create_table(
+        "agentflow_checkpoints",
+        sa.Column("thread", sa.BigInteger(), nullable=False),
+        sa.Column("ns", sa.Text(), nullable=False),
+        sa.Column("seq", sa.BigInteger(), nullable=False),
+        sa.Column("checkpoint_id", sa.Text(), nullable=False),
+        sa.Column("parent_id", sa.Text(), nullable=True),
+        sa.Column("attempt", sa.Text(), nullable=False),
+        sa.Column("run_id", sa.Text(), nullable=True),
+        sa.Column("step", sa.Integer(), nullable=True),
+        sa.Column("data", sa.LargeBinary(), nullable=False),
+        sa.Column("parent_writes", sa.LargeBinary(), nullable=True),
+        sa.PrimaryKeyConstraint("thread", "ns", "seq", name="agentflow_checkpoints_number"),
+        sa.UniqueConstraint("thread", "ns", "checkpoint_id", name="agentflow_checkpoints_id"),
+    )
+    op.create_index("agentflow_checkpoints_run", "agentflow_checkpoints", ["run_id"])
+    op.create_table(
+        "agentflow_values",
+        sa.Column("thread", sa.BigInteger(), nullable=False),
+        sa.Column("series", sa.BigInteger(), nullable=False),
+        sa.Column("start", sa.BigInteger(), nullable=False),
+        sa.Column("data", sa.LargeBinary(), nullable=False),
+        sa.PrimaryKeyConstraint("thread", "series", "start"),
+    )
+    op.create_table(
+        "agentflow_writes",
+        sa.Column("thread", sa.BigInteger(), nullable=False),
+        sa.Column("ns", sa.Text(), nullable=False),
+        sa.Column("checkpoint_id", sa.Text(), nullable=False),
+        sa.Column("seq", sa.BigInteger(), nullable=False),
+        sa.Column("data", sa.LargeBinary(), nullable=False),
+        sa.PrimaryKeyConstraint(
+            "thread", "ns", "checkpoint_id", "seq", name="agentflow_writes_number"
+        ),
+    )
+
+
+class _Thread:
+    """Converts the rows of one thread, a page at a time."""
+
+    def __init__(
+        self, connection: sa.Connection, number: int, tenant: str, thread_id: str, seq: int
+    ) -> None:
+        self.connection = connection
+        self.number = number
+        self.key = {"tenant": tenant, "thread_id": thread_id}
+        self.seq = seq
+        # Namespace, checkpoint and channel to where the value is now.
+        self.places: dict[tuple[str, str, str], Any] = {}
+
+    def convert(self) -> None:
+        for row in self._rows("checkpoints", "seq"):
+            self._convert_checkpoint(row)
+        calls: dict[tuple[str, str, str, str], list[Any]] = {}
+        for row in self._rows("writes", "ns, checkpoint_id, task_id, idx"):
+            call = (row.ns, row.checkpoint_id, row.task_id, row.task_path)
+            calls.setdefault(call, []).append([row.idx, row.channel, _Raw(_unseal(row.value))])
+        for (ns, checkpoint_id, task_id, task_path), items in calls.items():
+            packed = _pack([task_id, task_path, items])
+            self.insert(
+                "writes", ns=ns, checkpoint_id=checkpoint_id, seq=self.next(), data=_seal([packed])
+            )
+        self.connection.execute(
+            sa.text("UPDATE agentflow_threads SET seq = :seq WHERE id = :id"),
+            {"seq": self.seq, "id": self.number},
+        )
+
+    def _rows(self, table: str, order: str) -> Iterator[Any]:
+        query = sa.text(
+            f"SELECT * FROM agentflow_{table}_0001 WHERE tenant = :tenant "  # noqa: S608 -- constants
+            f"AND thread_id = :thread_id ORDER BY {order} LIMIT {PAGE} OFFSET :offset"
+        )
+        offset = 0
+        while page := self.connection.execute(query, {**self.key, "offset": offset}).all():
+            yield from page
+            offset += len(page)
+
+    def _convert_checkpoint(self, row: Any) -> None:
+        channels = {}
+        for channel, held in ormsgpack.unpackb(_unseal(row.channels)).items():
+            here = (row.ns, row.checkpoint_id, channel)
+            if isinstance(held, bytes):
+                series = self.next()
+                self.insert("values", series=series, start=0, data=held)
+                self.places[here] = [series, WHOLE, False]
+            else:
+                self.places[here] = self.places[row.ns, held, channel]
+            channels[channel] = self.places[here]
+        # The body and the metadata stay as they were serialized.
+        head = b"\x92" + _unseal(row.body) + _unseal(row.metadata)
+        self.insert(
+            "checkpoints",
+            ns=row.ns,
+            seq=row.seq,
+            checkpoint_id=row.checkpoint_id,
+            parent_id=row.parent_id,
+            attempt=row.attempt,
+            run_id=row.run_id,
+            step=row.step,
+            data=_seal([head, channels]),
+            parent_writes=None,
+        )
+
+    def next(self) -> int:
+        self.seq += 1
+        return self.seq
+
+    def insert(self, table: str, **columns: Any) -> None:
+        names = ["thread", *columns]
+        self.connection.execute(
+            sa.text(
+                f"INSERT INTO agentflow_{table} ({', '.join(names)}) "  # noqa: S608 -- constants
+                f"VALUES ({', '.join(f':{name}' for name in names)})"
+            ),
+            {"thread": self.number, **columns},
+        )
+
+
+class _Raw:
+    """Bytes that are MessagePack already."""
+
+    def __init__(self, packed: bytes) -> None:
+        self.packed = packed
+
+
+def _pack(call: list[Any]) -> bytes:
+    """Pack task id, task path and items, in which values are packed already."""
+    task_id, task_path, items = call
+    packed = [
+        b"\x93" + ormsgpack.packb(idx) + ormsgpack.packb(channel) + raw.packed
+        for idx, channel, raw in items
+    ]
+    header = ormsgpack.packb([None] * len(packed))[: -len(packed)]
+    return (
+        b"\x93" + ormsgpack.packb(task_id) + ormsgpack.packb(task_path) + header + b"".join(packed)
+    )
+
+
+_HEADER = struct.Struct(">BBBBQ")
+_PREFIX = _HEADER.size + 32
+
+
+def _seal(value: Any) -> bytes:
+    """Put a value into an envelope of the codec's version 1."""
+    body = ormsgpack.packb(value)
+    header = _HEADER.pack(1, 0, 1, 0, len(body))
+    return header + hashlib.sha256(header + body).digest() + body
+
+
+def _unseal(data: bytes) -> bytes:
+    """Take a value out of its envelope; a damaged one stops the migration."""
+    header, body = data[: _HEADER.size], data[_PREFIX:]
+    if hashlib.sha256(header + body).digest() != data[_HEADER.size : _PREFIX]:
+        raise ValueError("a stored value is damaged; restore the backup and verify it first")
+    return body
+
+
+def downgrade() -> None:
+    """Go back by restoring the backup."""
+    raise NotImplementedError("restore the backup that was made before the migration")

@@ -1,0 +1,116 @@
+"""The bare driver connection, for the few statements that run with every step of every graph.
+
+SQLAlchemy's overhead of a statement is several times what SQLite needs to run it. Everything else
+goes through SQLAlchemy's `Connection`, which a session of the writer has as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from sqlalchemy.engine import Connection
+
+from agentflow.failpoints import failpoint
+
+Parameters = Sequence[Any]
+
+
+class Session:
+    """Runs statements on one connection; parameters are marked by `?` whatever the driver."""
+
+    def __init__(self, raw: Any, dialect: str, connection: Connection | None = None) -> None:
+        """Wrap a driver's connection.
+
+        Args:
+            raw: The driver's connection; without `connection` it commits each statement by itself.
+            dialect: SQLAlchemy's name of the database.
+            connection: SQLAlchemy's connection on it, inside the transaction to run in.
+        """
+        self._raw = raw
+        self._connection = connection
+        self.dialect = dialect
+        self._is_open = connection is not None
+        self._after_commit: list[Callable[[], None]] = []
+
+    @property
+    def connection(self) -> Connection:
+        """SQLAlchemy's connection; there is one inside a transaction of the writer's."""
+        assert self._connection is not None
+        return self._connection
+
+    def fetch(self, sql: str, parameters: Parameters = ()) -> list[tuple[Any, ...]]:
+        """Run a query and return its rows."""
+        rows: list[tuple[Any, ...]] = self._execute(sql, parameters).fetchall()
+        return rows
+
+    def commit_by(self, sql: str, parameters: Parameters) -> list[tuple[Any, ...]]:
+        """Run a statement which, if no transaction is open, commits by itself; return its rows."""
+        if not self._is_open:
+            failpoint("database.before_commit")
+        return self.fetch(sql, parameters)
+
+    def execute(self, sql: str, parameters: Parameters = ()) -> int:
+        """Run a statement and return how many rows it has touched."""
+        count: int = self._execute(sql, parameters).rowcount
+        return count
+
+    def execute_many(self, sql: str, rows: Sequence[Parameters]) -> None:
+        """Run a statement for each row."""
+        if self.dialect == "sqlite":
+            self._raw.executemany(sql, rows)
+            return
+        with self._raw.cursor() as cursor:
+            cursor.executemany(_pyformat(sql), rows)
+        # psycopg sends many rows as a pipeline. PostgreSQL takes the Flush that ends it for a new
+        # request, and would let the session idle in its transaction without a limit.
+        self._raw.execute("SELECT 1")
+
+    def _execute(self, sql: str, parameters: Parameters) -> Any:
+        if self.dialect == "sqlite":
+            return self._raw.execute(sql, parameters)
+        return self._raw.execute(_pyformat(sql), parameters)
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Run what follows in one transaction: the one that is open, or else one of its own."""
+        if self._is_open:
+            yield
+            return
+        self._raw.execute("BEGIN IMMEDIATE" if self.dialect == "sqlite" else "BEGIN")
+        self._is_open = True
+        try:
+            yield
+            failpoint("database.before_commit")
+        except BaseException:
+            self._raw.rollback()
+            raise
+        else:
+            self._raw.commit()
+        finally:
+            self._is_open = False
+
+    def after_commit(self, action: Callable[[], None]) -> None:
+        """Call `action` once what was written so far is durable."""
+        self._after_commit.append(action)
+
+    def committed(self) -> None:
+        """Call what waits for the commit; by whoever has committed."""
+        actions, self._after_commit = self._after_commit, []
+        for action in actions:
+            action()
+
+
+def _pyformat(sql: str) -> str:
+    translated = _TRANSLATED.get(sql)
+    if translated is None:
+        # Arrays go in binary: as text, their bytes would be written twice over in hexadecimal.
+        translated = sql.replace("%", "%%").replace("?::", "%b::").replace("?", "%s")
+        if len(_TRANSLATED) < _MAX_TRANSLATED:
+            _TRANSLATED[sql] = translated
+    return translated
+
+
+_TRANSLATED: dict[str, str] = {}
+_MAX_TRANSLATED = 1000

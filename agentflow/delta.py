@@ -1,0 +1,172 @@
+"""Lists that grow: what is new about them since they were stored.
+
+Most lists of an agent's state only ever grow at their end. What was stored is then kept, and only
+the rest is written. A stored element is recognised by identity; since its content may have been
+edited in place, the last few are compared by their bytes each time, and all of them whenever the
+list has doubled. Pure: nothing here knows where values are stored.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import xxhash
+
+Dumps = Callable[[Any], bytes]
+
+TAIL = 8
+"""How many of the last stored elements are compared by their bytes each time."""
+MAX_PARTS = 8
+"""How often a list may be cut back and grown again before it is written whole."""
+_FIRST_CHECK = 64
+_IMMUTABLE = (str, int, float, bool, bytes, type(None))
+# Equal ones of these have equal bytes. Floats do not: 0.0 equals -0.0.
+_COMPARABLE = (str, int, bytes)
+
+
+@dataclass(slots=True)
+class KnownList:
+    """A list as it was stored last."""
+
+    items: list[Any]
+    """The elements themselves, in a list of our own."""
+    tail: list[bytes | None]
+    """The bytes of the last elements, `None` for those that cannot change."""
+    hasher: xxhash.xxh3_128 | None
+    """Over the bytes of all elements; `None` after the list was cut back."""
+    checked: int
+    """How long the list was when all of it was compared last."""
+    parts: int
+    """Of how many stretches it is stored."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grown:
+    """A list as the first elements of its predecessor and some more."""
+
+    kept: int
+    """How many elements of the stored list begin it."""
+    block: bytes
+    """The further elements, serialized as one list."""
+    count: int
+    """How long the list is now."""
+
+
+def whole(items: list[Any], block: bytes, dumps: Dumps) -> KnownList:
+    """Remember a list of which `block` is the serialized form."""
+    hasher = xxhash.xxh3_128()
+    hash_block(hasher, block, len(items))
+    return loaded(items, hasher, 1, dumps)
+
+
+def loaded(items: list[Any], hasher: xxhash.xxh3_128 | None, parts: int, dumps: Dumps) -> KnownList:
+    """Remember a list that was read from `parts` stretches; `hasher` has gone over its bytes."""
+    return KnownList(
+        items=list(items),
+        tail=_tail(items, len(items), dumps),
+        hasher=hasher,
+        checked=max(len(items), _FIRST_CHECK // 2),
+        parts=parts,
+    )
+
+
+def hash_block(hasher: xxhash.xxh3_128, block: bytes, count: int) -> None:
+    """Go on hashing with a stretch of `count` elements."""
+    hasher.update(memoryview(block)[_header_size(count) :])
+
+
+def grown(
+    known: KnownList, items: list[Any], dumps: Dumps, *, verify: bool
+) -> tuple[Grown, KnownList] | None:
+    """Say how a list has grown since it was known; `None` if it has to be written whole."""
+    length, old = len(items), len(known.items)
+    kept = _unedited(known, items, _common(known.items, items), dumps)
+    if kept * 2 < old or (kept == 0 and old):
+        return None
+    is_cut = kept < old
+    if is_cut and known.parts >= MAX_PARTS:
+        return None
+    checked = known.checked
+    if verify or length >= 2 * checked:
+        if is_cut or not _is_unchanged(known, items[:kept], dumps):
+            return None
+        checked = max(checked, length)
+    block = _dump_from(items, kept, dumps)
+    hasher = None if is_cut else known.hasher
+    if hasher is not None:
+        hasher = hasher.copy()
+        hash_block(hasher, block, length - kept)
+    after = KnownList(
+        items=list(items),
+        tail=_next_tail(known, items, kept, block, dumps),
+        hasher=hasher,
+        checked=checked,
+        parts=known.parts + is_cut,
+    )
+    return Grown(kept, block, length), after
+
+
+def _common(old: list[Any], new: list[Any]) -> int:
+    """Count how many elements the lists have in common at their start."""
+    if len(new) >= len(old) and all(map(operator.is_, old, new)):
+        return len(old)
+    for i, (left, right) in enumerate(zip(old, new, strict=False)):
+        if left is right:
+            continue
+        if type(left) is not type(right) or type(left) not in _COMPARABLE or left != right:
+            return i
+    return min(len(old), len(new))
+
+
+def _unedited(known: KnownList, items: list[Any], common: int, dumps: Dumps) -> int:
+    """Count how many of the common elements have kept their bytes, as far as `TAIL` reaches."""
+    begin = len(known.items) - len(known.tail)
+    for i in range(begin, common):
+        before = known.tail[i - begin]
+        if before is not None and dumps(items[i]) != before:
+            return i
+    return common
+
+
+def _is_unchanged(known: KnownList, kept: list[Any], dumps: Dumps) -> bool:
+    if known.hasher is None:
+        return False
+    body = memoryview(dumps(kept))[_header_size(len(kept)) :]
+    return xxhash.xxh3_128_digest(body) == known.hasher.digest()
+
+
+def _dump_from(items: list[Any], begin: int, dumps: Dumps) -> bytes:
+    try:
+        return dumps(items[begin:])
+    except Exception:
+        dumps(items)  # raises again, and names the element by its place in the whole list
+        raise
+
+
+def _next_tail(
+    known: KnownList, items: list[Any], kept: int, block: bytes, dumps: Dumps
+) -> list[bytes | None]:
+    added = len(items) - kept
+    if added == 1 and kept == len(known.items):
+        last = None if isinstance(items[-1], _IMMUTABLE) else block[1:]
+        return [*known.tail[-(TAIL - 1) :], last]
+    if added == 0 and kept == len(known.items):
+        return known.tail
+    return _tail(items, len(items), dumps)
+
+
+def _tail(items: list[Any], end: int, dumps: Dumps) -> list[bytes | None]:
+    return [
+        None if isinstance(item, _IMMUTABLE) else dumps(item)
+        for item in items[max(0, end - TAIL) : end]
+    ]
+
+
+def _header_size(count: int) -> int:
+    """Return how many bytes MessagePack puts before the elements of a list."""
+    if count < 16:  # noqa: PLR2004 -- the three forms of an array in MessagePack
+        return 1
+    return 3 if count < 65536 else 5  # noqa: PLR2004

@@ -1,0 +1,139 @@
+"""The page and the raw figures: how results are written, not how they are measured."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from benchmarks.results import Result, Row
+
+_PACKAGES = (
+    "langgraph",
+    "langgraph-checkpoint",
+    "langgraph-checkpoint-sqlite",
+    "langgraph-checkpoint-postgres",
+    "aiosqlite",
+    "psycopg",
+)
+_PROJECT = Path(__file__).parents[1]
+
+_INTRODUCTION = """
+Made by `make bench`; the figures of each round are in `benchmarks.json` beside this page. A figure
+is the median of {rounds} (3 at most for the chat to 5,000 messages; sizes are weighed once),
+and a ratio is that of two such figures of the same run, so it can be compared between machines.
+"""
+_METHOD = """
+- **Floor**: the same graph without a checkpointer, plus one bare commit of a row of 300 bytes by
+  the raw driver, per step: what a durable step costs at least. Both are measured in the same run.
+- **Durable**: everything runs with `durability="sync"`. Before anything is measured, the live
+  connections of all sides are asked: SQLite in WAL mode with `synchronous=FULL`, PostgreSQL with
+  `fsync`, `full_page_writes` and `synchronous_commit` on.
+- **Fair**: agentflow runs with its defaults, every safeguard on. LangGraph's savers run at their
+  documented best: a write-ahead log; a pool of up to 20 connections with `autocommit`,
+  `prepare_threshold=0` and `dict_row`; or one connection in pipeline mode. All sides take turns
+  within each round, each round begins with another one, garbage is collected before each timing,
+  and each side has run once before the first round.
+- **No-op steps**: one node that counts and sends itself on with a `Command`, the cheapest way
+  through LangGraph; the same graph for all savers, a new thread for each run.
+- **Messages**: 1,000 bytes of English-like text each, no two alike. The time that a step of the
+  long chat adds is its own less that of the same graph without a checkpointer, each the mean over
+  80 steps from node to node, around message 50 and around message 5,000; bytes a step are those of
+  the database's pages over 400 steps, around message 500 and up to message 4,940.
+- **Load the head**: both threads end in the same state, 50 messages and a counter. Each load is the
+  first of that thread by a saver that is connected already; a figure is the median of 20.
+- **Synchronous API**: the ratio is that of whole steps, LangGraph's own part included.
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Environment:
+    """What was measured, and on what."""
+
+    commit: str
+    python: str
+    machine: str
+    versions: Mapping[str, str]
+    command: str
+
+    @classmethod
+    def current(cls, arguments: Sequence[str]) -> Self:
+        """Describe this process."""
+        commit = _git("rev-parse", "--short", "HEAD") or "unknown"
+        if _git("status", "--porcelain", "--", "agentflow", "benchmarks"):
+            commit += " with uncommitted changes"
+        return cls(
+            commit=commit,
+            python=platform.python_version(),
+            machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors",
+            versions={name: importlib.metadata.version(name) for name in _PACKAGES},
+            command=" ".join(["python -m benchmarks", *arguments]),
+        )
+
+
+def line(row: Row) -> str:
+    """Write one row of the table."""
+    sign = "≥" if row.at_least else "≤"
+    required, aim = (
+        "" if bound is None else f"{sign} {bound:g}" for bound in (row.required, row.aim)
+    )
+    return f"| {row.workload} | {row.figure} | {row.ratio:.2f} | {required} | {aim} | {row.met} |"
+
+
+def page(results: Mapping[str, Result], environment: Environment, rounds: int) -> str:
+    """Write the page for people."""
+    return "\n".join(
+        [
+            "# Benchmarks",
+            _INTRODUCTION.format(rounds="1 round" if rounds == 1 else f"{rounds} rounds"),
+            "| workload | figure | ratio | required | aim | met? |",
+            "|---|---|---|---|---|---|",
+            *(line(row) for result in results.values() for row in result.rows),
+            "",
+            "## How it is measured",
+            _METHOD,
+            "## What was measured",
+            "",
+            *_describe(environment),
+            "",
+        ]
+    )
+
+
+def raw_figures(
+    results: Mapping[str, Result], environment: Environment, rounds: int
+) -> dict[str, Any]:
+    """Return everything that was measured, for programs."""
+    return {
+        **asdict(environment),
+        "rounds": rounds,
+        "workloads": {
+            name: {
+                "rows": [{**asdict(row), "met": row.met} for row in result.rows],
+                "figures": result.figures,
+            }
+            for name, result in results.items()
+        },
+    }
+
+
+def _describe(environment: Environment) -> list[str]:
+    versions = ", ".join(f"{name} {version}" for name, version in environment.versions.items())
+    text = (
+        f"Commit {environment.commit}, Python {environment.python} on {environment.machine}; "
+        f"{versions}. Command: `{environment.command}`."
+    )
+    return textwrap.wrap(text, 100, break_long_words=False, break_on_hyphens=False)
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(
+        ["git", *arguments], cwd=_PROJECT, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip()
