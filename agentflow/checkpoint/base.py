@@ -18,11 +18,12 @@ from collections.abc import (
     Collection,
     Coroutine,
     Iterator,
+    Mapping,
     Sequence,
 )
 from concurrent.futures import Future, wait
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, cast, get_args
 
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import (
@@ -31,17 +32,27 @@ from langgraph.checkpoint.base import (
     Checkpoint,
     CheckpointMetadata,
     CheckpointTuple,
+    DeltaChannelHistory,
 )
 from opentelemetry.trace import Span
 
 from agentflow.checkpoint.batch import ThreadStates
+from agentflow.checkpoint.deltas import read_history
 from agentflow.checkpoint.encoding import Encoder, KnownLists, read_seen
 from agentflow.checkpoint.loading import Listing, Reader
 from agentflow.checkpoint.operations import Put, Verb
 from agentflow.checkpoint.planning import Planned
-from agentflow.checkpoint.rows import HeadKey, Rows, ThreadKey
+from agentflow.checkpoint.rows import FoundCheckpoint, HeadKey, Rows, ThreadKey
 from agentflow.checkpoint.sql import open_rows
-from agentflow.checkpoint.verbs import acquire_thread, delete_thread, release_thread
+from agentflow.checkpoint.verbs import (
+    PruneStrategy,
+    acquire_thread,
+    copy_thread,
+    delete_runs,
+    delete_thread,
+    prune_threads,
+    release_thread,
+)
 from agentflow.codec import Codec
 from agentflow.database import Database
 from agentflow.database.session import Session
@@ -85,11 +96,19 @@ class _Core:
                 oldest = next((p for p, tail in self.tails.items() if tail.done()), place)
                 del self.tails[oldest]
 
-    def submit(self, thread: ThreadKey, function: Callable[[Rows], Any]) -> Future[Any]:
-        """Run a verb on a thread with the writer; its state is read again afterwards."""
-        future = self.database.submit(Verb(function))
-        future.add_done_callback(lambda _: self.states.forget(thread))
-        return future
+    def submit(self, thread: ThreadKey | None, function: Callable[[Rows], Any]) -> Future[Any]:
+        """Run a verb with the writer; the states of what it changes are read again afterwards.
+
+        Args:
+            thread: The thread that it changes; `None` for several.
+            function: The verb.
+        """
+
+        def run(rows: Rows) -> Any:
+            self.states.forget(thread)
+            return function(rows)
+
+        return self.database.submit(Verb(run))
 
     def forget_thread(self, thread: ThreadKey) -> None:
         self.known.forget_thread(thread)
@@ -282,6 +301,108 @@ class Saver(BaseCheckpointSaver[str]):
 
         future.add_done_callback(forget)
         return future
+
+    def delete_for_runs(self, run_ids: Sequence[str]) -> None:
+        """Delete the checkpoints whose metadata has one of these run ids, with their writes.
+
+        All of them are deleted, or none. What stays can be loaded and continued as before.
+
+        Raises:
+            FencedError: A run holds one of the threads.
+        """
+        self._delete_for_runs(run_ids).result()
+
+    async def adelete_for_runs(self, run_ids: Sequence[str]) -> None:
+        """Delete the checkpoints of runs; see `delete_for_runs`."""
+        await self._core.database.settled(self._delete_for_runs(run_ids))
+
+    def _delete_for_runs(self, run_ids: Sequence[str]) -> Future[Any]:
+        core, encoder, lease = self._core, self._encoder, self._lease
+        doomed = {str(run_id) for run_id in run_ids}
+        return core.submit(
+            None, lambda rows: delete_runs(rows, encoder, core.tenant, doomed, lease)
+        )
+
+    def copy_thread(self, source_thread_id: str, target_thread_id: str) -> None:
+        """Copy a thread with all its checkpoints, their ids and their writes.
+
+        Nothing happens if the source does not exist.
+
+        Raises:
+            ConflictError: The target has checkpoints.
+            FencedError: A run holds the target.
+        """
+        self._copy_thread(source_thread_id, target_thread_id).result()
+
+    async def acopy_thread(self, source_thread_id: str, target_thread_id: str) -> None:
+        """Copy a thread; see `copy_thread`."""
+        await self._core.database.settled(self._copy_thread(source_thread_id, target_thread_id))
+
+    def _copy_thread(self, source_thread_id: str, target_thread_id: str) -> Future[Any]:
+        source, target = self._thread_key(source_thread_id), self._thread_key(target_thread_id)
+        lease = self._lease
+        return self._core.submit(target, lambda rows: copy_thread(rows, source, target, lease))
+
+    def prune(self, thread_ids: Sequence[str], *, strategy: str = "keep_latest") -> None:
+        """Delete old checkpoints of some threads; of all of them, or of none.
+
+        Args:
+            thread_ids: Unknown ones are passed over.
+            strategy: `keep_latest` keeps the newest checkpoint of each namespace, with its writes;
+                `delete` keeps nothing. Delta channels of what is kept keep their values.
+
+        Raises:
+            FencedError: A run holds one of the threads.
+            InvalidInputError: The strategy is unknown.
+        """
+        self._prune(thread_ids, strategy).result()
+
+    async def aprune(self, thread_ids: Sequence[str], *, strategy: str = "keep_latest") -> None:
+        """Delete old checkpoints; see `prune`."""
+        await self._core.database.settled(self._prune(thread_ids, strategy))
+
+    def _prune(self, thread_ids: Sequence[str], strategy: str) -> Future[Any]:
+        if strategy not in get_args(PruneStrategy):
+            raise InvalidInputError("strategy", (f"must be one of {get_args(PruneStrategy)}",))
+        threads = [self._thread_key(thread_id) for thread_id in dict.fromkeys(thread_ids)]
+        chosen = cast("PruneStrategy", strategy)
+        encoder, lease = self._encoder, self._lease
+        return self._core.submit(
+            None, lambda rows: prune_threads(rows, encoder, threads, chosen, lease)
+        )
+
+    def get_delta_channel_history(
+        self, *, config: RunnableConfig, channels: Sequence[str]
+    ) -> Mapping[str, DeltaChannelHistory]:
+        """Collect the writes of delta channels back to their nearest stored values.
+
+        The writes of the checkpoint that `config` names are not part of it.
+        """
+        key = self._head_key(config)
+        self._wait_for(key[:2])
+        return self._core.database.query_now(self._history(key, config, channels))
+
+    async def aget_delta_channel_history(
+        self, *, config: RunnableConfig, channels: Sequence[str]
+    ) -> Mapping[str, DeltaChannelHistory]:
+        """Collect the writes of delta channels; see `get_delta_channel_history`."""
+        key = self._head_key(config)
+        await self._await(key[:2])
+        return await self._core.database.query(self._history(key, config, channels))
+
+    def _history(
+        self, key: HeadKey, config: RunnableConfig, channels: Sequence[str]
+    ) -> Callable[[Session], Mapping[str, DeltaChannelHistory]]:
+        checkpoint_id = config["configurable"].get("checkpoint_id") or None
+
+        def read(rows: Rows) -> Mapping[str, DeltaChannelHistory]:
+            start = checkpoint_id
+            if start is None:
+                head = rows.find_checkpoint(key, None)
+                start = head.row.checkpoint_id if isinstance(head, FoundCheckpoint) else ""
+            return read_history(rows, self._encoder, key, start, channels)
+
+        return on_rows(read)
 
     def get_tuple(self, config: RunnableConfig) -> CheckpointTuple | None:
         """Load a checkpoint: the one named by `checkpoint_id`, else the head of its namespace.

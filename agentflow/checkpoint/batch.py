@@ -67,10 +67,13 @@ class ThreadStates:
             if len(self._known) > _MAX_THREADS:
                 self._known.popitem(last=False)
 
-    def forget(self, key: ThreadKey) -> None:
-        """Read the thread again before it is next written."""
+    def forget(self, key: ThreadKey | None) -> None:
+        """Read the thread again before it is next written; `None` stands for all."""
         with self._lock:
-            self._known.pop(key, None)
+            if key is None:
+                self._known.clear()
+            else:
+                self._known.pop(key, None)
 
 
 class Batch:

@@ -39,6 +39,7 @@ from agentflow.checkpoint.rows import (
     HeadKey,
     Layout,
     Part,
+    Stored,
     ThreadKey,
 )
 from agentflow.codec import Codec, unseal
@@ -279,30 +280,36 @@ class Encoder:
         values: dict[str, Any] = {}
         lists: dict[str, tuple[Any, KnownList]] = {}
         for channel, (version, stored) in loaded.record.layout.items():
-            where = place.of_channel(channel)
             if stored is None:
                 continue
-            if isinstance(stored, bytes):
-                values[channel] = self.codec.deserialize(stored, where=where)
-                continue
-            sealed = [loaded.stretches.get((found.row.thread, p.series), ()) for p in stored]
-            if stored[0].length == WHOLE:
-                whole_value = unseal(sealed[0][0], where=where) if sealed[0] else None
-                if whole_value is None:
-                    raise missing_part(where)
-                values[channel] = self.codec.deserialize(whole_value, where=where)
-                continue
-            values[channel], known = self._join(stored, sealed, where)
-            lists[channel] = (version, known)
+            where = place.of_channel(channel)
+            values[channel], known = self.read_value(
+                found.row.thread, stored, loaded.stretches, where
+            )
+            if known is not None:
+                lists[channel] = (version, known)
         if lists and found.row.seq == found.head_seq:
             key = (found.tenant, found.thread_id, found.row.ns)
             self._known.remember(key, found.row.checkpoint_id, lists)
         return values
 
+    def read_value(
+        self, thread: int, stored: Stored, stretches: Stretches, where: str
+    ) -> tuple[Any, KnownList | None]:
+        """Decode a stored value, and note a list, so that its successor only adds."""
+        if isinstance(stored, bytes):
+            return self.codec.deserialize(stored, where=where), None
+        sealed = [stretches.get((thread, part.series), ()) for part in stored]
+        if stored[0].length != WHOLE:
+            return self._join(stored, sealed, where)
+        if not sealed[0]:
+            raise missing_part(where)
+        return self.codec.deserialize(unseal(sealed[0][0], where=where), where=where), None
+
     def _join(
         self, parts: Sequence[Part], sealed: Sequence[Sequence[bytes]], where: str
     ) -> tuple[list[Any], KnownList]:
-        """Put a list together from its stretches, and note it, so that its successor only adds."""
+        """Put a list together from its stretches."""
         joined: list[Any] = []
         hasher: xxhash.xxh3_128 | None = xxhash.xxh3_128()
         for part, stretches in zip(parts, sealed, strict=True):

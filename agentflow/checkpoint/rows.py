@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 ThreadKey = tuple[str, str]
 """Tenant and thread id."""
@@ -98,6 +98,8 @@ class CheckpointRow(NamedTuple):
     data: bytes
     parent_writes: bytes | None
     """The writes of its parent that became durable together with it."""
+    base: bytes | None = None
+    """What its delta channels had at its parent, if that was deleted."""
 
 
 class ValueRow(NamedTuple):
@@ -117,6 +119,9 @@ class WritesRow(NamedTuple):
     checkpoint_id: str
     seq: int
     data: bytes
+
+
+AnyRow = TypeVar("AnyRow", CheckpointRow, ValueRow, WritesRow)
 
 
 @dataclass(slots=True)
@@ -226,6 +231,33 @@ class Rows(ABC):
         Returns:
             By thread number, namespace and checkpoint id: sequence number and sealed writes, in
             the order in which they became durable.
+        """
+
+    @abstractmethod
+    def list_line(self, key: HeadKey, checkpoint_id: str, limit: int) -> list[FoundCheckpoint]:
+        """Read a checkpoint and its ancestors, the newest first, as far as they are there."""
+
+    @abstractmethod
+    def scan(self, thread: ThreadState, kind: type[AnyRow], after: AnyRow | None) -> list[AnyRow]:
+        """Read a page of a thread's rows of one kind, by namespace and number, after a row."""
+
+    @abstractmethod
+    def list_threads_of_runs(self, tenant: str, run_ids: Collection[str]) -> list[ThreadKey]:
+        """List the threads that have checkpoints of these runs."""
+
+    @abstractmethod
+    def remove(
+        self,
+        thread: ThreadState,
+        checkpoints: Collection[CheckpointRow],
+        kept_values: Mapping[int, int],
+    ) -> None:
+        """Delete from a locked thread some checkpoints with their writes, and raise its number.
+
+        Args:
+            thread: The thread.
+            checkpoints: What to delete.
+            kept_values: How far the values that stay are needed, by series.
         """
 
     @abstractmethod

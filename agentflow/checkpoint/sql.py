@@ -14,6 +14,7 @@ from typing import Any
 
 from agentflow.checkpoint.rows import (
     WHOLE,
+    AnyRow,
     CheckpointRow,
     FoundCheckpoint,
     FoundThread,
@@ -24,6 +25,8 @@ from agentflow.checkpoint.rows import (
     ThreadChange,
     ThreadKey,
     ThreadState,
+    ValueRow,
+    WritesRow,
 )
 from agentflow.database.session import Session
 from agentflow.failpoints import failpoint
@@ -220,6 +223,77 @@ class SqlRows(Rows):
             found.setdefault((thread, ns, checkpoint_id), []).append((seq, data))
         return found
 
+    def list_line(self, key: HeadKey, checkpoint_id: str, limit: int) -> list[FoundCheckpoint]:
+        tenant, thread_id, ns = key
+        rows = self._session.fetch(_LINE, (tenant, thread_id, ns, checkpoint_id, limit))
+        return [
+            FoundCheckpoint(
+                tenant,
+                thread_id,
+                _thread_state(row[:_THREAD_WIDTH]),
+                CheckpointRow(*row[_THREAD_WIDTH:-1]),
+                row[-1],
+            )
+            for row in rows
+        ]
+
+    def scan(self, thread: ThreadState, kind: type[AnyRow], after: AnyRow | None) -> list[AnyRow]:
+        table, key = _SCANS[kind]
+        columns = ", ".join(kind._fields)
+        beyond, parameters = "", [thread.number]
+        if after is not None:
+            beyond = f"AND ({', '.join(key)}) > ({', '.join('?' for _ in key)})"
+            parameters += [getattr(after, name) for name in key]
+        rows = self._session.fetch(
+            f"SELECT {columns} FROM {table} WHERE thread = ? {beyond} "
+            f"ORDER BY {', '.join(key)} LIMIT {_PAGE}",
+            parameters,
+        )
+        return [kind(*row) for row in rows]
+
+    def list_threads_of_runs(self, tenant: str, run_ids: Collection[str]) -> list[ThreadKey]:
+        if not run_ids:
+            return []
+        given = self._given(("run_id text",), len(run_ids))
+        rows = self._session.fetch(
+            f"SELECT DISTINCT t.thread_id FROM {given} JOIN agentflow_checkpoints c "
+            "ON c.run_id = w.run_id JOIN agentflow_threads t ON t.id = c.thread "
+            "WHERE t.tenant = ? ORDER BY t.thread_id",
+            [*run_ids, tenant],
+        )
+        return [(tenant, thread_id) for (thread_id,) in rows]
+
+    def remove(
+        self,
+        thread: ThreadState,
+        checkpoints: Collection[CheckpointRow],
+        kept_values: Mapping[int, int],
+    ) -> None:
+        number = thread.number
+        self._session.execute_many(
+            "DELETE FROM agentflow_writes WHERE thread = ? AND ns = ? AND checkpoint_id = ?",
+            [(number, row.ns, row.checkpoint_id) for row in checkpoints],
+        )
+        self._session.execute_many(
+            "DELETE FROM agentflow_checkpoints WHERE thread = ? AND ns = ? AND seq = ?",
+            [(number, row.ns, row.seq) for row in checkpoints],
+        )
+        stored = self._session.fetch(
+            "SELECT series, max(start) FROM agentflow_values WHERE thread = ? GROUP BY series",
+            (number,),
+        )
+        unneeded = [
+            (number, series, kept_values.get(series, 0))
+            for series, end in stored
+            if end >= kept_values.get(series, 0)
+        ]
+        if unneeded:
+            self._session.execute_many(
+                "DELETE FROM agentflow_values WHERE thread = ? AND series = ? AND start >= ?",
+                unneeded,
+            )
+        self._session.execute("UPDATE agentflow_threads SET seq = seq + 1 WHERE id = ?", (number,))
+
     def set_lease(self, thread: ThreadState, *, token: int, is_leased: bool) -> None:
         self._session.execute(
             "UPDATE agentflow_threads SET token = ?, is_leased = ? WHERE id = ?",
@@ -329,10 +403,28 @@ _FIND_BY_ID = (
     "LEFT JOIN agentflow_checkpoints c ON c.thread = t.id AND c.checkpoint_id = ? AND c.ns = ? "
     "WHERE t.tenant = ? AND t.thread_id = ?"
 )
+_LINE = (
+    "WITH RECURSIVE line AS (SELECT c.thread, c.ns, c.seq, c.parent_id, 1 AS depth "
+    "FROM agentflow_threads t JOIN agentflow_checkpoints c ON c.thread = t.id "
+    "WHERE t.tenant = ? AND t.thread_id = ? AND c.ns = ? AND c.checkpoint_id = ? "
+    "UNION ALL SELECT c.thread, c.ns, c.seq, c.parent_id, l.depth + 1 "
+    "FROM line l JOIN agentflow_checkpoints c "
+    "ON c.thread = l.thread AND c.ns = l.ns AND c.checkpoint_id = l.parent_id WHERE l.depth < ?) "
+    f"SELECT {_THREAD}, {_C}, (SELECT max(h.seq) FROM agentflow_checkpoints h "
+    "WHERE h.thread = c.thread AND h.ns = c.ns) FROM line l JOIN agentflow_checkpoints c "
+    "ON c.thread = l.thread AND c.ns = l.ns AND c.seq = l.seq "
+    "JOIN agentflow_threads t ON t.id = l.thread ORDER BY l.depth"
+)
+_PAGE = 500
+_SCANS: dict[type, tuple[str, tuple[str, ...]]] = {
+    CheckpointRow: ("agentflow_checkpoints", ("ns", "seq")),
+    ValueRow: ("agentflow_values", ("series", "start")),
+    WritesRow: ("agentflow_writes", ("ns", "checkpoint_id", "seq")),
+}
 _TYPES = {
     "thread": "bigint", "ns": "text", "seq": "bigint", "checkpoint_id": "text",
     "parent_id": "text", "attempt": "text", "run_id": "text", "step": "int", "data": "bytea",
-    "parent_writes": "bytea", "series": "bigint", "start": "bigint",
+    "parent_writes": "bytea", "base": "bytea", "series": "bigint", "start": "bigint",
 }  # fmt: skip
 
 

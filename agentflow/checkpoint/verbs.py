@@ -2,10 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
+from typing import Literal
+
+from agentflow.checkpoint.deltas import delta_channels, read_history
+from agentflow.checkpoint.encoding import Encoder
 from agentflow.checkpoint.planning import fence
-from agentflow.checkpoint.rows import Rows, ThreadKey, ThreadState
+from agentflow.checkpoint.records import Place, Record, unpack_record
+from agentflow.checkpoint.rows import (
+    WHOLE,
+    AnyRow,
+    CheckpointRow,
+    Layout,
+    Rows,
+    ThreadChange,
+    ThreadKey,
+    ThreadState,
+    ValueRow,
+    WritesRow,
+)
 from agentflow.database.writer import Rejected
+from agentflow.errors import ConflictError
 from agentflow.types import Lease
+
+PruneStrategy = Literal["keep_latest", "delete"]
 
 
 def lock(rows: Rows, thread: ThreadKey) -> ThreadState:
@@ -40,3 +61,145 @@ def delete_thread(rows: Rows, thread: ThreadKey, lease: Lease | None) -> Rejecte
         return Rejected(refused)
     rows.delete(state)
     return None
+
+
+def delete_runs(
+    rows: Rows, encoder: Encoder, tenant: str, run_ids: Collection[str], lease: Lease | None
+) -> Rejected | None:
+    """Delete the checkpoints of some runs, with their writes, in all threads."""
+    states = _lock_all(rows, rows.list_threads_of_runs(tenant, run_ids))
+    for thread, state in states.items():
+        refused = fence(thread[1], lease, state)
+        if refused is not None:
+            return Rejected(refused)
+    for thread, state in states.items():
+        _keep(rows, encoder, thread, state, lambda row: row.run_id not in run_ids)
+    return None
+
+
+def prune_threads(
+    rows: Rows,
+    encoder: Encoder,
+    threads: Collection[ThreadKey],
+    strategy: PruneStrategy,
+    lease: Lease | None,
+) -> Rejected | None:
+    """Delete the checkpoints of some threads, or all but the newest of each namespace."""
+    known = [thread for thread in threads if rows.find_checkpoint((*thread, ""), None) is not None]
+    states = _lock_all(rows, known)
+    for thread, state in states.items():
+        refused = fence(thread[1], lease, state)
+        if refused is not None:
+            return Rejected(refused)
+    for thread, state in states.items():
+        if strategy == "delete":
+            rows.delete(state)
+            continue
+        newest = {row.ns: row.seq for row in _scan(rows, state, CheckpointRow)}
+        heads = set(newest.items())
+        _keep(rows, encoder, thread, state, lambda row: (row.ns, row.seq) in heads)  # noqa: B023 -- called at once
+    return None
+
+
+def copy_thread(
+    rows: Rows, source: ThreadKey, target: ThreadKey, lease: Lease | None
+) -> Rejected | None:
+    """Copy all checkpoints of a thread, with their ids and writes, to a thread that has none."""
+    if rows.find_checkpoint((*source, ""), None) is None:
+        return None
+    states = _lock_all(rows, [source, target])
+    state = states[target]
+    refused = fence(target[1], lease, state)
+    if refused is not None:
+        return Rejected(refused)
+    if rows.scan(state, CheckpointRow, None):
+        return Rejected(ConflictError(f"thread {target[1]!r} has checkpoints; delete it first"))
+    original, number = states[source], state.number
+    after = replace(state, seq=max(state.seq + 1, original.seq))
+    rows.apply([ThreadChange(state, after)])
+    # From here on each page is a change of its own, of the thread as it already is.
+    for values in _pages(rows, original, ValueRow):
+        copied = [value._replace(thread=number) for value in values]
+        rows.apply([ThreadChange(after, after, values=copied)])
+    for checkpoints in _pages(rows, original, CheckpointRow):
+        moved = [checkpoint._replace(thread=number) for checkpoint in checkpoints]
+        rows.apply([ThreadChange(after, after, checkpoints=moved)])
+    for writes in _pages(rows, original, WritesRow):
+        logged = [entry._replace(thread=number) for entry in writes]
+        rows.apply([ThreadChange(after, after, writes=logged)])
+    return None
+
+
+def _lock_all(rows: Rows, threads: Collection[ThreadKey]) -> dict[ThreadKey, ThreadState]:
+    if not threads:
+        return {}
+    found = rows.load_states(dict.fromkeys(threads, ()), lock=True)
+    return {thread: state for thread, (state, _) in found.items()}
+
+
+def _pages(rows: Rows, state: ThreadState, kind: type[AnyRow]) -> Iterator[list[AnyRow]]:
+    page = rows.scan(state, kind, None)
+    while page:
+        yield page
+        page = rows.scan(state, kind, page[-1])
+
+
+def _scan(rows: Rows, state: ThreadState, kind: type[AnyRow]) -> Iterator[AnyRow]:
+    for page in _pages(rows, state, kind):
+        yield from page
+
+
+def _keep(
+    rows: Rows,
+    encoder: Encoder,
+    thread: ThreadKey,
+    state: ThreadState,
+    is_kept: Callable[[CheckpointRow], bool],
+) -> None:
+    """Delete the other checkpoints of a thread, and what only they needed."""
+    kept: dict[tuple[str, str], CheckpointRow] = {}
+    doomed: dict[tuple[str, str], CheckpointRow] = {}
+    needed: dict[int, int] = {}
+    for row in _scan(rows, state, CheckpointRow):
+        if not is_kept(row):
+            doomed[row.ns, row.checkpoint_id] = row
+            continue
+        kept[row.ns, row.checkpoint_id] = row
+        for series, reach in _reach(_open(encoder, thread, row).layout):
+            needed[series] = max(reach, needed.get(series, 0))
+    if not doomed:
+        return
+    change = ThreadChange(state, replace(state, seq=state.seq + 1))
+    for row in kept.values():
+        if row.parent_id is not None and (row.ns, row.parent_id) in doomed:
+            base = _base(rows, encoder, thread, row)
+            change.checkpoints.append(row._replace(parent_writes=None, base=base))
+    for row in doomed.values():
+        # What a deleted checkpoint carries of one that stays goes into the log.
+        parent = (row.ns, row.parent_id or "")
+        if row.parent_writes is not None and parent in kept:
+            change.writes.append(
+                WritesRow(state.number, row.ns, parent[1], row.seq, row.parent_writes)
+            )
+    rows.apply([change])
+    rows.remove(state, list(doomed.values()), needed)
+
+
+def _open(encoder: Encoder, thread: ThreadKey, row: CheckpointRow) -> Record:
+    return unpack_record(encoder.codec, row, Place(thread[1], row.ns))
+
+
+def _reach(layout: Layout) -> Iterator[tuple[int, int]]:
+    for _, stored in layout.values():
+        if stored is not None and not isinstance(stored, bytes):
+            for part in stored:
+                yield part.series, 1 if part.length == WHOLE else part.length
+
+
+def _base(rows: Rows, encoder: Encoder, thread: ThreadKey, row: CheckpointRow) -> bytes | None:
+    """Return what the delta channels of a checkpoint need of its ancestors."""
+    channels = delta_channels(_open(encoder, thread, row).metadata)
+    if not channels:
+        return None
+    history = read_history(rows, encoder, (*thread, row.ns), row.checkpoint_id, channels)
+    return encoder.codec.dumps(dict(history), where=Place(thread[1], row.ns).of("the base"))

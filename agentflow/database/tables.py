@@ -89,6 +89,8 @@ checkpoints = _table(
     Column("data", LargeBinary, nullable=False),
     # The writes of its parent that became durable together with it.
     Column("parent_writes", LargeBinary),
+    # What its delta channels had at its parent, if that was deleted.
+    Column("base", LargeBinary),
     PrimaryKeyConstraint("thread", "ns", "seq"),
     UniqueConstraint("thread", "ns", "checkpoint_id", name="agentflow_checkpoints_id"),
     Index("agentflow_checkpoints_run", "run_id"),

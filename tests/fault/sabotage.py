@@ -12,18 +12,25 @@ import re
 import signal
 import threading
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import sqlalchemy as sa
 
+from agentflow.checkpoint.rows import ThreadChange
+from agentflow.checkpoint.sql import PostgresRows, SqliteRows
+from agentflow.database.session import Session
+from agentflow.database.writer import Call, GroupCommitWriter, Operation
 from agentflow.failpoints import arm
 from tests.fault.ledger import record
 
 Kind = Literal["claim", "thread", "run", "writes", "checkpoint", "insert", "node"]
 """What a commit changed: `thread` is acquiring or releasing it, `run` a transition of the run.
 
-`insert` is no commit but the middle of one: the statement that writes a checkpoint.
+`insert` is no commit but the middle of one: before a checkpoint is decided on, and after the
+statement that writes it. PostgreSQL commits by that statement, so there the moment after it exists
+only in company: where the batch holds something else as well, and is a transaction.
 """
 Moment = Literal["before", "after"]
 
@@ -35,7 +42,11 @@ FAILPOINTS = (
 )
 """Every failpoint that these tests arm; a test holds the list against the source."""
 
-_CHANGE = re.compile(r"\s*(?:INSERT INTO|UPDATE|DELETE FROM) agentflow_(\w+)")
+# One statement may change several tables. Every put raises its thread's number: that is no change of
+# the thread, so it has no table here.
+_CHANGE = re.compile(
+    r"\b(?:INSERT INTO|UPDATE(?! agentflow_threads (?:t )?SET seq)|DELETE FROM) agentflow_(\w+)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +79,14 @@ class Sabotage:
 
     def arm(self) -> None:
         """From now on watch the writer's transactions."""
-        sa.event.listen(sa.Engine, "begin", self._begin)
         sa.event.listen(sa.Engine, "before_cursor_execute", self._execute)
+        # The checkpointer's statements go past SQLAlchemy.
+        _wrap(Session, "__init__", before=lambda *_: self._begin())
+        for name in ("execute", "execute_many", "commit_by"):
+            _wrap(Session, name, before=lambda _, sql, *__: self._note(sql))
+        for rows in (SqliteRows, PostgresRows):
+            _wrap(rows, "apply", before=lambda _, changes: self._note_carried(changes))
+        _wrap(PostgresRows, "apply", after=self._applied)
         arm("database.before_commit", self._before_commit)
         arm("database.after_commit", self._after_commit)
         arm("checkpoint.before_insert", lambda: self.meet("insert", "before"))
@@ -86,7 +103,7 @@ class Sabotage:
             # one would go on for a moment, perhaps into the next transaction.
             signal.pthread_kill(threading.get_ident(), self._how)
 
-    def _begin(self, _connection: sa.Connection) -> None:
+    def _begin(self) -> None:
         if _is_writer():
             self._changed.clear()
 
@@ -99,8 +116,21 @@ class Sabotage:
         _context: Any,
         _executemany: bool,
     ) -> None:
-        if _is_writer() and (change := _CHANGE.match(statement)):
-            self._changed.add(change[1])
+        self._note(statement)
+
+    def _note(self, statement: str) -> None:
+        if _is_writer():
+            self._changed.update(_CHANGE.findall(statement))
+
+    def _note_carried(self, changes: Sequence[ThreadChange]) -> None:
+        # Writes that become durable together with the next checkpoint have no row of their own.
+        if any(row.parent_writes for change in changes for row in change.checkpoints):
+            self._changed.add("writes")
+
+    def _applied(self, rows: PostgresRows, changes: Sequence[ThreadChange]) -> None:
+        # Where one statement is the whole commit, it has no middle, and so no failpoint there.
+        if rows._session._is_open and any(change.checkpoints for change in changes):
+            self.meet("insert", "after")
 
     def _before_commit(self) -> None:
         self._kinds = _kinds(self._changed)
@@ -127,6 +157,43 @@ def _kinds(changed: set[str]) -> tuple[Kind, ...]:
         kinds.append("writes")
     if "checkpoints" in changed:
         kinds.append("checkpoint")
-    elif "threads" in changed:
+    if "threads" in changed:
         kinds.append("thread")
     return tuple(kinds)
+
+
+def keep_company() -> None:
+    """From now on put another operation before every batch of this process' writer.
+
+    What would be one statement that commits by itself is a part of a transaction then, as it is
+    beside a heartbeat, or beside what another run needs.
+    """
+
+    def in_company(writer: GroupCommitWriter, batch: Sequence[Operation]) -> list[Any]:
+        return alone(writer, [Call(_ask), *batch])[1:]
+
+    alone = GroupCommitWriter._transact
+    GroupCommitWriter._transact = in_company  # type: ignore[method-assign]
+
+
+def _ask(connection: sa.Connection) -> None:
+    connection.execute(sa.select(1))
+
+
+def _wrap(
+    owner: type,
+    name: str,
+    *,
+    before: Callable[..., None] = lambda *_: None,
+    after: Callable[..., None] = lambda *_: None,
+) -> None:
+    """Have a method's arguments looked at around each of its calls."""
+    method = getattr(owner, name)
+
+    def watched(*arguments: Any) -> Any:
+        before(*arguments)
+        returned = method(*arguments)
+        after(*arguments)
+        return returned
+
+    setattr(owner, name, watched)

@@ -68,6 +68,7 @@ def _create() -> None:
         sa.Column("step", sa.Integer(), nullable=True),
         sa.Column("data", sa.LargeBinary(), nullable=False),
         sa.Column("parent_writes", sa.LargeBinary(), nullable=True),
+        sa.Column("base", sa.LargeBinary(), nullable=True),
         sa.PrimaryKeyConstraint("thread", "ns", "seq", name="agentflow_checkpoints_number"),
         sa.UniqueConstraint("thread", "ns", "checkpoint_id", name="agentflow_checkpoints_id"),
     )

@@ -1,0 +1,109 @@
+"""What LangGraph's delta channels have had along a line of checkpoints.
+
+A `DeltaChannel` stores its value only now and then; at any other checkpoint it is made from the
+nearest stored value before it and the writes since then. Where a line was cut by deleting older
+checkpoints, the first one that is left has the history of what was before it as its base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final, NamedTuple
+
+from langgraph.checkpoint.base import DeltaChannelHistory
+
+from agentflow.checkpoint.encoding import Encoder, open_record
+from agentflow.checkpoint.records import Place, Record, unpack_writes
+from agentflow.checkpoint.rows import FoundCheckpoint, HeadKey, Rows, Stored
+
+_PAGE = 200
+_COUNTERS: Final = "counters_since_delta_snapshot"
+
+
+class _Ancestor(NamedTuple):
+    found: FoundCheckpoint
+    record: Record
+    writes: Sequence[tuple[str, str, Any]]
+
+
+def delta_channels(metadata: Mapping[str, Any]) -> list[str]:
+    """Return the delta channels of a checkpoint, by what LangGraph notes in its metadata."""
+    return list(metadata.get(_COUNTERS) or ())
+
+
+def read_history(
+    rows: Rows, encoder: Encoder, key: HeadKey, checkpoint_id: str, channels: Sequence[str]
+) -> dict[str, DeltaChannelHistory]:
+    """Collect what LangGraph needs to make the values of delta channels at a checkpoint.
+
+    The writes of the checkpoint itself are not part of it: they belong to its next superstep.
+    """
+    collected = _Collected(rows, encoder, Place(*key[1:]), channels)
+    for number, ancestor in enumerate(_line(rows, encoder, key, checkpoint_id)):
+        if number:
+            collected.add(ancestor)
+        if ancestor.found.row.base is not None:
+            collected.add_base(ancestor.found.row.base)
+            break
+        if not collected.missing:
+            break
+    return collected.history()
+
+
+class _Collected:
+    """The writes and stored values found so far, the newest first."""
+
+    def __init__(self, rows: Rows, encoder: Encoder, place: Place, channels: Sequence[str]) -> None:
+        self._rows = rows
+        self._encoder = encoder
+        self._place = place
+        self._writes: dict[str, list[Any]] = {channel: [] for channel in channels}
+        self._seeds: dict[str, Any] = {}
+        self.missing = set(channels)
+        """Channels of which no stored value was found."""
+
+    def add(self, ancestor: _Ancestor) -> None:
+        for write in reversed(ancestor.writes):
+            if write[1] in self.missing:
+                self._writes[write[1]].append(write)
+        for channel in tuple(self.missing):
+            held = ancestor.record.layout.get(channel)
+            if held is not None and held.stored is not None:
+                self._seeds[channel] = self._value(ancestor.found, held.stored, channel)
+                self.missing.discard(channel)
+
+    def add_base(self, base: bytes) -> None:
+        before = self._encoder.codec.loads(base, where=self._place.of("the base"))
+        for channel in self.missing & before.keys():
+            self._writes[channel] += reversed(before[channel]["writes"])
+            if "seed" in before[channel]:
+                self._seeds[channel] = before[channel]["seed"]
+
+    def history(self) -> dict[str, DeltaChannelHistory]:
+        found: dict[str, DeltaChannelHistory] = {}
+        for channel, writes in self._writes.items():
+            found[channel] = {"writes": list(reversed(writes))}
+            if channel in self._seeds:
+                found[channel]["seed"] = self._seeds[channel]
+        return found
+
+    def _value(self, found: FoundCheckpoint, stored: Stored, channel: str) -> Any:
+        thread = found.row.thread
+        parts = () if isinstance(stored, bytes) else stored
+        stretches = self._rows.list_values((thread, part) for part in parts)
+        where = self._place.of_channel(channel)
+        return self._encoder.read_value(thread, stored, stretches, where)[0]
+
+
+def _line(rows: Rows, encoder: Encoder, key: HeadKey, checkpoint_id: str) -> Iterator[_Ancestor]:
+    """Yield a checkpoint and its ancestors, the newest first."""
+    place = Place(*key[1:])
+    start: str | None = checkpoint_id
+    while start is not None:
+        page = rows.list_line(key, start, _PAGE)
+        writes = rows.list_writes(page)
+        for found in page:
+            own = writes.get((found.row.thread, found.row.ns, found.row.checkpoint_id), ())
+            record = open_record(encoder.codec, found)
+            yield _Ancestor(found, record, unpack_writes(encoder.codec, own, place))
+        start = page[-1].row.parent_id if len(page) == _PAGE else None
