@@ -106,11 +106,10 @@ class Batch:
             if isinstance(put, PlannedCheckpoint):
                 failpoint("checkpoint.before_insert")
                 break
-        overtaken = self._apply(self._load(self._by_thread))
-        if overtaken:
+        again = self._apply(self._load(self._by_thread), is_locked=False)
+        if again:
             with self._rows.exclusive():
-                lost = self._apply(self._read(overtaken, lock=True))
-            assert not lost, "a locked thread cannot be overtaken"
+                self._apply(self._read(again, lock=True), is_locked=True)
 
     def publish(self) -> None:
         """Remember what the threads have become, once it is durable."""
@@ -142,26 +141,37 @@ class Batch:
     def _codec(self, key: ThreadKey) -> Codec:
         return self._puts[self._by_thread[key][0]].codec
 
-    def _apply(self, states: Mapping[ThreadKey, ThreadState]) -> list[ThreadKey]:
-        """Plan and apply; return the threads that have changed since their state was read."""
+    def _apply(
+        self, states: Mapping[ThreadKey, ThreadState], *, is_locked: bool
+    ) -> list[ThreadKey]:
+        """Plan and apply; return the threads of which the state has to be read again."""
         changes: dict[ThreadKey, ThreadChange] = {}
+        again: list[ThreadKey] = []
         for key, state in states.items():
             plan = ThreadPlan(state, self._rows)
+            is_refused = False
             for place in self._by_thread[key]:
-                error = self._has_failed(place) or plan.add(self._puts[place])
+                error = self._has_failed(place)
+                if error is None:
+                    error = plan.add(self._puts[place])
+                    is_refused = is_refused or error is not None
                 self.outcomes[place] = error
-            if (change := plan.change()) is not None:
-                changes[key] = change
-            else:
+            change = plan.change()
+            if is_refused and not is_locked:
+                # What is remembered may be out of date, and nobody is refused for that.
+                again.append(key)
+            elif change is None:
                 self._after[key] = state
+            else:
+                changes[key] = change
         applied = self._rows.apply(list(changes.values())) if changes else set()
-        overtaken = []
         for key, change in changes.items():
             if change.before.number in applied:
                 self._after[key] = change.after
             else:
-                overtaken.append(key)
-        return overtaken
+                again.append(key)
+        assert not (again and is_locked), "a locked thread cannot be overtaken"
+        return again
 
 
 def _with_heads(

@@ -64,9 +64,8 @@ class SqlRows(Rows):
         if missing:
             self._insert_threads(missing)
             states |= self._load_threads(missing, lock=lock)
-        heads = [
-            (states[key].number, ns) for key in keys if key not in missing for ns in wanted[key]
-        ]
+        # By the number, not by who made the row: another process may have been faster.
+        heads = [(states[key].number, ns) for key in keys if states[key].seq for ns in wanted[key]]
         found: dict[int, list[CheckpointRow]] = {}
         for row in self._load_heads(heads) if heads else ():
             found.setdefault(row.thread, []).append(row)

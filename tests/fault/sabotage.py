@@ -42,8 +42,8 @@ FAILPOINTS = (
 )
 """Every failpoint that these tests arm; a test holds the list against the source."""
 
-# One statement may change several tables. Every put raises its thread's number: that is no change of
-# the thread, so it has no table here.
+# One statement may change several tables. Every put raises its thread's number, which is no change
+# of the thread.
 _CHANGE = re.compile(
     r"\b(?:INSERT INTO|UPDATE(?! agentflow_threads (?:t )?SET seq)|DELETE FROM) agentflow_(\w+)"
 )
@@ -168,12 +168,12 @@ def keep_company() -> None:
     What would be one statement that commits by itself is a part of a transaction then, as it is
     beside a heartbeat, or beside what another run needs.
     """
+    alone = GroupCommitWriter._transact
 
     def in_company(writer: GroupCommitWriter, batch: Sequence[Operation]) -> list[Any]:
         return alone(writer, [Call(_ask), *batch])[1:]
 
-    alone = GroupCommitWriter._transact
-    GroupCommitWriter._transact = in_company  # type: ignore[method-assign]
+    setattr(GroupCommitWriter, "_transact", in_company)  # noqa: B010 -- mypy knows better
 
 
 def _ask(connection: sa.Connection) -> None:

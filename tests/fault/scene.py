@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import signal
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
@@ -15,9 +16,22 @@ import sqlalchemy as sa
 from langgraph.types import PregelTask
 
 from agentflow import AgentFlow
+from agentflow.checkpoint.records import Place as Named
+from agentflow.checkpoint.records import unpack_record, unpack_writes
+from agentflow.checkpoint.rows import WHOLE, CheckpointRow
+from agentflow.codec import Codec
 from agentflow.config import load_settings
 from agentflow.database.engine import make_engine, now, parse_url
-from agentflow.database.tables import checkpoints, events, heads, leases, metadata, runs, writes
+from agentflow.database.tables import (
+    checkpoints,
+    events,
+    leases,
+    metadata,
+    runs,
+    threads,
+    values,
+    writes,
+)
 from agentflow.storage.rows import GENESIS, hash_event
 from agentflow.types import Run, RunStatus
 from tests.fault.forkserver import ForkServer, Victim, _is_stopped_or_ended
@@ -33,6 +47,7 @@ AT_ONCE = 3
 """Victims that run at a time: more would keep each other from their heartbeats on two cores."""
 
 T = TypeVar("T")
+_ANYTHING = Codec(unknown="plain")
 
 
 @dataclass
@@ -205,17 +220,27 @@ def read_rows(url: str, table: sa.Table, *conditions: sa.ColumnElement[bool]) ->
         engine.dispose()
 
 
+def read_thread_rows(url: str, table: sa.Table, thread_ids: Iterable[str]) -> list[sa.Row[Any]]:
+    """Read what a table of the checkpointer's holds of some threads."""
+    return read_rows(url, table, table.c.thread.in_(_numbers(url, thread_ids)))
+
+
+def _numbers(url: str, thread_ids: Iterable[str]) -> dict[int, str]:
+    named = read_rows(url, threads, threads.c.thread_id.in_(sorted(thread_ids)))
+    return {row.id: row.thread_id for row in named}
+
+
 def read_everything(url: str, run_ids: Iterable[str]) -> dict[str, list[Any]]:
     """Return every row that belongs to some runs or to their threads."""
-    ids = sorted(run_ids)
-    threads = {row.thread_id for row in read_rows(url, runs, runs.c.run_id.in_(ids))}
+    ids = set(run_ids)
+    thread_ids = {row.thread_id for row in read_rows(url, runs, runs.c.run_id.in_(ids))}
+    wanted = {"thread": set(_numbers(url, thread_ids)), "thread_id": thread_ids, "run_id": ids}
     found = {}
     for table in metadata.sorted_tables:
-        column, wanted = (
-            (table.c.thread_id, threads) if "thread_id" in table.c else (table.c.run_id, set(ids))
+        column = next(table.c[name] for name in wanted if name in table.c)
+        found[table.name] = sorted(
+            map(repr, read_rows(url, table, column.in_(wanted[column.name])))
         )
-        rows = read_rows(url, table, column.in_(wanted))
-        found[table.name] = sorted(map(repr, rows))
     return found
 
 
@@ -234,29 +259,68 @@ def assert_sound(url: str, run_ids: Iterable[str]) -> None:
     """Hold what is stored of ended runs against the invariants that need no knowledge of the graph.
 
     One outcome for each run; an unbroken chain of audit events; checkpoints of a thread that form
-    one line; and fencing tokens that only grow along it.
+    one line; fencing tokens that only grow along it; numbers of which none is given twice or left
+    out; values that are all there, and none that no checkpoint has; and writes of which each became
+    durable while its checkpoint was the newest.
     """
     ids = sorted(run_ids)
     stored = read_rows(url, runs, runs.c.run_id.in_(ids))
     assert [row.run_id for row in sorted(stored, key=lambda row: row.run_id)] == ids
-    threads = {row.thread_id for row in stored}
+    thread_ids = {row.thread_id for row in stored}
     _assert_one_outcome_each(stored, read_rows(url, events, events.c.run_id.in_(ids)))
-    lines = read_rows(url, checkpoints, checkpoints.c.thread_id.in_(threads))
-    ends = {h.thread_id: h for h in read_rows(url, heads, heads.c.thread_id.in_(threads))}
-    tokens = {t.thread_id: t.token for t in read_rows(url, leases, leases.c.thread_id.in_(threads))}
-    for thread in threads:
-        line = sorted((c for c in lines if c.thread_id == thread), key=lambda c: c.seq)
-        assert [c.seq for c in line] == list(range(1, len(line) + 1)), thread
+    claimed = read_rows(url, leases, leases.c.thread_id.in_(thread_ids))
+    tokens = {row.thread_id: row.token for row in claimed}
+    kept = {
+        table.name: read_thread_rows(url, table, thread_ids)
+        for table in (checkpoints, values, writes)
+    }
+    for thread in read_rows(url, threads, threads.c.thread_id.in_(thread_ids)):
+        line, stretches, log = (
+            [row for row in kept[table.name] if row.thread == thread.id]
+            for table in (checkpoints, values, writes)
+        )
         if not line:
+            assert not stretches + log, f"{thread.thread_id} has no checkpoint"
             continue
-        parents = [None, *(c.checkpoint_id for c in line[:-1])]
-        assert [c.parent_id for c in line] == parents, f"the checkpoints of {thread} branch"
-        assert ends[thread].checkpoint_id == line[-1].checkpoint_id
-        written = [c.token for c in line]
-        assert written == sorted(written), f"the tokens of {thread} fall: {written}"
-        assert 0 < written[0] <= written[-1] <= tokens[thread]
-    for write in read_rows(url, writes, writes.c.thread_id.in_(threads)):
-        assert 0 < write.token <= tokens[write.thread_id]
+        line.sort(key=lambda row: row.seq)
+        _assert_one_line(thread, line, tokens[thread.thread_id])
+        numbers = [row.seq for row in line + log] + [v.series for v in stretches if v.start == 0]
+        assert sorted(numbers) == list(range(1, thread.seq + 1)), thread.thread_id
+        _assert_values_fit(thread.thread_id, line, stretches)
+        ends = {c.checkpoint_id: (c.seq, n.seq) for c, n in itertools.pairwise(line)}
+        ends[line[-1].checkpoint_id] = (line[-1].seq, thread.seq + 1)
+        for write in log:
+            begin, end = ends[write.checkpoint_id]
+            if not begin < write.seq < end:
+                print("DBG", thread, [(c.seq, c.checkpoint_id[-6:], c.attempt, c.step, c.parent_writes and unpack_writes(_ANYTHING, [(0,c.parent_writes)], Named("",""))) for c in line], [(w.seq, w.checkpoint_id[-6:], unpack_writes(_ANYTHING, [(0,w.data)], Named("",""))) for w in log])
+            assert begin < write.seq < end, f"{thread.thread_id}: a write came late"
+
+
+def _assert_one_line(thread: Any, line: Sequence[Any], token: int) -> None:
+    """Hold the checkpoints of a thread, of which the last is the head, against one another."""
+    assert {c.ns for c in line} == {""}, "these graphs have no subgraphs"
+    parents = [None, *(c.checkpoint_id for c in line[:-1])]
+    assert [c.parent_id for c in line] == parents, f"{thread.thread_id} branches"
+    assert line[0].parent_writes is None
+    written = [int(c.attempt) for c in line]
+    assert written == sorted(written), f"the tokens of {thread.thread_id} fall: {written}"
+    assert 0 < written[0] <= written[-1] <= thread.token <= token
+
+
+def _assert_values_fit(thread_id: str, line: Sequence[Any], stretches: Sequence[Any]) -> None:
+    """Hold the values of a thread against the checkpoints that name them."""
+    reach: dict[int, int] = {}
+    for checkpoint in line:
+        row = CheckpointRow(*checkpoint)
+        for _, stored in unpack_record(_ANYTHING, row, Named(thread_id, row.ns)).layout.values():
+            for part in stored if isinstance(stored, tuple) else ():
+                reach[part.series] = max(part.length, reach.get(part.series, WHOLE))
+    ends: dict[int, int] = {}
+    for value in sorted(stretches, key=lambda row: (row.series, row.start)):
+        assert value.start == ends.get(value.series, 0), f"{thread_id}: a stretch is missing"
+        kept = _ANYTHING.loads(value.data)
+        ends[value.series] = WHOLE if reach[value.series] == WHOLE else value.start + len(kept)
+    assert ends == reach, thread_id
 
 
 def _assert_one_outcome_each(stored: Sequence[Any], log: Sequence[Any]) -> None:

@@ -24,7 +24,14 @@ from tests.fault.forkserver import Victim
 from tests.fault.graphs import LINEAR
 from tests.fault.ledger import Entry
 from tests.fault.sabotage import Place
-from tests.fault.scene import AT_ONCE, Scene, assert_sound, read_everything, read_rows
+from tests.fault.scene import (
+    AT_ONCE,
+    Scene,
+    assert_sound,
+    read_everything,
+    read_rows,
+    read_thread_rows,
+)
 from tests.fault.test_kills import INPUT, OUTPUT, survey
 
 SHORT = timedelta(milliseconds=50)
@@ -223,8 +230,8 @@ async def test_worker_stopped_inside_a_node_finishes_it_in_vain(scene: Scene) ->
     assert "attempt was fenced" in zombie.output()
     assert read_everything(scene.url, ["run"]) == before
     assert scene.entered("run") == {"a": 1, "b": 2, "c": 1, "d": 1}
-    saved = read_rows(scene.url, checkpoints, checkpoints.c.thread_id == "run")
-    assert Counter(row.token for row in saved) == {1: 3, 2: 3}, "b, c and d are the successor's"
+    saved = read_thread_rows(scene.url, checkpoints, ["run"])
+    assert Counter(c.attempt for c in saved) == {"1": 3, "2": 3}, "b, c and d are the successor's"
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
@@ -251,8 +258,8 @@ async def test_statement_that_ran_but_was_not_committed_when_the_claim_arrived(
         before = read_everything(scene.url, [run_id])
         await outlived(scene, [zombie])
         assert read_everything(scene.url, [run_id]) == before
-        saved = read_rows(scene.url, checkpoints, checkpoints.c.thread_id == run_id)
-        assert Counter(row.token for row in saved) == {1: 3, 2: 3}
+        saved = read_thread_rows(scene.url, checkpoints, [run_id])
+        assert Counter(row.attempt for row in saved) == {"1": 3, "2": 3}
     assert_sound(scene.url, [run_id])
     assert max(scene.entered(run_id).values()) <= 2
     tally(zombies=1)
