@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from agentflow.checkpoint.base import Saver
+from agentflow.checkpoint.policy import Save
 from agentflow.codec import Codec
 from agentflow.config import load_settings
 from agentflow.database import Database
 from agentflow.serializer import AllowList
 
-__all__ = ["Saver", "open_checkpointer"]
+__all__ = ["Save", "Saver", "open_checkpointer"]
 
 
 def open_checkpointer(
@@ -16,6 +17,7 @@ def open_checkpointer(
     *,
     allow: AllowList = "imported",
     compress: bool = True,
+    save: Save = "every_step",
     verify_deltas: bool = False,
     tenant: str = "",
 ) -> Saver:
@@ -30,6 +32,10 @@ def open_checkpointer(
             imported when they are loaded; or exactly the given ones, as classes or as
             `"module:Name"`.
         compress: Whether values are compressed.
+        save: When the state of a running graph is stored: after `"every_step"`; before and after
+            the nodes with the given names; or on `"exit"`. It is always stored when the graph is
+            interrupted, when a node fails and when the graph ends. A crash runs again what came
+            after the last stored state; see `Save`. Graphs with a `DeltaChannel` need every step.
         verify_deltas: A list that grows is stored by what was added. An element that was edited in
             place is noticed among the last eight at once, and elsewhere when the list has doubled;
             with this, everywhere at once, at the cost of comparing the whole list each time.
@@ -38,6 +44,7 @@ def open_checkpointer(
     Raises:
         UnsupportedUrlError: The URL's scheme is unknown.
         MissingDriverError: The database's driver is not installed.
+        InvalidInputError: `save` is not one of the above.
 
     Example:
         ```python
@@ -53,4 +60,5 @@ def open_checkpointer(
         tenant=tenant,
         owns_database=True,
         verify_deltas=verify_deltas,
+        save=save,
     )

@@ -8,10 +8,8 @@ Copies made by `with_lease` and `with_allowlist` share everything but the lease 
 from __future__ import annotations
 
 import asyncio
-import builtins
 import copy
 import random
-import threading
 from collections.abc import (
     AsyncIterator,
     Callable,
@@ -34,14 +32,12 @@ from langgraph.checkpoint.base import (
     CheckpointTuple,
     DeltaChannelHistory,
 )
-from opentelemetry.trace import Span
 
-from agentflow.checkpoint.batch import ThreadStates
 from agentflow.checkpoint.deltas import read_history
-from agentflow.checkpoint.encoding import Encoder, KnownLists, read_seen
+from agentflow.checkpoint.encoding import Encoder
+from agentflow.checkpoint.intake import Intake
 from agentflow.checkpoint.loading import Listing, Reader
-from agentflow.checkpoint.operations import Put, Verb
-from agentflow.checkpoint.planning import Planned
+from agentflow.checkpoint.policy import Save, SavePolicy
 from agentflow.checkpoint.rows import FoundCheckpoint, HeadKey, Rows, ThreadKey
 from agentflow.checkpoint.sql import open_rows
 from agentflow.checkpoint.verbs import (
@@ -56,65 +52,10 @@ from agentflow.checkpoint.verbs import (
 from agentflow.codec import Codec
 from agentflow.database import Database
 from agentflow.database.session import Session
-from agentflow.errors import AgentflowError, InvalidInputError
-from agentflow.telemetry import CHECKPOINT_BYTES, fail_span, start_checkpoint_span
-from agentflow.types import FencingToken, Lease, new_id
+from agentflow.errors import InvalidInputError
+from agentflow.types import FencingToken, Lease
 
 T = TypeVar("T")
-_Place = tuple[HeadKey, Lease | None, str | None]
-"""Namespace, lease, and the invocation's load or else the checkpoint."""
-_ROW_SIZE = 300
-"""Bytes that a row needs beside its payload, roughly."""
-_FAILED_LIMIT = 1000
-"""How many failed invocations are remembered."""
-
-
-class _Core:
-    """What all copies of a saver share."""
-
-    def __init__(self, database: Database, *, owns_database: bool, tenant: str) -> None:
-        self.database = database
-        self.owns_database = owns_database
-        self.tenant = tenant
-        self.instance = new_id()[-16:]
-        self.states = ThreadStates()
-        self.known = KnownLists()
-        self.lock = threading.Lock()
-        # The last operation on each checkpoint that is not durable yet, or has failed. What is
-        # bound to a checkpoint, or follows from it, comes after it and fails with it.
-        self.tails: dict[_Place, Future[Any]] = {}
-
-    def end_tail(self, place: _Place, done: Future[Any]) -> None:
-        """Drop an operation that succeeded; remember one that failed, for those that follow it."""
-        has_failed = done.cancelled() or done.exception() is not None
-        with self.lock:
-            if self.tails.get(place) is not done:
-                return
-            if not has_failed:
-                del self.tails[place]
-            elif len(self.tails) > _FAILED_LIMIT:
-                oldest = next((p for p, tail in self.tails.items() if tail.done()), place)
-                del self.tails[oldest]
-
-    def submit(self, thread: ThreadKey | None, function: Callable[[Rows], Any]) -> Future[Any]:
-        """Run a verb with the writer; the states of what it changes are read again afterwards.
-
-        Args:
-            thread: The thread that it changes; `None` for several.
-            function: The verb.
-        """
-
-        def run(rows: Rows) -> Any:
-            self.states.forget(thread)
-            return function(rows)
-
-        return self.database.submit(Verb(run))
-
-    def forget_thread(self, thread: ThreadKey) -> None:
-        self.known.forget_thread(thread)
-        with self.lock:
-            for tail in [entry for entry in self.tails if entry[0][:2] == thread]:
-                del self.tails[tail]
 
 
 class Saver(BaseCheckpointSaver[str]):
@@ -139,6 +80,7 @@ class Saver(BaseCheckpointSaver[str]):
         tenant: str = "",
         owns_database: bool = False,
         verify_deltas: bool = False,
+        save: Save = "every_step",
     ) -> None:
         """Save into `database`.
 
@@ -148,17 +90,21 @@ class Saver(BaseCheckpointSaver[str]):
             tenant: Part of every key.
             owns_database: Whether closing the saver closes the database.
             verify_deltas: Whether growing lists are compared as a whole at each checkpoint.
+            save: When the state of a running graph is stored.
         """
         super().__init__()
+        self._database = database
+        self._owns_database = owns_database
+        self._tenant = tenant
         self._verify_deltas = verify_deltas
+        self._intake = Intake(database, SavePolicy(save))
         self._lease: Lease | None = None
-        self._core = _Core(database, owns_database=owns_database, tenant=tenant)
         self._use(codec)
 
     def _use(self, codec: Codec) -> None:
         self._codec = codec
-        self._encoder = Encoder(codec, self._core.known, verify_deltas=self._verify_deltas)
-        self._reader = Reader(self._encoder, self._core.states)
+        self._encoder = Encoder(codec, self._intake.known, verify_deltas=self._verify_deltas)
+        self._reader = Reader(self._encoder, self._intake.states)
 
     def with_lease(self, lease: Lease) -> Saver:
         """Return a copy whose writes are made under `lease`."""
@@ -181,17 +127,15 @@ class Saver(BaseCheckpointSaver[str]):
             again with a token above it.
         """
         thread = self._thread_key(lease.thread_id)
-        acquired = self._core.submit(thread, lambda rows: acquire_thread(rows, thread, lease))
-        return FencingToken(await self._core.database.settled(acquired))
+        acquired = self._intake.verb(thread, lambda rows: acquire_thread(rows, thread, lease))
+        return FencingToken(await self._database.settled(acquired))
 
     async def release(self, lease: Lease) -> None:
         """Give the thread back, if it is still held under the lease's token."""
         thread = self._thread_key(lease.thread_id)
-        released = self._core.submit(thread, lambda rows: release_thread(rows, thread, lease))
-        await self._core.database.settled(released)
-        with self._core.lock:
-            for place in [p for p in self._core.tails if p[0][:2] == thread and p[1] == lease]:
-                del self._core.tails[place]
+        released = self._intake.verb(thread, lambda rows: release_thread(rows, thread, lease))
+        await self._database.settled(released)
+        self._intake.forget_lease(thread, lease)
 
     async def flush(self, thread_id: str) -> None:
         """Wait until everything accepted for the thread under this saver's lease is durable.
@@ -200,11 +144,9 @@ class Saver(BaseCheckpointSaver[str]):
             AgentflowError: One of those operations failed; the first failure is raised.
         """
         thread = self._thread_key(thread_id)
-        with self._core.lock:
-            tails = self._core.tails.items()
-            own = [future for place, future in tails if self._is_own(place, thread)]
-        for future in own:
-            await self._core.database.settled(future)
+        self._intake.store_held(self._encoder, thread)
+        for future in self._intake.accepted(thread, self._lease):
+            await self._database.settled(future)
 
     def put(
         self,
@@ -236,7 +178,7 @@ class Saver(BaseCheckpointSaver[str]):
     ) -> RunnableConfig:
         """Store a checkpoint; see `put`."""
         saved, future = self._accept_checkpoint(config, checkpoint, metadata, new_versions)
-        await self._core.database.settled(future)
+        await self._database.settled(future)
         return saved
 
     def put_writes(
@@ -272,7 +214,7 @@ class Saver(BaseCheckpointSaver[str]):
         accepted = self._accept_writes(config, writes, task_id, task_path)
 
         async def durable() -> None:
-            await self._core.database.settled(accepted)
+            await self._database.settled(accepted)
 
         return durable()
 
@@ -288,16 +230,16 @@ class Saver(BaseCheckpointSaver[str]):
 
     async def adelete_thread(self, thread_id: str) -> None:
         """Delete a thread; see `delete_thread`."""
-        await self._core.database.settled(self._delete_thread(thread_id))
+        await self._database.settled(self._delete_thread(thread_id))
 
     def _delete_thread(self, thread_id: str) -> Future[Any]:
         thread = self._thread_key(thread_id)
         lease = self._lease
-        future = self._core.submit(thread, lambda rows: delete_thread(rows, thread, lease))
+        future = self._intake.verb(thread, lambda rows: delete_thread(rows, thread, lease))
 
         def forget(done: Future[Any]) -> None:
             if not done.cancelled() and done.exception() is None:
-                self._core.forget_thread(thread)
+                self._intake.forget_thread(thread)
 
         future.add_done_callback(forget)
         return future
@@ -314,13 +256,13 @@ class Saver(BaseCheckpointSaver[str]):
 
     async def adelete_for_runs(self, run_ids: Sequence[str]) -> None:
         """Delete the checkpoints of runs; see `delete_for_runs`."""
-        await self._core.database.settled(self._delete_for_runs(run_ids))
+        await self._database.settled(self._delete_for_runs(run_ids))
 
     def _delete_for_runs(self, run_ids: Sequence[str]) -> Future[Any]:
-        core, encoder, lease = self._core, self._encoder, self._lease
+        tenant, encoder, lease = self._tenant, self._encoder, self._lease
         doomed = {str(run_id) for run_id in run_ids}
-        return core.submit(
-            None, lambda rows: delete_runs(rows, encoder, core.tenant, doomed, lease)
+        return self._intake.verb(
+            None, lambda rows: delete_runs(rows, encoder, tenant, doomed, lease)
         )
 
     def copy_thread(self, source_thread_id: str, target_thread_id: str) -> None:
@@ -336,12 +278,12 @@ class Saver(BaseCheckpointSaver[str]):
 
     async def acopy_thread(self, source_thread_id: str, target_thread_id: str) -> None:
         """Copy a thread; see `copy_thread`."""
-        await self._core.database.settled(self._copy_thread(source_thread_id, target_thread_id))
+        await self._database.settled(self._copy_thread(source_thread_id, target_thread_id))
 
     def _copy_thread(self, source_thread_id: str, target_thread_id: str) -> Future[Any]:
         source, target = self._thread_key(source_thread_id), self._thread_key(target_thread_id)
         lease = self._lease
-        return self._core.submit(target, lambda rows: copy_thread(rows, source, target, lease))
+        return self._intake.verb(target, lambda rows: copy_thread(rows, source, target, lease))
 
     def prune(self, thread_ids: Sequence[str], *, strategy: str = "keep_latest") -> None:
         """Delete old checkpoints of some threads; of all of them, or of none.
@@ -359,7 +301,7 @@ class Saver(BaseCheckpointSaver[str]):
 
     async def aprune(self, thread_ids: Sequence[str], *, strategy: str = "keep_latest") -> None:
         """Delete old checkpoints; see `prune`."""
-        await self._core.database.settled(self._prune(thread_ids, strategy))
+        await self._database.settled(self._prune(thread_ids, strategy))
 
     def _prune(self, thread_ids: Sequence[str], strategy: str) -> Future[Any]:
         if strategy not in get_args(PruneStrategy):
@@ -367,7 +309,7 @@ class Saver(BaseCheckpointSaver[str]):
         threads = [self._thread_key(thread_id) for thread_id in dict.fromkeys(thread_ids)]
         chosen = cast("PruneStrategy", strategy)
         encoder, lease = self._encoder, self._lease
-        return self._core.submit(
+        return self._intake.verb(
             None, lambda rows: prune_threads(rows, encoder, threads, chosen, lease)
         )
 
@@ -380,7 +322,7 @@ class Saver(BaseCheckpointSaver[str]):
         """
         key = self._head_key(config)
         self._wait_for(key[:2])
-        return self._core.database.query_now(self._history(key, config, channels))
+        return self._database.query_now(self._history(key, config, channels))
 
     async def aget_delta_channel_history(
         self, *, config: RunnableConfig, channels: Sequence[str]
@@ -388,7 +330,7 @@ class Saver(BaseCheckpointSaver[str]):
         """Collect the writes of delta channels; see `get_delta_channel_history`."""
         key = self._head_key(config)
         await self._await(key[:2])
-        return await self._core.database.query(self._history(key, config, channels))
+        return await self._database.query(self._history(key, config, channels))
 
     def _history(
         self, key: HeadKey, config: RunnableConfig, channels: Sequence[str]
@@ -413,13 +355,13 @@ class Saver(BaseCheckpointSaver[str]):
         """
         key, load = self._load(config)
         self._wait_for(key[:2])
-        return self._continued(key, self._core.database.query_now(load))
+        return self._continued(key, self._database.query_now(load))
 
     async def aget_tuple(self, config: RunnableConfig) -> CheckpointTuple | None:
         """Load a checkpoint; see `get_tuple`."""
         key, load = self._load(config)
         await self._await(key[:2])
-        return self._continued(key, await self._core.database.query(load))
+        return self._continued(key, await self._database.query(load))
 
     def list(
         self,
@@ -440,11 +382,11 @@ class Saver(BaseCheckpointSaver[str]):
 
         The rows are read in pages; nothing is locked while the caller pauses between two of them.
         """
-        listing = Listing(self._reader, self._core.tenant, config, filter, before, limit)
+        listing = Listing(self._reader, self._tenant, config, filter, before, limit)
         if listing.thread_id is not None:
             self._wait_for(self._thread_key(listing.thread_id))
         while not listing.is_done:
-            yield from self._core.database.query_now(on_rows(listing.read))
+            yield from self._database.query_now(on_rows(listing.read))
 
     async def alist(
         self,
@@ -455,11 +397,11 @@ class Saver(BaseCheckpointSaver[str]):
         limit: int | None = None,
     ) -> AsyncIterator[CheckpointTuple]:
         """List checkpoints, newest first; see `list`."""
-        listing = Listing(self._reader, self._core.tenant, config, filter, before, limit)
+        listing = Listing(self._reader, self._tenant, config, filter, before, limit)
         if listing.thread_id is not None:
             await self._await(self._thread_key(listing.thread_id))
         while not listing.is_done:
-            for item in await self._core.database.query(on_rows(listing.read)):
+            for item in await self._database.query(on_rows(listing.read)):
                 yield item
 
     def get_next_version(self, current: str | int | None, channel: None) -> str:
@@ -476,8 +418,9 @@ class Saver(BaseCheckpointSaver[str]):
 
     def close(self) -> None:
         """Make everything accepted durable and close what this saver opened."""
-        if self._core.owns_database:
-            self._core.database.close()
+        self._intake.store_held(self._encoder)
+        if self._owns_database:
+            self._database.close()
 
     async def aclose(self) -> None:
         """Close without blocking the event loop; see `close`."""
@@ -510,7 +453,7 @@ class Saver(BaseCheckpointSaver[str]):
         await self.aclose()
 
     def _thread_key(self, thread_id: str) -> ThreadKey:
-        return (self._core.tenant, thread_id)
+        return (self._tenant, thread_id)
 
     def _head_key(self, config: RunnableConfig) -> HeadKey:
         configurable = config.get("configurable", {})
@@ -519,56 +462,14 @@ class Saver(BaseCheckpointSaver[str]):
             raise InvalidInputError("config", ("configurable.thread_id: is missing",))
         return (*self._thread_key(str(thread_id)), configurable.get("checkpoint_ns") or "")
 
-    def _is_own(self, place: _Place, thread: ThreadKey) -> bool:
-        return place[0][:2] == thread and place[1] == self._lease
-
     def _wait_for(self, thread: ThreadKey) -> None:
-        wait(self._pending(thread))
+        self._intake.store_held(self._encoder, thread)
+        wait(self._intake.pending(thread))
 
     async def _await(self, thread: ThreadKey) -> None:
-        for tail in self._pending(thread):
-            await asyncio.wait([asyncio.wrap_future(tail)])
-
-    def _pending(self, thread: ThreadKey) -> builtins.list[Future[Any]]:
-        with self._core.lock:
-            tails = self._core.tails.items()
-            return [
-                future for (key, *_), future in tails if key[:2] == thread and not future.done()
-            ]
-
-    def _enqueue(
-        self,
-        key: HeadKey,
-        config: RunnableConfig,
-        checkpoint_id: str,
-        make: Callable[[], tuple[Planned, int]],
-    ) -> Future[Any]:
-        """Queue an operation behind the last one of the same invocation in this namespace.
-
-        An invocation that loaded something is known by its load, so that of two that race the
-        loser's failure is not the winner's. One that found nothing is followed from checkpoint to
-        checkpoint.
-        """
-        core = self._core
-        seen = read_seen(config, key[2])
-        after = seen.load_id if seen else config["configurable"].get("checkpoint_id") or None
-        place: _Place = (key, self._lease, seen.load_id if seen else checkpoint_id)
-        try:
-            planned, size = make()
-        except AgentflowError as exc:
-            # Refused at the door; what follows must fail too, as if the database had refused.
-            future: Future[Any] = Future()
-            future.set_exception(exc)
-            with core.lock:
-                core.tails[place] = future
-        else:
-            operation = Put(planned, core.states, size=size)
-            with core.lock:
-                operation.previous = core.tails.get((key, self._lease, after))
-                future = core.database.submit(operation)
-                core.tails[place] = future
-        future.add_done_callback(lambda done: core.end_tail(place, done))
-        return future
+        self._intake.store_held(self._encoder, thread)
+        for pending in self._intake.pending(thread):
+            await asyncio.wait([asyncio.wrap_future(pending)])
 
     def _accept_writes(
         self,
@@ -578,13 +479,9 @@ class Saver(BaseCheckpointSaver[str]):
         task_path: str,
     ) -> Future[Any]:
         key = self._head_key(config)
-        checkpoint_id = config["configurable"]["checkpoint_id"]
-
-        def make() -> tuple[Planned, int]:
-            planned = self._encoder.writes(key, self._lease, config, writes, task_id, task_path)
-            return planned, len(planned.call) + _ROW_SIZE
-
-        return self._enqueue(key, config, checkpoint_id, make)
+        return self._intake.writes(
+            self._encoder, key, self._lease, config, writes, task_id, task_path
+        )
 
     def _accept_checkpoint(
         self,
@@ -594,20 +491,9 @@ class Saver(BaseCheckpointSaver[str]):
         new_versions: ChannelVersions,
     ) -> tuple[RunnableConfig, Future[Any]]:
         key = self._head_key(config)
-        span = start_checkpoint_span(
-            thread_id=key[1], ns=key[2], checkpoint_id=checkpoint["id"], step=metadata.get("step")
+        future = self._intake.checkpoint(
+            self._encoder, key, self._lease, config, checkpoint, metadata, new_versions
         )
-
-        def make() -> tuple[Planned, int]:
-            attempt = str(self._lease.token) if self._lease else self._core.instance
-            planned = self._encoder.checkpoint(
-                key, self._lease, attempt, config, checkpoint, metadata, new_versions
-            )
-            span.set_attribute(CHECKPOINT_BYTES, planned.size)
-            return planned, planned.size + _ROW_SIZE
-
-        future = self._enqueue(key, config, checkpoint["id"], make)
-        future.add_done_callback(lambda done: _end_span(span, done))
         configurable = {
             "thread_id": key[1],
             "checkpoint_ns": key[2],
@@ -625,19 +511,10 @@ class Saver(BaseCheckpointSaver[str]):
     def _continued(self, key: HeadKey, found: CheckpointTuple | None) -> CheckpointTuple | None:
         if found is not None and self._lease is None:
             # Whoever goes on by hand from here is not the one who failed here before.
-            with self._core.lock:
-                place: _Place = (key, None, found.checkpoint["id"])
-                if place in self._core.tails and self._core.tails[place].done():
-                    del self._core.tails[place]
+            self._intake.forget_failure(key, found.checkpoint["id"])
         return found
 
 
 def on_rows(function: Callable[[Rows], T]) -> Callable[[Session], T]:
     """Return `function` of the rows as a function of a session."""
     return lambda session: function(open_rows(session))
-
-
-def _end_span(span: Span, done: Future[Any]) -> None:
-    if not done.cancelled() and (error := done.exception()) is not None:
-        fail_span(span, type(error).__name__)
-    span.end()

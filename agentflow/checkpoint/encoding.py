@@ -60,10 +60,14 @@ Stretches = Mapping[tuple[int, int], Sequence[bytes]]
 """The sealed stretches of values, by thread number and series."""
 
 
+Lists = dict[str, tuple[Any, KnownList]]
+"""The lists of a checkpoint by channel, each with its version."""
+
+
 class _Known(NamedTuple):
     """The lists of one checkpoint, by channel, each with its version."""
 
-    lists: dict[str, tuple[Any, KnownList]]
+    lists: Lists
     size: int
 
 
@@ -76,9 +80,7 @@ class KnownLists:
         self._known: OrderedDict[tuple[HeadKey, str], _Known] = OrderedDict()
         self._size = 0
 
-    def remember(
-        self, key: HeadKey, checkpoint_id: str, lists: dict[str, tuple[Any, KnownList]]
-    ) -> None:
+    def remember(self, key: HeadKey, checkpoint_id: str, lists: Lists) -> None:
         """Keep the lists of a checkpoint, and drop the oldest ones if there are too many."""
         known = _Known(lists, sum(len(entry.items) for _, entry in lists.values()))
         with self._lock:
@@ -88,7 +90,7 @@ class KnownLists:
             while len(self._known) > _KNOWN_LIMIT or self._size > _KNOWN_ELEMENTS:
                 self._drop(next(iter(self._known)))
 
-    def recall(self, key: HeadKey, checkpoint_id: str) -> dict[str, tuple[Any, KnownList]]:
+    def recall(self, key: HeadKey, checkpoint_id: str) -> Lists:
         """Return the lists of a checkpoint that are kept."""
         with self._lock:
             known = self._known.get((key, checkpoint_id))
@@ -168,7 +170,8 @@ class Encoder:
         versions = checkpoint["channel_versions"]
         body = {n: v for n, v in checkpoint.items() if n not in {"channel_values", "id"}}
         head = self._head(body, get_checkpoint_metadata(config, metadata), place)
-        values = self._values(key, checkpoint, new_versions, parent_id, seen)
+        source = parent_id or (seen.checkpoint_id if seen else None)
+        values, lists = self._values(key, checkpoint, new_versions, source)
         return PlannedCheckpoint(
             key=key,
             lease=lease,
@@ -183,6 +186,8 @@ class Encoder:
             versions=dict(versions),
             changed=frozenset(new_versions),
             values=values,
+            lists=lists,
+            source=source,
             seen=seen,
             is_invocation=any(name.startswith(_ENGINE) for name in configurable),
         )
@@ -200,12 +205,10 @@ class Encoder:
         key: HeadKey,
         checkpoint: Checkpoint,
         new_versions: ChannelVersions,
-        parent_id: str | None,
-        seen: Seen | None,
-    ) -> dict[str, NewValue]:
+        source: str | None,
+    ) -> tuple[dict[str, NewValue], Lists]:
         """Serialize what changed; of a list that has grown only what is new."""
         place = Place(*key[1:])
-        source = parent_id or (seen.checkpoint_id if seen else None)
         before = self._known.recall(key, source) if source else {}
         versions, present = checkpoint["channel_versions"], checkpoint["channel_values"]
         values: dict[str, NewValue] = {}
@@ -226,11 +229,14 @@ class Encoder:
             values[channel], after = self._list(value, last[1] if last else None, source, where)
             if after is not None:
                 lists[channel] = (versions[channel], after)
-        if lists:
-            self._known.remember(key, checkpoint["id"], lists)
-        if before and source is not None:
-            self._known.forget(key, source)
-        return values
+        return values, lists
+
+    def follow(self, planned: PlannedCheckpoint) -> None:
+        """From now on tell new elements of lists from those that this checkpoint stores."""
+        if planned.source is not None:
+            self._known.forget(planned.key, planned.source)
+        if planned.lists:
+            self._known.remember(planned.key, planned.checkpoint_id, dict(planned.lists))
 
     def _list(
         self, items: list[Any], known: KnownList | None, since: str | None, where: str
@@ -278,7 +284,7 @@ class Encoder:
 
     def _read_values(self, found: FoundCheckpoint, loaded: Loaded, place: Place) -> dict[str, Any]:
         values: dict[str, Any] = {}
-        lists: dict[str, tuple[Any, KnownList]] = {}
+        lists: Lists = {}
         for channel, (version, stored) in loaded.record.layout.items():
             if stored is None:
                 continue

@@ -30,7 +30,7 @@ from agentflow.checkpoint.rows import (
     WritesRow,
 )
 from agentflow.codec import Codec
-from agentflow.delta import Grown
+from agentflow.delta import Grown, KnownList
 from agentflow.errors import ConflictError, FencedError
 from agentflow.types import Lease
 
@@ -87,6 +87,11 @@ class PlannedWrites:
     call: bytes
     """Serialized, as `records` describes it."""
 
+    @property
+    def size(self) -> int:
+        """Bytes of what it brings, before compression."""
+        return len(self.call)
+
 
 @dataclass(slots=True, kw_only=True)
 class PlannedCheckpoint:
@@ -107,6 +112,10 @@ class PlannedCheckpoint:
     changed: frozenset[str]
     values: Mapping[str, NewValue]
     """Of the changed channels; one without a value is empty from now on."""
+    lists: Mapping[str, tuple[Any, KnownList]]
+    """What its successor needs to know of its lists."""
+    source: str | None
+    """The checkpoint from which lists have grown."""
     seen: Seen | None
     is_invocation: bool
     """Whether it comes from a running graph, not from a caller of the saver."""

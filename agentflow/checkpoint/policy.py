@@ -1,0 +1,100 @@
+"""Which checkpoints of a running graph are stored.
+
+Pure: nothing here knows how.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, Literal
+
+from langgraph.checkpoint.base import Checkpoint, CheckpointMetadata
+
+from agentflow.checkpoint.deltas import delta_channels
+from agentflow.errors import InvalidInputError
+
+Save = Literal["every_step", "exit"] | Collection[str]
+"""When the state of a running graph is stored.
+
+- `"every_step"`: after each superstep. A crash loses what the nodes of the current superstep have
+  not finished, nothing else.
+- The names of some nodes, such as `["charge"]`: before each of these nodes begins, and after it has
+  ended. A crash runs again what came after the last such point, which none of these nodes did.
+- `"exit"`: when the graph ends. A crash runs the whole invocation again.
+
+Whatever the choice, the state is stored when the graph is interrupted, when a node fails and when
+the graph ends; and an update of the state by hand is always stored. What is not stored yet is in
+the memory of this process: it is stored, too, when the thread is read through this saver, and when
+the saver is closed.
+"""
+
+_BRANCH, _JOIN, _TASKS = "branch:to:", "join:", "__pregel_tasks"
+
+
+class SavePolicy:
+    """Says which checkpoints have to be stored when they are put."""
+
+    def __init__(self, save: Save) -> None:
+        """Take the caller's choice.
+
+        Raises:
+            InvalidInputError: It is neither a known word nor a collection of names.
+        """
+        self.saves_all = save == "every_step"
+        if isinstance(save, str):
+            if save not in {"every_step", "exit"}:
+                advice = f"save: {save!r} is unknown; use 'every_step', 'exit' or names of nodes"
+                raise InvalidInputError("checkpointer", (advice,))
+            save = ()
+        self._marked = frozenset(save)
+
+    def is_due(
+        self, checkpoint: Checkpoint, metadata: CheckpointMetadata, *, was_marked: bool
+    ) -> bool:
+        """Whether a checkpoint has to be stored now.
+
+        Args:
+            checkpoint: What was put.
+            metadata: What was put with it.
+            was_marked: Whether a marked node has run since the checkpoint before it.
+
+        Raises:
+            InvalidInputError: The graph has delta channels, whose values need every step's writes.
+        """
+        if delta_channels(metadata):
+            advice = "save: a graph with a DeltaChannel needs save='every_step'"
+            raise InvalidInputError("checkpointer", (advice,))
+        if was_marked or metadata.get("source") not in {"input", "loop"}:
+            return True
+        return not self._goes_on(checkpoint) or self.is_marked(checkpoint)
+
+    def is_marked(self, checkpoint: Checkpoint) -> bool:
+        """Whether a marked node comes next."""
+        updated = _updated(checkpoint)
+        named = {f"{_BRANCH}{node}" for node in self._marked}
+        if not named.isdisjoint(updated):
+            return True
+        targets = {channel.rpartition(":")[2] for channel in updated if channel.startswith(_JOIN)}
+        return not self._marked.isdisjoint({*targets, *_sent_to(checkpoint)})
+
+    @staticmethod
+    def _goes_on(checkpoint: Checkpoint) -> bool:
+        """Whether the graph certainly has another superstep; if in doubt it may end here."""
+        updated = _updated(checkpoint)
+        begins = "__start__" in updated
+        return (
+            begins
+            or any(name.startswith(_BRANCH) for name in updated)
+            or bool(_sent_to(checkpoint))
+        )
+
+
+def _updated(checkpoint: Checkpoint) -> Collection[str]:
+    return checkpoint.get("updated_channels") or ()
+
+
+def _sent_to(checkpoint: Checkpoint) -> list[Any]:
+    """Return the nodes to which something was sent (`Send`)."""
+    if _TASKS not in _updated(checkpoint):
+        return []
+    return [send.node for send in checkpoint["channel_values"].get(_TASKS, ())]

@@ -1,0 +1,212 @@
+"""Which checkpoints are stored under each policy, and what a crash would lose."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection
+from typing import Annotated, Any, Literal, TypedDict
+
+import pytest
+from langchain_core.runnables import RunnableConfig
+from langgraph.channels.delta import DeltaChannel
+from langgraph.graph import END, START, StateGraph
+from langgraph.types import Command, Send, interrupt
+
+from agentflow.checkpoint import Save, Saver, open_checkpointer
+from agentflow.errors import ConflictError, InvalidInputError
+from tests.integration.graphs import State, chain, logs
+
+CONFIG: RunnableConfig = {"configurable": {"thread_id": "t"}}
+NODES = "abcdef"
+
+
+def line(saver: Saver, **special: Any) -> Any:
+    """Make a graph of six nodes in a row, some of them special."""
+    steps = [(name, special.get(name) or logs(name)) for name in NODES]
+    return chain(*steps).compile(checkpointer=saver)
+
+
+def stored_steps(url: str) -> list[int]:
+    """Return the steps of the checkpoints that another process would find, in their order."""
+    with open_checkpointer(url) as other:
+        found = list(other.list(CONFIG))
+    parents = [each.parent_config for each in found]
+    ids = [each.config["configurable"]["checkpoint_id"] for each in found]
+    linked = [parent["configurable"]["checkpoint_id"] if parent else None for parent in parents]
+    assert linked == [*ids[1:], None], "each stored checkpoint follows the last stored one"
+    return [each.metadata["step"] for each in reversed(found)]
+
+
+def stored_log(url: str) -> Any:
+    """Return the log that another process would go on with."""
+    with open_checkpointer(url) as other:
+        found = other.get_tuple(CONFIG)
+        return found and found.checkpoint["channel_values"].get("log")
+
+
+async def run(graph: Any, interface: Literal["sync", "async"], value: Any) -> Any:
+    """Invoke a graph through one of the two interfaces."""
+    if interface == "sync":
+        return graph.invoke(value, CONFIG, durability="sync")
+    return await graph.ainvoke(value, CONFIG, durability="sync")
+
+
+@pytest.mark.parametrize("interface", ["sync", "async"])
+@pytest.mark.parametrize(
+    ("save", "steps"),
+    [
+        ("every_step", [-1, 0, 1, 2, 3, 4, 5, 6]),
+        ("exit", [6]),
+        (["c"], [2, 3, 6]),
+        (["a", "f"], [0, 1, 5, 6]),
+        ([], [6]),
+    ],
+)
+async def test_what_the_policy_says_is_stored(
+    database_url: str, interface: Literal["sync", "async"], save: Save, steps: list[int]
+) -> None:
+    with open_checkpointer(database_url, save=save) as saver:
+        output = await run(line(saver), interface, {"log": ["0"]})
+        assert stored_steps(database_url) == steps
+        assert stored_log(database_url) == output["log"] == ["0", *NODES]
+
+
+@pytest.mark.parametrize("save", ["exit", ["b"]])
+async def test_interrupt_is_always_stored_and_can_be_answered_elsewhere(
+    database_url: str, save: Save
+) -> None:
+    def asks(state: State) -> State:
+        return {"log": [interrupt("?")]}
+
+    with open_checkpointer(database_url, save=save) as saver:
+        asked = await line(saver, d=asks).ainvoke({"log": []}, CONFIG, durability="sync")
+        assert [each.value for each in asked["__interrupt__"]] == ["?"]
+        assert stored_steps(database_url)[-1] == 3
+    with open_checkpointer(database_url, save=save) as other:
+        graph = line(other, d=asks)
+        assert graph.get_state(CONFIG).interrupts[0].value == "?"
+        output = graph.invoke(Command(resume="yes"), CONFIG)
+        assert output["log"] == ["a", "b", "c", "yes", "e", "f"]
+
+
+@pytest.mark.parametrize("interface", ["sync", "async"])
+async def test_failure_is_stored_with_what_its_siblings_wrote(
+    database_url: str, interface: Literal["sync", "async"]
+) -> None:
+    def fails(_: State) -> State:
+        if not repaired:
+            raise RuntimeError("no")
+        return {"log": ["bad"]}
+
+    def works(_: State) -> State:
+        ran.append("good")
+        return {"log": ["good"]}
+
+    def fan_out(_: State) -> list[Send]:
+        return [Send("good", {}), Send("bad", {})]
+
+    repaired: list[int] = []
+    ran: list[str] = []
+    builder = StateGraph(State)
+    builder.add_node("a", logs("a"))
+    builder.add_node("good", works)
+    builder.add_node("bad", fails)
+    builder.add_edge(START, "a")
+    builder.add_conditional_edges("a", fan_out, ["good", "bad"])
+    with open_checkpointer(database_url, save="exit") as saver:
+        with pytest.raises(RuntimeError, match="no"):
+            await run(builder.compile(checkpointer=saver), interface, {"log": []})
+        assert stored_steps(database_url) == [1]
+    repaired.append(1)
+    with open_checkpointer(database_url, save="exit") as other:
+        output = await run(builder.compile(checkpointer=other), interface, None)
+    assert output["log"] == ["a", "good", "bad"]
+    assert len(ran) in {1, 2}, "a sibling that was still running when the other failed runs again"
+
+
+async def test_what_is_held_back_is_read_and_kept_by_closing(database_url: str) -> None:
+    seen: list[Any] = []
+
+    async def looks(_: State) -> State:
+        seen.append(stored_log(database_url))
+        return {"log": ["d"]}
+
+    async def stays(_: State) -> State:
+        entered.set()
+        await asyncio.Event().wait()
+        return {}
+
+    entered = asyncio.Event()
+    saver = open_checkpointer(database_url, save="exit")
+    graph = line(saver, d=looks, e=stays)
+    running = asyncio.create_task(graph.ainvoke({"log": []}, CONFIG, durability="sync"))
+    await entered.wait()
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert seen == [None], "a crash at that moment would have lost all"
+    assert line(saver).get_state(CONFIG).values["log"] == ["a", "b", "c", "d"]
+    await saver.aclose()
+    assert stored_log(database_url) == ["a", "b", "c", "d"]
+
+
+async def test_update_by_hand_is_stored_at_once(database_url: str) -> None:
+    with open_checkpointer(database_url, save="exit") as saver:
+        await line(saver).aupdate_state(CONFIG, {"log": ["by hand"]}, as_node="b")
+        assert stored_log(database_url) == ["by hand"]
+
+
+async def test_subgraphs_and_joins_end_as_without_a_policy(database_url: str) -> None:
+    def build(saver: Saver) -> Any:
+        inner = chain(("x", logs("x")), ("y", logs("y"))).compile()
+        builder = StateGraph(State)
+        builder.add_node("inner", inner)
+        for name in "abc":
+            builder.add_node(name, logs(name))
+        builder.add_edge(START, "inner")
+        builder.add_edge("inner", "a")
+        builder.add_edge("inner", "b")
+        builder.add_edge(["a", "b"], "c")
+        builder.add_edge("c", END)
+        return builder.compile(checkpointer=saver)
+
+    with open_checkpointer(database_url, save=["c"]) as saver:
+        output = await build(saver).ainvoke({"log": []}, CONFIG, durability="sync")
+        assert stored_log(database_url) == output["log"]
+    with open_checkpointer("memory://") as other:
+        assert await build(other).ainvoke({"log": []}, CONFIG) == output
+
+
+async def test_race_is_refused_when_the_held_checkpoint_is_stored(database_url: str) -> None:
+    with open_checkpointer(database_url, save="exit") as saver:
+        graph = line(saver)
+
+        async def races(_: State) -> State:
+            with open_checkpointer(database_url) as other:
+                await line(other).aupdate_state(CONFIG, {"log": ["faster"]}, as_node="f")
+            return {"log": ["c"]}
+
+        with pytest.raises(ConflictError):
+            await line(saver, c=races).ainvoke({"log": []}, CONFIG, durability="sync")
+        assert stored_log(database_url) == ["faster"]
+        assert (await graph.aget_state(CONFIG)).values["log"] == ["faster"]
+
+
+def test_unknown_policies_and_delta_channels_are_refused(sqlite_url: str) -> None:
+    with pytest.raises(InvalidInputError, match="'every_step', 'exit' or names of nodes"):
+        open_checkpointer(sqlite_url, save="sometimes")
+
+    class Letters(TypedDict):
+        log: Annotated[list[str], DeltaChannel(_join)]
+
+    builder = StateGraph(Letters)
+    builder.add_node("a", lambda _: {"log": ["a"]})
+    builder.add_edge(START, "a")
+    with open_checkpointer(sqlite_url, save="exit") as saver:
+        with pytest.raises(InvalidInputError, match="DeltaChannel needs save='every_step'"):
+            builder.compile(checkpointer=saver).invoke({"log": ["0"]}, CONFIG, durability="sync")
+        assert list(saver.list(CONFIG)) == []
+
+
+def _join(left: list[str], right: Collection[list[str]]) -> list[str]:
+    return left + [item for each in right for item in each]
