@@ -93,12 +93,12 @@ async def test_interrupt_is_always_stored_and_can_be_answered_elsewhere(
 async def test_failure_is_stored_with_what_its_siblings_wrote(
     database_url: str, interface: Literal["sync", "async"]
 ) -> None:
-    def fails(_: State) -> State:
+    def fails(state: State) -> State:
         if not repaired:
             raise RuntimeError("no")
         return {"log": ["bad"]}
 
-    def works(_: State) -> State:
+    def works(state: State) -> State:
         ran.append("good")
         return {"log": ["good"]}
 
