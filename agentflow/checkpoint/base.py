@@ -460,7 +460,11 @@ class Saver(BaseCheckpointSaver[str]):
         thread_id = configurable.get("thread_id")
         if thread_id is None or thread_id == "":
             raise InvalidInputError("config", ("configurable.thread_id: is missing",))
-        return (*self._thread_key(str(thread_id)), configurable.get("checkpoint_ns") or "")
+        ns = configurable.get("checkpoint_ns") or ""
+        _check_text("thread_id", str(thread_id))
+        _check_text("checkpoint_ns", ns)
+        _check_text("checkpoint_id", configurable.get("checkpoint_id") or "")
+        return (*self._thread_key(str(thread_id)), ns)
 
     def _wait_for(self, thread: ThreadKey) -> None:
         self._intake.store_held(self._encoder, thread)
@@ -491,6 +495,7 @@ class Saver(BaseCheckpointSaver[str]):
         new_versions: ChannelVersions,
     ) -> tuple[RunnableConfig, Future[Any]]:
         key = self._head_key(config)
+        _check_text("checkpoint_id", checkpoint["id"])
         future = self._intake.checkpoint(
             self._encoder, key, self._lease, config, checkpoint, metadata, new_versions
         )
@@ -513,6 +518,19 @@ class Saver(BaseCheckpointSaver[str]):
             # Whoever goes on by hand from here is not the one who failed here before.
             self._intake.forget_failure(key, found.checkpoint["id"])
         return found
+
+
+def _check_text(name: str, value: str) -> None:
+    """Refuse what no database can keep in a text column."""
+    if value.isascii() and "\x00" not in value:
+        return
+    try:
+        is_storable = "\x00" not in value.encode().decode()
+    except UnicodeError:
+        is_storable = False
+    if not is_storable:
+        advice = f"configurable.{name}: holds a NUL or a lone surrogate; use plain text"
+        raise InvalidInputError("config", (advice,))
 
 
 def on_rows(function: Callable[[Rows], T]) -> Callable[[Session], T]:

@@ -189,7 +189,7 @@ class Encoder:
             lists=lists,
             source=source,
             seen=seen,
-            is_invocation=any(name.startswith(_ENGINE) for name in configurable),
+            is_invocation=any(map(_is_engines, configurable)),
         )
 
     def _head(self, body: dict[str, Any], metadata: Any, place: Place) -> bytes:
@@ -385,6 +385,10 @@ def read_seen(config: RunnableConfig, ns: str) -> Seen | None:
     """Return what the invocation behind a call saw when it loaded this namespace, if it did."""
     stamp = config["configurable"].get(_SEEN)
     return stamp if isinstance(stamp, Seen) and stamp.ns == ns else None
+
+
+def _is_engines(name: str) -> bool:
+    return name.startswith(_ENGINE)
 
 
 def _storable(channel: str, value: Any) -> Any:

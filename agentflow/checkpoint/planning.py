@@ -190,10 +190,13 @@ class ThreadPlan:
             WritesRow(number, ns, checkpoint_id, self._next(), _pack(calls))
             for (ns, checkpoint_id), calls in self._pending.items()
         ]
-        heads = dict(list(self._heads.items())[-_MAX_HEADS:])
+        heads = self._heads
+        if len(heads) > _MAX_HEADS:
+            heads = dict(list(heads.items())[-_MAX_HEADS:])
+        before = self._before
         return ThreadChange(
-            self._before,
-            replace(self._before, seq=self._seq, heads=heads),
+            before,
+            ThreadState(number, before.token, before.is_leased, self._seq, heads),
             list(self._checkpoints.values()),
             self._values,
             writes,

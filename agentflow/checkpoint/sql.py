@@ -42,11 +42,11 @@ _UPSERT = "ON CONFLICT (thread, ns, checkpoint_id) DO UPDATE SET " + ", ".join(
 
 def open_rows(session: Session) -> Rows:
     """Return the rows on a session's connection."""
-    return PostgresRows(session) if session.dialect == "postgresql" else SqliteRows(session)
+    return PostgresRows(session) if session.dialect == "postgresql" else SqlRows(session)
 
 
 class SqlRows(Rows):
-    """What both databases have in common."""
+    """SQLite, and what both databases have in common."""
 
     def __init__(self, session: Session) -> None:
         """Run statements on `session`."""
@@ -100,6 +100,25 @@ class SqlRows(Rows):
             [part for place in places for part in place],
         )
         return [CheckpointRow(*row) for row in rows]
+
+    def apply(self, changes: Sequence[ThreadChange]) -> set[int]:
+        session, applied = self._session, set()
+        with session.transaction():
+            for change in changes:
+                before = change.before
+                if session.execute(_RAISE, (change.after.seq, before.number, *before.version)):
+                    applied.add(before.number)
+            fresh = [change for change in changes if change.before.number in applied]
+            for statement, rows in (
+                (_INSERT_CHECKPOINT, [row for change in fresh for row in change.checkpoints]),
+                (_INSERT_VALUE, [row for change in fresh for row in change.values]),
+                (_INSERT_WRITES, [row for change in fresh for row in change.writes]),
+            ):
+                if rows:
+                    session.execute_many(statement, rows)
+            if any(change.checkpoints for change in fresh):
+                failpoint("checkpoint.after_insert")
+        return applied
 
     def find_checkpoint(
         self, key: HeadKey, checkpoint_id: str | None
@@ -315,49 +334,39 @@ class SqlRows(Rows):
         return _given(columns, count, self._session.dialect)
 
 
-class SqliteRows(SqlRows):
-    """SQLite: a transaction of the writer's holds the file's lock from its beginning."""
-
-    def apply(self, changes: Sequence[ThreadChange]) -> set[int]:
-        session, applied = self._session, set()
-        with session.transaction():
-            for change in changes:
-                before = change.before
-                if session.execute(_RAISE, (change.after.seq, before.number, *before.version)):
-                    applied.add(before.number)
-            fresh = [change for change in changes if change.before.number in applied]
-            for table, rows in (
-                (_INSERT_CHECKPOINT, [row for change in fresh for row in change.checkpoints]),
-                (_INSERT_VALUE, [row for change in fresh for row in change.values]),
-                (_INSERT_WRITES, [row for change in fresh for row in change.writes]),
-            ):
-                if rows:
-                    session.execute_many(table, rows)
-            if any(change.checkpoints for change in fresh):
-                failpoint("checkpoint.after_insert")
-        return applied
-
-
 class PostgresRows(SqlRows):
-    """PostgreSQL: a batch is one statement, and so one round trip, which commits by itself."""
+    """PostgreSQL: a batch is one statement, and so one round trip, which commits by itself.
+
+    One with too many rows for that is a transaction, as on SQLite.
+    """
 
     _lock_clause = "FOR UPDATE OF t"
 
     def apply(self, changes: Sequence[ThreadChange]) -> set[int]:
-        checkpoints = [row for change in changes for row in change.checkpoints]
-        values = [row for change in changes for row in change.values]
-        writes = [row for change in changes for row in change.writes]
-        threads = [
-            (change.before.number, *change.before.version, change.after.seq) for change in changes
-        ]
-        sql = _apply_sql(bool(checkpoints), bool(values), bool(writes))
-        parameters = [
-            list(column)
-            for rows in (threads, checkpoints, values, writes)
-            if rows
-            for column in zip(*rows, strict=True)
-        ]
-        return {number for (number,) in self._session.commit_by(sql, parameters)}
+        tables: tuple[list[tuple[Any, ...]], ...] = (
+            [(c.before.number, *c.before.version, c.after.seq) for c in changes],
+            [row for change in changes for row in change.checkpoints],
+            [row for change in changes for row in change.values],
+            [row for change in changes for row in change.writes],
+        )
+        sizes = tuple(map(_padded, map(len, tables)))
+        parameters: list[Any] = []
+        if sum(size * width for size, width in zip(sizes, _WIDTHS, strict=True)) > _MAX_PARAMETERS:
+            return super().apply(changes)
+        for rows, size, width in zip(tables, sizes, _WIDTHS, strict=True):
+            for row in rows:
+                parameters += row
+            parameters += [None] * ((size - len(rows)) * width)
+        rows_of_held = self._session.commit_by(_apply_sql(*sizes), parameters)
+        return {number for (number,) in rows_of_held}
+
+
+def _padded(count: int) -> int:
+    """Round a number of rows up, so that few statements serve all batches.
+
+    The rows that are filled up with NULL belong to no thread, and so are not inserted.
+    """
+    return 1 << (count - 1).bit_length() if count else 0
 
 
 def _thread_state(row: Sequence[Any]) -> ThreadState:
@@ -415,25 +424,31 @@ _LINE = (
     "JOIN agentflow_threads t ON t.id = l.thread ORDER BY l.depth"
 )
 _PAGE = 500
+_MAX_PARAMETERS = 30_000
 _SCANS: dict[type, tuple[str, tuple[str, ...]]] = {
     CheckpointRow: ("agentflow_checkpoints", ("ns", "seq")),
     ValueRow: ("agentflow_values", ("series", "start")),
     WritesRow: ("agentflow_writes", ("ns", "checkpoint_id", "seq")),
 }
 _TYPES = {
+    "id": "bigint", "token": "bigint", "is_leased": "boolean", "after": "bigint",
     "thread": "bigint", "ns": "text", "seq": "bigint", "checkpoint_id": "text",
     "parent_id": "text", "attempt": "text", "run_id": "text", "step": "int", "data": "bytea",
     "parent_writes": "bytea", "base": "bytea", "series": "bigint", "start": "bigint",
 }  # fmt: skip
+_THREAD_COLUMNS = ("id", "token", "is_leased", "seq", "after")
+_INSERTS = (
+    ("c", "agentflow_checkpoints", CheckpointRow._fields, _UPSERT),
+    ("v", "agentflow_values", _VALUE_COLUMNS, ""),
+    ("w", "agentflow_writes", _WRITES_COLUMNS, ""),
+)
+_WIDTHS = (len(_THREAD_COLUMNS), *(len(columns) for _, _, columns, _ in _INSERTS))
 
 
 @cache
-def _apply_sql(has_checkpoints: bool, has_values: bool, has_writes: bool) -> str:  # noqa: FBT001
-    """Build the statement that applies changes; what a batch has none of is left out."""
-    given = (
-        "given AS (SELECT * FROM unnest(?::bigint[], ?::bigint[], ?::bool[], ?::bigint[], "
-        "?::bigint[]) AS g(id, token, is_leased, seq, after))"
-    )
+def _apply_sql(threads: int, *sizes: int) -> str:
+    """Build the statement that applies changes, for so many rows of each kind."""
+    given = f"given({', '.join(_THREAD_COLUMNS)}) AS ({_rows_of(_THREAD_COLUMNS, threads)})"
     # In the order of the ids, so that two batches never wait for each other.
     held = (
         "held AS MATERIALIZED (SELECT t.id, g.after FROM agentflow_threads t JOIN given g "
@@ -444,17 +459,18 @@ def _apply_sql(has_checkpoints: bool, has_values: bool, has_writes: bool) -> str
         "raised AS (UPDATE agentflow_threads t SET seq = h.after FROM held h WHERE h.id = t.id)"
     )
     parts = [given, held, raised]
-    for wanted, name, table, columns, conflict in (
-        (has_checkpoints, "c", "agentflow_checkpoints", CheckpointRow._fields, _UPSERT),
-        (has_values, "v", "agentflow_values", _VALUE_COLUMNS, ""),
-        (has_writes, "w", "agentflow_writes", _WRITES_COLUMNS, ""),
-    ):
-        if wanted:
+    for (name, table, columns, conflict), size in zip(_INSERTS, sizes, strict=True):
+        if size:
             listed = ", ".join(columns)
-            arrays = ", ".join(f"?::{_TYPES[column]}[]" for column in columns)
             parts.append(
-                f"{name} AS (INSERT INTO {table} ({listed}) SELECT "
-                f"{', '.join(f'r.{column}' for column in columns)} FROM unnest({arrays}) "
-                f"AS r({listed}) JOIN held h ON h.id = r.thread {conflict})"
+                f"{name} AS (INSERT INTO {table} ({listed}) "
+                f"SELECT {', '.join(f'r.{column}' for column in columns)} "
+                f"FROM ({_rows_of(columns, size)}) AS r({listed}) "
+                f"JOIN held h ON h.id = r.thread {conflict})"
             )
     return f"WITH {', '.join(parts)} SELECT id FROM held"
+
+
+def _rows_of(columns: Sequence[str], count: int) -> str:
+    typed = ", ".join(f"?::{_TYPES[column]}" for column in columns)
+    return f"VALUES {', '.join(f'({typed})' for _ in range(count))}"

@@ -7,9 +7,9 @@ known of the outcome.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.engine import URL
@@ -18,7 +18,9 @@ from sqlalchemy.pool import PoolProxiedConnection
 from agentflow.config import Settings
 from agentflow.database.engine import display_url, is_memory, make_engine, translated, unavailable
 from agentflow.database.session import Session
-from agentflow.errors import Outcome
+from agentflow.errors import Outcome, StoreUnavailableError
+
+T = TypeVar("T")
 
 
 class Connections:
@@ -37,6 +39,8 @@ class Connections:
             sa.event.listen(self._autocommit, "connect", _commit_each_statement)
         self._own: PoolProxiedConnection | None = None
         """The writer's, kept from batch to batch."""
+        self._session: Session
+        self._errors: tuple[type[Exception], ...] = (self.engine.dialect.loaded_dbapi.Error,)
 
     @contextmanager
     def writing(self) -> Iterator[Session]:
@@ -45,11 +49,14 @@ class Connections:
         try:
             with self.engine.connect().execution_options(agentflow_write=True) as connection:
                 transaction = connection.begin()
+                session = Session(_driver(connection.connection), self.dialect, connection)
                 try:
-                    yield Session(_driver(connection.connection), self.dialect, connection)
+                    yield session
                 except BaseException:
                     transaction.rollback()
                     raise
+                finally:
+                    session.close()
                 is_committing = True
                 transaction.commit()
         except sa.exc.DBAPIError as exc:
@@ -62,48 +69,53 @@ class Connections:
                 raise
             raise error from exc
 
-    @contextmanager
-    def autocommitting(self) -> Iterator[Session]:
-        """Open the writer's connection on which each statement commits by itself."""
-        with translated(self.url):
-            if self._own is None:
+    def run_committing(self, function: Callable[[Session], T]) -> T:
+        """Call `function` with the writer's session, on which each statement commits by itself."""
+        if self._own is None:
+            with translated(self.url):
                 self._own = self._autocommit.raw_connection()
-        with self._translating(self._own, self.end_writing) as session:
-            yield session
+            self._session = Session(_driver(self._own), self.dialect)
+        try:
+            return function(self._session)
+        except self._errors as exc:
+            error = self._translate(exc, self._own)
+            if error is None:
+                raise
+            raise error from exc
 
     @contextmanager
     def reading(self) -> Iterator[Session]:
         """Open a connection for single queries."""
         with translated(self.url):
             pooled = self._autocommit.raw_connection()
+        session = Session(_driver(pooled), self.dialect)
         try:
-            with self._translating(pooled, pooled.invalidate) as session:
-                yield session
-        finally:
-            pooled.close()
-
-    @contextmanager
-    def _translating(self, pooled: PoolProxiedConnection, drop: Any) -> Iterator[Session]:
-        raw = _driver(pooled)
-        try:
-            yield Session(raw, self.dialect)
-        except self.engine.dialect.loaded_dbapi.Error as exc:
-            is_broken = self.dialect != "sqlite" and raw.closed
-            error = unavailable(self.url, exc, "unknown" if is_broken else None)
-            if is_broken:
-                drop()
+            yield session
+        except self._errors as exc:
+            error = self._translate(exc, pooled)
             if error is None:
                 raise
             raise error from exc
+        finally:
+            session.close()
+            pooled.close()
+
+    def _translate(
+        self, exc: BaseException, pooled: PoolProxiedConnection
+    ) -> StoreUnavailableError | None:
+        is_broken = self.dialect != "sqlite" and _driver(pooled).closed
+        if is_broken:
+            pooled.invalidate()
+            if pooled is self._own:
+                self._own = None
+        return unavailable(self.url, exc, "unknown" if is_broken else None)
 
     def end_writing(self) -> None:
         """Give up the writer's connection; a new one is made when it is needed."""
         own, self._own = self._own, None
-        if own is None:
-            return
-        if self.dialect != "sqlite" and _driver(own).closed:
-            own.invalidate()
-        own.close()
+        if own is not None:
+            self._session.close()
+            own.close()
 
     def abandon(self) -> None:
         """Forget all connections without closing them: they belong to this process' parent."""

@@ -29,6 +29,7 @@ class Session:
             connection: SQLAlchemy's connection on it, inside the transaction to run in.
         """
         self._raw = raw
+        self._cursor: Any = raw.cursor()
         self._connection = connection
         self.dialect = dialect
         self._is_open = connection is not None
@@ -40,9 +41,14 @@ class Session:
         assert self._connection is not None
         return self._connection
 
+    def close(self) -> None:
+        """End the session; the connection stays open."""
+        self._cursor.close()
+
     def fetch(self, sql: str, parameters: Parameters = ()) -> list[tuple[Any, ...]]:
         """Run a query and return its rows."""
-        rows: list[tuple[Any, ...]] = self._execute(sql, parameters).fetchall()
+        self._cursor.execute(self._spelled(sql), parameters)
+        rows: list[tuple[Any, ...]] = self._cursor.fetchall()
         return rows
 
     def commit_by(self, sql: str, parameters: Parameters) -> list[tuple[Any, ...]]:
@@ -53,24 +59,20 @@ class Session:
 
     def execute(self, sql: str, parameters: Parameters = ()) -> int:
         """Run a statement and return how many rows it has touched."""
-        count: int = self._execute(sql, parameters).rowcount
+        self._cursor.execute(self._spelled(sql), parameters)
+        count: int = self._cursor.rowcount
         return count
 
     def execute_many(self, sql: str, rows: Sequence[Parameters]) -> None:
         """Run a statement for each row."""
-        if self.dialect == "sqlite":
-            self._raw.executemany(sql, rows)
-            return
-        with self._raw.cursor() as cursor:
-            cursor.executemany(_pyformat(sql), rows)
-        # psycopg sends many rows as a pipeline. PostgreSQL takes the Flush that ends it for a new
-        # request, and would let the session idle in its transaction without a limit.
-        self._raw.execute("SELECT 1")
+        self._cursor.executemany(self._spelled(sql), rows)
+        if self.dialect != "sqlite":
+            # psycopg sends many rows as a pipeline. PostgreSQL takes the Flush that ends it for a
+            # new request, and would let the session idle in its transaction without a limit.
+            self._cursor.execute("SELECT 1")
 
-    def _execute(self, sql: str, parameters: Parameters) -> Any:
-        if self.dialect == "sqlite":
-            return self._raw.execute(sql, parameters)
-        return self._raw.execute(_pyformat(sql), parameters)
+    def _spelled(self, sql: str) -> str:
+        return sql if self.dialect == "sqlite" else _pyformat(sql)
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -78,7 +80,7 @@ class Session:
         if self._is_open:
             yield
             return
-        self._raw.execute("BEGIN IMMEDIATE" if self.dialect == "sqlite" else "BEGIN")
+        self._cursor.execute("BEGIN IMMEDIATE" if self.dialect == "sqlite" else "BEGIN")
         self._is_open = True
         try:
             yield
@@ -105,7 +107,6 @@ class Session:
 def _pyformat(sql: str) -> str:
     translated = _TRANSLATED.get(sql)
     if translated is None:
-        # Arrays go in binary: as text, their bytes would be written twice over in hexadecimal.
         translated = sql.replace("%", "%%").replace("?::", "%b::").replace("?", "%s")
         if len(_TRANSLATED) < _MAX_TRANSLATED:
             _TRANSLATED[sql] = translated

@@ -18,6 +18,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 from sqlalchemy.engine import Connection
@@ -261,18 +262,25 @@ class GroupCommitWriter:
 
     def _transact(self, batch: Sequence[Operation]) -> list[Any]:
         groups = _neighbours(batch)
-        outcomes: list[Any] = []
         if len(groups) == 1 and groups[0][0].commits_itself():
-            with self._connections.autocommitting() as session:
-                outcomes = groups[0][0].run(session, groups[0][1])
-        else:
-            with self._connections.writing() as session:
-                for kind, group in groups:
-                    outcomes.extend(kind.run(session, group))
-                failpoint("database.before_commit")
+            return self._connections.run_committing(partial(_run_committing, *groups[0]))
+        with self._connections.writing() as session:
+            outcomes: list[Any] = []
+            for kind, group in groups:
+                outcomes.extend(kind.run(session, group))
+            failpoint("database.before_commit")
         failpoint("database.after_commit")
         session.committed()
         return outcomes
+
+
+def _run_committing(
+    kind: type[Operation], operations: list[Operation], session: Session
+) -> list[Any]:
+    outcomes = kind.run(session, operations)
+    failpoint("database.after_commit")
+    session.committed()
+    return outcomes
 
 
 def _neighbours(batch: Sequence[Operation]) -> list[tuple[type[Operation], list[Operation]]]:

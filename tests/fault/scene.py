@@ -6,9 +6,10 @@ import asyncio
 import itertools
 import signal
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
 from typing import Any, TypeVar
 
@@ -133,6 +134,43 @@ class Scene:
 
         await self.until(look, f"the end of the lease of {run_id}")
 
+    async def outlast(self, run_id: str) -> None:
+        """Let the lease of a run be over now, although it was a long one."""
+        with connected(self.url) as connection:
+            over = now(connection) - timedelta(seconds=1)
+            connection.execute(
+                sa.update(runs).where(runs.c.run_id == run_id).values(lease_expires_at=over)
+            )
+            connection.commit()
+
+    async def blocked(self) -> None:
+        """Wait until PostgreSQL executes a statement that waits for somebody's row."""
+        query = sa.text(
+            "SELECT count(*) FROM pg_stat_activity "
+            "WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        )
+        with connected(self.url) as connection:
+
+            async def look() -> bool | None:
+                connection.rollback()
+                return bool(connection.execute(query).scalar_one()) or None
+
+            await self.until(look, "a statement to wait in the server")
+
+    async def answered(self) -> None:
+        """Wait until PostgreSQL has executed what `blocked` has seen."""
+        query = sa.text(
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() "
+            "AND state = 'active' AND query LIKE 'WITH given%'"
+        )
+        with connected(self.url) as connection:
+
+            async def look() -> bool | None:
+                connection.rollback()
+                return connection.execute(query).scalar_one() == 0 or None
+
+            await self.until(look, "a statement to be executed")
+
     def entered(self, run_id: str) -> Counter[str]:
         """Count the executions of each node of a run that began."""
         return Counter(e["node"] for e in self.ledger.entries(event="enter", run=run_id))
@@ -210,14 +248,21 @@ async def durable_nodes(app: AgentFlow, run_id: str) -> set[str]:
     return {task.name for task in tasks if task.result is not None}
 
 
-def read_rows(url: str, table: sa.Table, *conditions: sa.ColumnElement[bool]) -> list[sa.Row[Any]]:
-    """Read a table past agentflow."""
+@contextmanager
+def connected(url: str) -> Iterator[sa.Connection]:
+    """Open a connection past agentflow."""
     engine = make_engine(parse_url(url), load_settings())
     try:
         with engine.connect() as connection:
-            return list(connection.execute(sa.select(table).where(*conditions)))
+            yield connection
     finally:
         engine.dispose()
+
+
+def read_rows(url: str, table: sa.Table, *conditions: sa.ColumnElement[bool]) -> list[sa.Row[Any]]:
+    """Read a table past agentflow."""
+    with connected(url) as connection:
+        return list(connection.execute(sa.select(table).where(*conditions)))
 
 
 def read_thread_rows(url: str, table: sa.Table, thread_ids: Iterable[str]) -> list[sa.Row[Any]]:
@@ -246,13 +291,9 @@ def read_everything(url: str, run_ids: Iterable[str]) -> dict[str, list[Any]]:
 
 def is_lease_over(url: str, run_id: str) -> bool:
     """Whether the lease of a run has expired or was given up."""
-    engine = make_engine(parse_url(url), load_settings())
-    try:
-        with engine.connect() as connection:
-            row = connection.execute(sa.select(runs).where(runs.c.run_id == run_id)).one()
-            return row.lease_expires_at is None or row.lease_expires_at <= now(connection)
-    finally:
-        engine.dispose()
+    with connected(url) as connection:
+        row = connection.execute(sa.select(runs).where(runs.c.run_id == run_id)).one()
+        return row.lease_expires_at is None or row.lease_expires_at <= now(connection)
 
 
 def assert_sound(url: str, run_ids: Iterable[str]) -> None:
