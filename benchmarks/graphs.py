@@ -73,7 +73,9 @@ def chat(texts: Sequence[str]) -> Builder:
     """Answer each message with the text that is next."""
 
     async def reply(state: Chat) -> dict[str, Any]:
-        return {"messages": [AIMessage(texts[len(state["messages"])])]}
+        said = len(state["messages"])
+        # Chat models name what they say; people do not.
+        return {"messages": [AIMessage(texts[said], id=f"message-{said}")]}
 
     builder: Builder = StateGraph(Chat)
     builder.add_node("reply", reply)

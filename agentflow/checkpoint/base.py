@@ -56,6 +56,8 @@ from agentflow.errors import InvalidInputError
 from agentflow.types import FencingToken, Lease
 
 T = TypeVar("T")
+_WIDTH = 12
+"""Digits of a new thread's versions, which are compared as text."""
 
 
 class Saver(BaseCheckpointSaver[str]):
@@ -414,7 +416,8 @@ class Saver(BaseCheckpointSaver[str]):
         if isinstance(current, int):
             return current + 1  # type: ignore[return-value]  # a thread keeps its kind of version
         number = 0 if current is None else int(current.partition(".")[0])
-        return f"{number + 1:032}.{random.random():016}"  # noqa: S311 -- not a secret
+        width = _WIDTH if current is None else len(current.partition(".")[0])
+        return f"{number + 1:0{width}}.{random.getrandbits(32):08x}"
 
     def close(self) -> None:
         """Make everything accepted durable and close what this saver opened."""

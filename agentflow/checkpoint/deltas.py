@@ -13,7 +13,8 @@ from typing import Any, Final, NamedTuple
 from langgraph.checkpoint.base import DeltaChannelHistory
 
 from agentflow.checkpoint.encoding import Encoder, open_record
-from agentflow.checkpoint.records import Place, Record, unpack_writes
+from agentflow.checkpoint.pending import Write, load_writes
+from agentflow.checkpoint.records import Place, Record
 from agentflow.checkpoint.rows import FoundCheckpoint, HeadKey, Rows, Stored
 
 _PAGE = 200
@@ -23,7 +24,7 @@ _COUNTERS: Final = "counters_since_delta_snapshot"
 class _Ancestor(NamedTuple):
     found: FoundCheckpoint
     record: Record
-    writes: Sequence[tuple[str, str, Any]]
+    writes: Sequence[Write]
 
 
 def delta_channels(metadata: Mapping[str, Any]) -> list[str]:
@@ -97,13 +98,11 @@ class _Collected:
 
 def _line(rows: Rows, encoder: Encoder, key: HeadKey, checkpoint_id: str) -> Iterator[_Ancestor]:
     """Yield a checkpoint and its ancestors, the newest first."""
-    place = Place(*key[1:])
     start: str | None = checkpoint_id
     while start is not None:
         page = rows.list_line(key, start, _PAGE)
-        writes = rows.list_writes(page)
-        for found in page:
-            own = writes.get((found.row.thread, found.row.ns, found.row.checkpoint_id), ())
-            record = open_record(encoder.codec, found)
-            yield _Ancestor(found, record, unpack_writes(encoder.codec, own, place))
+        pairs = [(found, open_record(encoder.codec, found)) for found in page]
+        writes = load_writes(rows, encoder.codec, pairs)
+        for (found, record), own in zip(pairs, writes, strict=True):
+            yield _Ancestor(found, record, own)
         start = page[-1].row.parent_id if len(page) == _PAGE else None

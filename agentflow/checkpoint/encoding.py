@@ -23,6 +23,7 @@ from langgraph.checkpoint.base import (
 )
 from langgraph.checkpoint.serde.types import ERROR
 
+from agentflow.checkpoint.pending import Write
 from agentflow.checkpoint.planning import (
     INLINE,
     GrownList,
@@ -32,7 +33,7 @@ from agentflow.checkpoint.planning import (
     Seen,
     WholeList,
 )
-from agentflow.checkpoint.records import Place, Record, unpack_record, unpack_writes
+from agentflow.checkpoint.records import Place, Record, Written, unpack_record
 from agentflow.checkpoint.rows import (
     WHOLE,
     FoundCheckpoint,
@@ -133,23 +134,21 @@ class Encoder:
     ) -> PlannedWrites:
         """Serialize the writes of one task."""
         place = Place(*key[1:])
-        items = [
-            (WRITES_IDX_MAP.get(channel, position), channel, _storable(channel, value))
+        serialize = self.codec.serialize
+        items: list[tuple[int, str, Written]] = [
+            (
+                WRITES_IDX_MAP.get(channel, position),
+                channel,
+                serialize(_storable(channel, value), where=place.of_channel(channel)),
+            )
             for position, (channel, value) in enumerate(writes)
         ]
-        call = [task_id, task_path, [list(item) for item in items]]
-        try:
-            serialized = self.codec.serialize(call)
-        except Exception:
-            for _, channel, value in items:  # raises again, and names the channel
-                self.codec.serialize(value, where=place.of_channel(channel))
-            raise
         return PlannedWrites(
             key=key,
             lease=lease,
             codec=self.codec,
             checkpoint_id=config["configurable"]["checkpoint_id"],
-            call=serialized,
+            call=(task_id, task_path, items),
         )
 
     def checkpoint(
@@ -279,7 +278,7 @@ class Encoder:
             parent_config=(
                 {"configurable": {**configurable, "checkpoint_id": parent}} if parent else None
             ),
-            pending_writes=unpack_writes(self.codec, parts.writes, place),
+            pending_writes=list(parts.writes),
         )
 
     def _read_values(self, found: FoundCheckpoint, loaded: Loaded, place: Place) -> dict[str, Any]:
@@ -345,7 +344,7 @@ class Loaded(NamedTuple):
 
     record: Record
     stretches: Stretches
-    writes: Sequence[tuple[int, bytes]]
+    writes: Sequence[Write]
 
 
 def open_record(codec: Codec, found: FoundCheckpoint) -> Record:

@@ -18,6 +18,7 @@ from agentflow.checkpoint.encoding import (
     open_record,
     parts_of,
 )
+from agentflow.checkpoint.pending import load_writes
 from agentflow.checkpoint.rows import FoundCheckpoint, Head, HeadKey, Query, Rows
 
 _PAGE = 50
@@ -62,9 +63,9 @@ class Reader:
         pairs = list(zip(found, records, strict=True))
         wanted = [part for each, record in pairs for part in parts_of(each, record.layout)]
         stretches = rows.list_values(wanted) if wanted else {}
-        writes = rows.list_writes(found)
+        writes = load_writes(rows, self.encoder.codec, pairs)
         items: list[CheckpointTuple | None] = []
-        for each, record in pairs:
+        for (each, record), own in zip(pairs, writes, strict=True):
             if not is_complete(each, record.layout, stretches):
                 items.append(None)
                 continue
@@ -73,7 +74,6 @@ class Reader:
                 head = Head(row.checkpoint_id, row.seq, row.attempt, record.layout)
                 state = replace(each.thread, heads={row.ns: head})
                 self.states.observe((each.tenant, each.thread_id), state)
-            own = writes.get((row.thread, row.ns, row.checkpoint_id), ())
             items.append(self.encoder.read(each, Loaded(record, stretches, own)))
         return items
 

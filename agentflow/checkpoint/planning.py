@@ -11,7 +11,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from agentflow.checkpoint.records import Place, pack_record, pack_writes, unpack_record
+from langgraph.constants import START
+
+from agentflow.checkpoint.records import (
+    Call,
+    Place,
+    Written,
+    pack_record,
+    pack_writes,
+    unpack_record,
+)
 from agentflow.checkpoint.rows import (
     WHOLE,
     CheckpointRow,
@@ -84,13 +93,12 @@ class PlannedWrites:
     lease: Lease | None
     codec: Codec
     checkpoint_id: str
-    call: bytes
-    """Serialized, as `records` describes it."""
+    call: Call
 
     @property
     def size(self) -> int:
         """Bytes of what it brings, before compression."""
-        return len(self.call)
+        return sum(len(written) for _, _, written in self.call[2])
 
 
 @dataclass(slots=True, kw_only=True)
@@ -153,6 +161,35 @@ def conflict(thread_id: str) -> ConflictError:
     )
 
 
+@dataclass(slots=True)
+class _Draft:
+    """A checkpoint's row, but for the writes that may still join it."""
+
+    put: PlannedCheckpoint
+    seq: int
+    layout: Layout
+    parent_writes: bytes | None = None
+    calls: list[Call] = field(default_factory=list)
+    """Writes bound to it."""
+    was_there: bool = False
+    """Whether it was stored before, and later writes may be in the log."""
+
+    def row(self, thread: int) -> CheckpointRow:
+        put = self.put
+        return CheckpointRow(
+            thread,
+            put.ns,
+            self.seq,
+            put.checkpoint_id,
+            put.parent_id,
+            put.attempt,
+            put.run_id,
+            put.step,
+            pack_record(put.codec, put.head, self.layout, self.calls),
+            self.parent_writes,
+        )
+
+
 class ThreadPlan:
     """What a batch does to one thread."""
 
@@ -163,9 +200,11 @@ class ThreadPlan:
         self._seq = state.seq
         self._heads = dict(state.heads)
         self._layouts: dict[tuple[str, str], Layout | None] = {}
-        self._checkpoints: dict[tuple[str, str], CheckpointRow] = {}
+        self._drafts: dict[tuple[str, str], _Draft] = {}
         self._values: list[ValueRow] = []
         self._pending: dict[tuple[str, str], list[PlannedWrites]] = {}
+        self._blocks: dict[bytes, tuple[int, int]] = {}
+        """Where the blocks of the checkpoint that is being planned are put."""
 
     def add(self, put: Planned) -> Exception | None:
         """Take a put into the plan, or say why it is refused."""
@@ -183,13 +222,16 @@ class ThreadPlan:
 
     def change(self) -> ThreadChange | None:
         """Return what the plan changes, if it changes anything."""
-        if not self._checkpoints and not self._pending:
+        if not self._drafts and not self._pending:
             return None
         number = self._before.number
-        writes = [
-            WritesRow(number, ns, checkpoint_id, self._next(), _pack(calls))
-            for (ns, checkpoint_id), calls in self._pending.items()
-        ]
+        writes = []
+        for place, puts in self._pending.items():
+            draft = self._drafts.get(place)
+            if draft is not None and not draft.was_there:
+                draft.calls += [put.call for put in puts]
+            else:
+                writes.append(WritesRow(number, *place, self._next(), _pack(puts)))
         heads = self._heads
         if len(heads) > _MAX_HEADS:
             heads = dict(list(heads.items())[-_MAX_HEADS:])
@@ -197,7 +239,7 @@ class ThreadPlan:
         return ThreadChange(
             before,
             ThreadState(number, before.token, before.is_leased, self._seq, heads),
-            list(self._checkpoints.values()),
+            [draft.row(number) for draft in self._drafts.values()],
             self._values,
             writes,
         )
@@ -236,6 +278,7 @@ class ThreadPlan:
     def _advance(self, put: PlannedCheckpoint) -> Exception | None:
         head = self._heads[put.ns]
         values_before = len(self._values)
+        self._blocks = {}
         layout = self._lay_out(put, head)
         if layout is None:
             del self._values[values_before:]
@@ -244,35 +287,30 @@ class ThreadPlan:
         is_again = head is not None and head.checkpoint_id == put.checkpoint_id
         follows = head is not None and not is_again and head.checkpoint_id == put.parent_id
         superseded = self._pending.pop((put.ns, put.parent_id or ""), None) if follows else None
-        row = CheckpointRow(
-            thread=self._before.number,
-            ns=put.ns,
-            seq=head.seq if is_again and head is not None else seq,
-            checkpoint_id=put.checkpoint_id,
-            parent_id=put.parent_id,
-            attempt=put.attempt,
-            run_id=put.run_id,
-            step=put.step,
-            data=pack_record(put.codec, put.head, layout),
-            parent_writes=_pack(superseded)
-            if superseded
-            else self._carried(put, is_again=is_again),
-        )
-        self._checkpoints[put.ns, put.checkpoint_id] = row
+        draft = _Draft(put, head.seq if is_again and head is not None else seq, layout)
+        if superseded:
+            draft.parent_writes = _pack(superseded, self._blocks)
+        if is_again:
+            self._keep_writes(draft)
+        self._drafts[put.ns, put.checkpoint_id] = draft
         # The newest last, so that the ones forgotten first are the oldest.
         self._heads.pop(put.ns, None)
-        self._heads[put.ns] = Head(put.checkpoint_id, row.seq, put.attempt, layout)
+        self._heads[put.ns] = Head(put.checkpoint_id, draft.seq, put.attempt, layout)
         return None
 
-    def _carried(self, put: PlannedCheckpoint, *, is_again: bool) -> bytes | None:
-        """Keep the writes that the same checkpoint already carried."""
-        if not is_again:
-            return None
-        planned = self._checkpoints.get((put.ns, put.checkpoint_id))
-        if planned is not None:
-            return planned.parent_writes
+    def _keep_writes(self, draft: _Draft) -> None:
+        """Keep the writes that the same checkpoint already had or carried."""
+        put = draft.put
+        before = self._drafts.get((put.ns, put.checkpoint_id))
+        if before is not None:
+            draft.calls, draft.parent_writes = before.calls, before.parent_writes
+            draft.was_there = before.was_there
+            return
+        draft.was_there = True
         found = self._rows.find_checkpoint(put.key, put.checkpoint_id)
-        return found.row.parent_writes if isinstance(found, FoundCheckpoint) else None
+        if isinstance(found, FoundCheckpoint):
+            draft.calls = unpack_record(put.codec, found.row, Place(*put.key[1:])).calls
+            draft.parent_writes = found.row.parent_writes
 
     def _lay_out(self, put: PlannedCheckpoint, head: Head | None) -> Layout | None:
         """Say where each channel's value is kept; `None` if what the put builds on is gone."""
@@ -296,18 +334,23 @@ class ThreadPlan:
     def _store(
         self, put: PlannedCheckpoint, head: Head | None, channel: str, value: NewValue
     ) -> Stored | None:
-        number = self._before.number
         if isinstance(value, GrownList):
             return self._continue(put, head, channel, value)
         if isinstance(value, WholeList):
             series = self._next()
-            self._values.append(ValueRow(number, series, 0, put.codec.seal(value.block)))
+            self._put_block(put, series, 0, value.block)
             return (Part(series, value.length, is_open=True),)
-        if len(value) <= INLINE:
+        # An input is gone after one step, and stands best beside the writes that are made of it.
+        if len(value) <= INLINE or channel == START:
             return value
         series = self._next()
-        self._values.append(ValueRow(number, series, 0, put.codec.seal(value)))
+        self._put_block(put, series, 0, value)
         return (Part(series, WHOLE, is_open=False),)
+
+    def _put_block(self, put: PlannedCheckpoint, series: int, start: int, block: bytes) -> None:
+        row = ValueRow(self._before.number, series, start, put.codec.seal(block))
+        self._values.append(row)
+        self._blocks[block] = (series, start)
 
     def _continue(
         self, put: PlannedCheckpoint, head: Head | None, channel: str, value: GrownList
@@ -323,17 +366,15 @@ class ThreadPlan:
             return None
         if count == kept:
             return tuple(parts)
-        number = self._before.number
-        sealed = put.codec.seal(block)
         # Only the newest checkpoint may go on in place: what follows an older one is a branch, and
         # the series may have gone on without it.
         if head is not None and head.checkpoint_id == value.since and parts and parts[-1].is_open:
             last = parts.pop()
-            self._values.append(ValueRow(number, last.series, last.length, sealed))
+            self._put_block(put, last.series, last.length, block)
             parts.append(Part(last.series, last.length + count - kept, is_open=True))
         else:
             series = self._next()
-            self._values.append(ValueRow(number, series, 0, sealed))
+            self._put_block(put, series, 0, block)
             parts.append(Part(series, count - kept, is_open=True))
         return tuple(parts)
 
@@ -358,16 +399,17 @@ class ThreadPlan:
         if head.checkpoint_id == source:
             return head.layout
         place = (put.ns, source)
-        if source == put.checkpoint_id and place not in self._checkpoints and not put.was_sent:
+        if source == put.checkpoint_id and place not in self._drafts and not put.was_sent:
             # Nothing has this id yet, but for one that was put by another attempt.
             return None
+        if place in self._drafts:
+            return self._drafts[place].layout
         if place not in self._layouts:
-            planned = self._checkpoints.get(place)
-            if planned is None:
-                found = self._rows.find_checkpoint((*put.key[:2], put.ns), source)
-                planned = found.row if isinstance(found, FoundCheckpoint) else None
+            found = self._rows.find_checkpoint((*put.key[:2], put.ns), source)
             self._layouts[place] = (
-                unpack_record(put.codec, planned, Place(*put.key[1:])).layout if planned else None
+                unpack_record(put.codec, found.row, Place(*put.key[1:])).layout
+                if isinstance(found, FoundCheckpoint)
+                else None
             )
         return self._layouts[place]
 
@@ -377,10 +419,9 @@ class ThreadPlan:
         Only a caller that puts without ever having read the thread comes here.
         """
         found: dict[str, Held] = {}
-        for row in self._all_rows(put.key) if self._heads[put.ns] is not None else ():
+        for layout in self._all_layouts(put) if self._heads[put.ns] is not None else ():
             if len(found) == len(missing):
                 break
-            layout = unpack_record(put.codec, row, Place(*put.key[1:])).layout
             for channel in missing.keys() - found.keys():
                 held = layout.get(channel)
                 if held is not None and held.version == missing[channel]:
@@ -388,16 +429,31 @@ class ThreadPlan:
         nowhere = {c: Held(v, None) for c, v in missing.items() if c not in found}
         return {**found, **nowhere}
 
-    def _all_rows(self, key: HeadKey) -> Iterator[CheckpointRow]:
-        yield from reversed(self._checkpoints.values())
-        query = Query(tenant=key[0], thread_id=key[1], ns=key[2])
+    def _all_layouts(self, put: PlannedCheckpoint) -> Iterator[Layout]:
+        yield from (draft.layout for draft in reversed(self._drafts.values()))
+        query = Query(tenant=put.key[0], thread_id=put.key[1], ns=put.ns)
         while page := self._rows.list_checkpoints(query):
-            yield from (found.row for found in page)
+            for found in page:
+                yield unpack_record(put.codec, found.row, Place(*put.key[1:])).layout
             query = replace(query, after=page[-1].row.seq)
 
 
-def _pack(calls: Sequence[PlannedWrites]) -> bytes:
-    return pack_writes(calls[0].codec, [call.call for call in calls])
+def _pack(
+    puts: Sequence[PlannedWrites], blocks: Mapping[bytes, tuple[int, int]] | None = None
+) -> bytes:
+    """Pack writes; what is among the blocks already is only referred to."""
+    calls = [put.call for put in puts]
+    if blocks:
+        calls = [
+            (task_id, path, [(index, channel, _shared(w, blocks)) for index, channel, w in items])
+            for task_id, path, items in calls
+        ]
+    return pack_writes(puts[0].codec, calls)
+
+
+def _shared(written: Written, blocks: Mapping[bytes, tuple[int, int]]) -> Written:
+    place = blocks.get(written) if isinstance(written, bytes) else None
+    return written if place is None else list(place)
 
 
 def cut(parts: Sequence[Part], count: int) -> list[Part]:

@@ -1,24 +1,29 @@
 """What stands inside the rows: sealed records of checkpoints and of writes.
 
-A checkpoint's record is a MessagePack list of two: the serialized head (what LangGraph calls the
-checkpoint but for its values and its id, and the metadata) and the channels, each with the
-serialized bytes of its value or with the numbers of its parts, three for each part. A record of
-writes is a list of calls, each serialized as task id, task path and a list of index, channel and
-value.
+A checkpoint's record is a MessagePack list of three: the serialized head (what LangGraph calls the
+checkpoint but for its values and its id, and the metadata); the channels, each with the serialized
+bytes of its value or with the numbers of its parts, three for each part; and writes. Writes are a
+list of calls: task id, task path and a list of index, channel and what was written: the
+serialized bytes, or series and start of a stretch of a value that has the same bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ormsgpack
-from langgraph.checkpoint.base import writes_sort_key
 
 from agentflow.checkpoint.rows import CheckpointRow, Held, Layout, Part, Stored
 from agentflow.codec import Codec, unseal
 
 _NUMBERS_PER_PART = 3
+
+Written = bytes | list[int]
+"""What was written: serialized, or series and start of the same bytes among the values."""
+
+Call = tuple[str, str, list[tuple[int, str, Written]]]
+"""Task id, task path, and for each write its index, its channel and what was written."""
 
 
 class Place(NamedTuple):
@@ -43,29 +48,31 @@ class Record(NamedTuple):
     body: dict[str, Any]
     metadata: dict[str, Any]
     layout: Layout
+    calls: list[Call]
+    """Writes bound to it that became durable together with it."""
 
 
-def pack_record(codec: Codec, head: bytes, layout: Layout) -> bytes:
+def pack_record(codec: Codec, head: bytes, layout: Layout, calls: Sequence[Call]) -> bytes:
     """Seal a checkpoint's record."""
     channels = {
         channel: stored if isinstance(stored, bytes) else [n for part in stored for n in part]
         for channel, (_, stored) in layout.items()
         if stored is not None
     }
-    return codec.seal(ormsgpack.packb([head, channels]))
+    return codec.seal(ormsgpack.packb([head, channels, calls]))
 
 
 def unpack_record(codec: Codec, row: CheckpointRow, place: Place) -> Record:
     """Verify and open a checkpoint's row."""
     where = place.of(f"checkpoint {row.checkpoint_id!r}")
-    head, channels = ormsgpack.unpackb(unseal(row.data, where=where))
+    head, channels, calls = ormsgpack.unpackb(unseal(row.data, where=where))
     body, metadata = codec.deserialize(head, where=where)
     versions: Mapping[str, Any] = body["channel_versions"]
     layout = {
         channel: Held(version, _stored(channels.get(channel)))
         for channel, version in versions.items()
     }
-    return Record(body, metadata, layout)
+    return Record(body, metadata, layout, calls)
 
 
 def _stored(found: Any) -> Stored | None:
@@ -77,31 +84,20 @@ def _stored(found: Any) -> Stored | None:
     )
 
 
-def pack_writes(codec: Codec, calls: Sequence[bytes]) -> bytes:
+def pack_writes(codec: Codec, calls: Sequence[Call]) -> bytes:
     """Seal the writes of some calls."""
-    return codec.seal(ormsgpack.packb(list(calls)))
+    return codec.seal(ormsgpack.packb(calls))
 
 
-def unpack_writes(
-    codec: Codec, logged: Iterable[tuple[int, bytes]], place: Place
-) -> list[tuple[str, str, Any]]:
-    """Open the writes of one checkpoint, as LangGraph wants them.
+def unpack_writes(sealed: bytes, place: Place) -> list[Call]:
+    """Verify and open the writes of some calls."""
+    calls: list[Call] = ormsgpack.unpackb(unseal(sealed, where=place.of("writes")))
+    return calls
 
-    Of what a task wrote more than once at one index, the first ordinary write stands, and the last
-    special one (error, interrupt, resume: negative index).
 
-    Returns:
-        Task id, channel and value, ordered by task path, task id and index.
-    """
-    where = place.of("writes")
-    found: dict[tuple[str, int], tuple[str, str, Any]] = {}
-    for _, sealed in sorted(logged, key=lambda entry: entry[0]):
-        for call in ormsgpack.unpackb(unseal(sealed, where=where)):
-            task_id, task_path, items = codec.deserialize(call, where=where)
-            for index, channel, value in items:
-                key = (task_id, index)
-                if index < 0 or key not in found:
-                    found[key] = (task_path, channel, value)
-    # Sorted here, since databases collate text differently and the order decides what reducers do.
-    order = sorted(found, key=lambda key: writes_sort_key(found[key][0], *key))
-    return [(key[0], found[key][1], found[key][2]) for key in order]
+def references(calls: Iterable[Call]) -> Iterator[tuple[int, int]]:
+    """Yield the stretches, by series and start, that writes share with a checkpoint's values."""
+    for _, _, items in calls:
+        for _, _, written in items:
+            if not isinstance(written, bytes):
+                yield (written[0], written[1])

@@ -96,8 +96,8 @@ class CheckpointRow(NamedTuple):
     run_id: str | None
     step: int | None
     data: bytes
-    parent_writes: bytes | None
-    """The writes of its parent that became durable together with it."""
+    parent_writes: bytes | None = None
+    """Writes bound to its parent that became durable together with it."""
     base: bytes | None = None
     """What its delta channels had at its parent, if that was deleted."""
 
@@ -223,10 +223,18 @@ class Rows(ABC):
         """
 
     @abstractmethod
+    def list_stretches(
+        self, wanted: Collection[tuple[int, int, int]]
+    ) -> dict[tuple[int, int, int], bytes]:
+        """Read single stretches of values, by thread number, series and start."""
+
+    @abstractmethod
     def list_writes(
         self, rows: Sequence[FoundCheckpoint]
     ) -> dict[tuple[int, str, str], list[tuple[int, bytes]]]:
-        """Read the writes of some checkpoints, also those that their successors carry.
+        """Read the writes of some checkpoints that are not in their own rows.
+
+        These are the logged ones, and those that their successors carry.
 
         Returns:
             By thread number, namespace and checkpoint id: sequence number and sealed writes, in

@@ -211,6 +211,18 @@ class SqlRows(Rows):
             found.setdefault((thread, series), []).append(data)
         return found
 
+    def list_stretches(
+        self, wanted: Collection[tuple[int, int, int]]
+    ) -> dict[tuple[int, int, int], bytes]:
+        columns = ("thread bigint", "series bigint", "start bigint")
+        rows = self._session.fetch(
+            "SELECT v.thread, v.series, v.start, v.data "
+            f"FROM {self._given(columns, len(wanted))} JOIN agentflow_values v "
+            "ON v.thread = w.thread AND v.series = w.series AND v.start = w.start",
+            [number for place in wanted for number in place],
+        )
+        return {(thread, series, start): data for thread, series, start, data in rows}
+
     def list_writes(
         self, rows: Sequence[FoundCheckpoint]
     ) -> dict[tuple[int, str, str], list[tuple[int, bytes]]]:
@@ -434,7 +446,8 @@ _TYPES = {
     "id": "bigint", "token": "bigint", "is_leased": "boolean", "after": "bigint",
     "thread": "bigint", "ns": "text", "seq": "bigint", "checkpoint_id": "text",
     "parent_id": "text", "attempt": "text", "run_id": "text", "step": "int", "data": "bytea",
-    "parent_writes": "bytea", "base": "bytea", "series": "bigint", "start": "bigint",
+    "parent_writes": "bytea", "base": "bytea", "series": "bigint",
+    "start": "bigint",
 }  # fmt: skip
 _THREAD_COLUMNS = ("id", "token", "is_leased", "seq", "after")
 _INSERTS = (

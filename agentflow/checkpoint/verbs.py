@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Literal
 
 from agentflow.checkpoint.deltas import delta_channels, read_history
 from agentflow.checkpoint.encoding import Encoder
 from agentflow.checkpoint.planning import fence
-from agentflow.checkpoint.records import Place, Record, unpack_record
+from agentflow.checkpoint.records import Place, Record, references, unpack_record, unpack_writes
 from agentflow.checkpoint.rows import (
     WHOLE,
     AnyRow,
@@ -159,14 +159,8 @@ def _keep(
     """Delete the other checkpoints of a thread, and what only they needed."""
     kept: dict[tuple[str, str], CheckpointRow] = {}
     doomed: dict[tuple[str, str], CheckpointRow] = {}
-    needed: dict[int, int] = {}
     for row in _scan(rows, state, CheckpointRow):
-        if not is_kept(row):
-            doomed[row.ns, row.checkpoint_id] = row
-            continue
-        kept[row.ns, row.checkpoint_id] = row
-        for series, reach in _reach(_open(encoder, thread, row).layout):
-            needed[series] = max(reach, needed.get(series, 0))
+        (kept if is_kept(row) else doomed)[row.ns, row.checkpoint_id] = row
     if not doomed:
         return
     change = ThreadChange(state, replace(state, seq=state.seq + 1))
@@ -182,11 +176,44 @@ def _keep(
                 WritesRow(state.number, row.ns, parent[1], row.seq, row.parent_writes)
             )
     rows.apply([change])
-    rows.remove(state, list(doomed.values()), needed)
+    kept |= {(row.ns, row.checkpoint_id): row for row in change.checkpoints}
+    needed = _needed(rows, encoder, thread, change.after, kept)
+    rows.remove(change.after, list(doomed.values()), needed)
+
+
+def _needed(
+    rows: Rows,
+    encoder: Encoder,
+    thread: ThreadKey,
+    state: ThreadState,
+    kept: Mapping[tuple[str, str], CheckpointRow],
+) -> dict[int, int]:
+    """Say how far each series of values is needed by what is kept."""
+    needed: dict[int, int] = {}
+
+    def need(series: int, reach: int) -> None:
+        needed[series] = max(reach, needed.get(series, 0))
+
+    for row in kept.values():
+        for series, reach in _reach(_open(encoder, thread, row).layout):
+            need(series, reach)
+        if row.parent_writes is not None:
+            for series, start in references(unpack_writes(row.parent_writes, _place(thread, row))):
+                need(series, start + 1)
+    for entry in _scan(rows, state, WritesRow):
+        if (entry.ns, entry.checkpoint_id) in kept:
+            place = Place(thread[1], entry.ns)
+            for series, start in references(unpack_writes(entry.data, place)):
+                need(series, start + 1)
+    return needed
+
+
+def _place(thread: ThreadKey, row: CheckpointRow) -> Place:
+    return Place(thread[1], row.ns)
 
 
 def _open(encoder: Encoder, thread: ThreadKey, row: CheckpointRow) -> Record:
-    return unpack_record(encoder.codec, row, Place(thread[1], row.ns))
+    return unpack_record(encoder.codec, row, _place(thread, row))
 
 
 def _reach(layout: Layout) -> Iterator[tuple[int, int]]:
@@ -202,4 +229,4 @@ def _base(rows: Rows, encoder: Encoder, thread: ThreadKey, row: CheckpointRow) -
     if not channels:
         return None
     history = read_history(rows, encoder, (*thread, row.ns), row.checkpoint_id, channels)
-    return encoder.codec.dumps(dict(history), where=Place(thread[1], row.ns).of("the base"))
+    return encoder.codec.dumps(dict(history), where=_place(thread, row).of("the base"))

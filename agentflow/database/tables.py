@@ -87,7 +87,7 @@ checkpoints = _table(
     Column("run_id", _ID),
     Column("step", Integer),
     Column("data", LargeBinary, nullable=False),
-    # The writes of its parent that became durable together with it.
+    # Writes bound to its parent that became durable together with it.
     Column("parent_writes", LargeBinary),
     # What its delta channels had at its parent, if that was deleted.
     Column("base", LargeBinary),

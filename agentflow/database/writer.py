@@ -174,13 +174,19 @@ class GroupCommitWriter:
 
     def _take(self) -> list[Operation]:
         """Wait for operations and take a batch; empty once closed and drained."""
-        looks = 0
-        while not self._queue or (not looks and self._may_wait()):
-            if self._closing.is_set() and not self._queue:
+        self._listen()
+        deadline: float | None = None
+        while not self._queue or self._may_wait():
+            if self._queue:
+                now = time.monotonic()
+                deadline = deadline or now + COMPANY_WAIT
+                if now >= deadline:
+                    break
+                self._sleep(deadline - now)
+            elif self._closing.is_set():
                 return []
-            # What is in no hurry is left for one more look.
-            looks += bool(self._queue)
-            self._sleep(COMPANY_WAIT)
+            else:
+                self._rest()
         batch = [self._queue.popleft()]
         size = batch[0].size
         while self._queue and size + self._queue[0].size <= MAX_BATCH_BYTES:
@@ -192,24 +198,32 @@ class GroupCommitWriter:
     def _may_wait(self) -> bool:
         return not self._closing.is_set() and all(op.is_patient for op in tuple(self._queue))
 
-    def _sleep(self, pause: float) -> None:
-        """Wait to be woken; after some time without work, for as long as it takes."""
-        for _ in range(_LOOKS):
-            try:
-                self._signal.get(timeout=pause)
-            except queue.Empty:
-                if self._queue:
-                    return
+    def _listen(self) -> None:
+        """Take back a signal for what the writer is going to see anyway."""
+        if self._is_signalled:
+            self._sleep(0)
+
+    def _sleep(self, pause: float | None) -> bool:
+        """Wait for a signal, so long at most; say whether there was one."""
+        try:
+            if pause == 0:
+                self._signal.get_nowait()
             else:
-                self._is_signalled = False
+                self._signal.get(timeout=pause)
+        except queue.Empty:
+            return False
+        self._is_signalled = False
+        return True
+
+    def _rest(self) -> None:
+        """Wait until there is something to do; after some looks in vain for as long as it takes."""
+        for _ in range(_LOOKS):
+            if self._sleep(COMPANY_WAIT) or self._queue:
                 return
         self._is_asleep = True
-        try:
-            if not self._queue and not self._closing.is_set():
-                self._signal.get()
-                self._is_signalled = False
-        finally:
-            self._is_asleep = False
+        if not self._queue and not self._closing.is_set():
+            self._sleep(None)
+        self._is_asleep = False
 
     def _write(self, batch: list[Operation]) -> None:
         until = time.monotonic() + self._deadline

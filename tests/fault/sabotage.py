@@ -18,8 +18,7 @@ from typing import Any, Literal
 
 import sqlalchemy as sa
 
-from agentflow.checkpoint.rows import ThreadChange
-from agentflow.checkpoint.sql import PostgresRows, SqliteRows
+from agentflow.checkpoint.planning import Planned, PlannedWrites, ThreadPlan
 from agentflow.database.session import Session
 from agentflow.database.writer import Call, GroupCommitWriter, Operation
 from agentflow.failpoints import arm
@@ -84,9 +83,8 @@ class Sabotage:
         _wrap(Session, "__init__", before=lambda *_: self._begin())
         for name in ("execute", "execute_many", "commit_by"):
             _wrap(Session, name, before=lambda _, sql, *__: self._note(sql))
-        for rows in (SqliteRows, PostgresRows):
-            _wrap(rows, "apply", before=lambda _, changes: self._note_carried(changes))
-        _wrap(PostgresRows, "apply", after=self._applied)
+        _wrap(Session, "commit_by", after=self._executed)
+        _wrap(ThreadPlan, "add", after=self._planned)
         arm("database.before_commit", self._before_commit)
         arm("database.after_commit", self._after_commit)
         arm("checkpoint.before_insert", lambda: self.meet("insert", "before"))
@@ -122,14 +120,14 @@ class Sabotage:
         if _is_writer():
             self._changed.update(_CHANGE.findall(statement))
 
-    def _note_carried(self, changes: Sequence[ThreadChange]) -> None:
-        # Writes that become durable together with the next checkpoint have no row of their own.
-        if any(row.parent_writes for change in changes for row in change.checkpoints):
+    def _planned(self, refused: Exception | None, _plan: ThreadPlan, put: Planned) -> None:
+        # Writes that become durable together with a checkpoint may have no row of their own.
+        if refused is None and isinstance(put, PlannedWrites):
             self._changed.add("writes")
 
-    def _applied(self, rows: PostgresRows, changes: Sequence[ThreadChange]) -> None:
+    def _executed(self, _rows: Any, session: Session, sql: str, *_: Any) -> None:
         # Where one statement is the whole commit, it has no middle, and so no failpoint there.
-        if rows._session._is_open and any(change.checkpoints for change in changes):
+        if session._is_open and "checkpoints" in _CHANGE.findall(sql):
             self.meet("insert", "after")
 
     def _before_commit(self) -> None:
@@ -187,13 +185,13 @@ def _wrap(
     before: Callable[..., None] = lambda *_: None,
     after: Callable[..., None] = lambda *_: None,
 ) -> None:
-    """Have a method's arguments looked at around each of its calls."""
+    """Have each call of a method looked at: its arguments before it, its result and them after."""
     method = getattr(owner, name)
 
     def watched(*arguments: Any) -> Any:
         before(*arguments)
         returned = method(*arguments)
-        after(*arguments)
+        after(returned, *arguments)
         return returned
 
     setattr(owner, name, watched)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import signal
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +17,7 @@ import sqlalchemy as sa
 from langgraph.types import PregelTask
 
 from agentflow import AgentFlow
+from agentflow.checkpoint import open_checkpointer
 from agentflow.checkpoint.records import Place as Named
 from agentflow.checkpoint.records import unpack_record
 from agentflow.checkpoint.rows import WHOLE, CheckpointRow
@@ -283,9 +284,8 @@ def read_everything(url: str, run_ids: Iterable[str]) -> dict[str, list[Any]]:
     found = {}
     for table in metadata.sorted_tables:
         column = next(table.c[name] for name in wanted if name in table.c)
-        found[table.name] = sorted(
-            map(repr, read_rows(url, table, column.in_(wanted[column.name])))
-        )
+        rows = read_rows(url, table, column.in_(wanted[column.name]))
+        found[table.name] = sorted(map(repr, rows))
     return found
 
 
@@ -300,9 +300,9 @@ def assert_sound(url: str, run_ids: Iterable[str]) -> None:
     """Hold what is stored of ended runs against the invariants that need no knowledge of the graph.
 
     One outcome for each run; an unbroken chain of audit events; checkpoints of a thread that form
-    one line; fencing tokens that only grow along it; numbers of which none is given twice or left
-    out; values that are all there, and none that no checkpoint has; and no writes for a checkpoint
-    that already had a successor.
+    one line, and can all be read; fencing tokens that only grow along it; numbers of which none is
+    given twice or left out; no value that no checkpoint has; and no writes for a checkpoint that
+    already had a successor.
     """
     ids = sorted(run_ids)
     stored = read_rows(url, runs, runs.c.run_id.in_(ids))
@@ -311,34 +311,29 @@ def assert_sound(url: str, run_ids: Iterable[str]) -> None:
     _assert_one_outcome_each(stored, read_rows(url, events, events.c.run_id.in_(ids)))
     claimed = read_rows(url, leases, leases.c.thread_id.in_(thread_ids))
     tokens = {row.thread_id: row.token for row in claimed}
-    kept = {
-        table.name: read_thread_rows(url, table, thread_ids)
-        for table in (checkpoints, values, writes)
-    }
-    for thread in read_rows(url, threads, threads.c.thread_id.in_(thread_ids)):
-        line, stretches, log = (
-            [row for row in kept[table.name] if row.thread == thread.id]
-            for table in (checkpoints, values, writes)
-        )
-        if not line:
-            assert not stretches + log, f"{thread.thread_id} has no checkpoint"
-            continue
-        line.sort(key=lambda row: row.seq)
-        _assert_one_line(thread, line, tokens[thread.thread_id])
-        numbers = [row.seq for row in line + log] + [v.series for v in stretches if v.start == 0]
-        assert sorted(numbers) == list(range(1, thread.seq + 1)), thread.thread_id
-        _assert_values_fit(thread.thread_id, line, stretches)
-        # What the input wrote may be durable before its checkpoint, or without it; but nothing is
-        # written for a checkpoint that has a successor.
-        successors = {c.checkpoint_id: n.seq for c, n in itertools.pairwise(line)}
-        for write in log:
-            assert write.seq < successors.get(write.checkpoint_id, thread.seq + 1), (
-                f"{thread.thread_id}: a write came late"
-            )
+    kept: dict[str, dict[int, list[Any]]] = {}
+    for table in (checkpoints, values, writes):
+        by_thread = kept[table.name] = defaultdict(list)
+        for row in read_thread_rows(url, table, thread_ids):
+            by_thread[row.thread].append(row)
+    with open_checkpointer(url) as saver:
+        for thread in read_rows(url, threads, threads.c.thread_id.in_(thread_ids)):
+            line = sorted(kept[checkpoints.name][thread.id], key=lambda row: row.seq)
+            stretches, log = kept[values.name][thread.id], kept[writes.name][thread.id]
+            _assert_one_line(thread, line, tokens[thread.thread_id])
+            found = saver.list({"configurable": {"thread_id": thread.thread_id}})
+            assert [c.checkpoint["id"] for c in found] == [c.checkpoint_id for c in line[::-1]]
+            numbers = [row.seq for row in [*line, *log]]
+            numbers += [value.series for value in stretches if value.start == 0]
+            assert sorted(numbers) == list(range(1, thread.seq + 1)), thread.thread_id
+            _assert_values_fit(thread.thread_id, line, stretches)
+            _assert_none_late(thread.thread_id, line, log)
 
 
 def _assert_one_line(thread: Any, line: Sequence[Any], token: int) -> None:
     """Hold the checkpoints of a thread, of which the last is the head, against one another."""
+    if not line:
+        return
     assert {c.ns for c in line} == {""}, "these graphs have no subgraphs"
     parents = [None, *(c.checkpoint_id for c in line[:-1])]
     assert [c.parent_id for c in line] == parents, f"{thread.thread_id} branches"
@@ -362,6 +357,18 @@ def _assert_values_fit(thread_id: str, line: Sequence[Any], stretches: Sequence[
         kept = _ANYTHING.loads(value.data)
         ends[value.series] = WHOLE if reach[value.series] == WHOLE else value.start + len(kept)
     assert ends == reach, thread_id
+
+
+def _assert_none_late(thread_id: str, line: Sequence[Any], log: Sequence[Any]) -> None:
+    """Hold the log of writes against the line.
+
+    What the input wrote may be durable before its checkpoint, or without it; but nothing is written
+    for a checkpoint that has a successor.
+    """
+    successors = {c.checkpoint_id: n.seq for c, n in itertools.pairwise(line)}
+    for write in log:
+        end = successors.get(write.checkpoint_id)
+        assert end is None or write.seq < end, f"{thread_id}: a write came late"
 
 
 def _assert_one_outcome_each(stored: Sequence[Any], log: Sequence[Any]) -> None:

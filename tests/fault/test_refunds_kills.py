@@ -110,7 +110,7 @@ def running_services(path: Path) -> Iterator[str]:
 async def test_refund_killed_at_any_commit_ends_as_its_twin(
     shop: Shop, sampler: Sampler, tally: Tally, company: bool
 ) -> None:
-    """Also where every commit holds something else: Postgres has a moment before it only then."""
+    """Also where every commit holds something else: see `test_kills`."""
     found = await survey(shop, company=company)
     tried = sampler.some(found, 10)
     await shop.scene.kill_each(tried, shop.submit, company=company)

@@ -113,12 +113,10 @@ class _Thread:
         calls: dict[tuple[str, str, str, str], list[Any]] = {}
         for row in self._rows("writes", "ns, checkpoint_id, task_id, idx"):
             call = (row.ns, row.checkpoint_id, row.task_id, row.task_path)
-            calls.setdefault(call, []).append([row.idx, row.channel, _Raw(_unseal(row.value))])
+            calls.setdefault(call, []).append([row.idx, row.channel, _unseal(row.value)])
         for (ns, checkpoint_id, task_id, task_path), items in calls.items():
-            packed = _pack([task_id, task_path, items])
-            self.insert(
-                "writes", ns=ns, checkpoint_id=checkpoint_id, seq=self.next(), data=_seal([packed])
-            )
+            data = _seal([[task_id, task_path, items]])
+            self.insert("writes", ns=ns, checkpoint_id=checkpoint_id, seq=self.next(), data=data)
         self.connection.execute(
             sa.text("UPDATE agentflow_threads SET seq = :seq WHERE id = :id"),
             {"seq": self.seq, "id": self.number},
@@ -156,8 +154,7 @@ class _Thread:
             attempt=row.attempt,
             run_id=row.run_id,
             step=row.step,
-            data=_seal([head, channels]),
-            parent_writes=None,
+            data=_seal([head, channels, []]),
         )
 
     def next(self) -> int:
@@ -173,26 +170,6 @@ class _Thread:
             ),
             {"thread": self.number, **columns},
         )
-
-
-class _Raw:
-    """Bytes that are MessagePack already."""
-
-    def __init__(self, packed: bytes) -> None:
-        self.packed = packed
-
-
-def _pack(call: list[Any]) -> bytes:
-    """Pack task id, task path and items, in which values are packed already."""
-    task_id, task_path, items = call
-    packed = [
-        b"\x93" + ormsgpack.packb(idx) + ormsgpack.packb(channel) + raw.packed
-        for idx, channel, raw in items
-    ]
-    header = ormsgpack.packb([None] * len(packed))[: -len(packed)]
-    return (
-        b"\x93" + ormsgpack.packb(task_id) + ormsgpack.packb(task_path) + header + b"".join(packed)
-    )
 
 
 _HEADER = struct.Struct(">BBBBQ")

@@ -1,0 +1,81 @@
+"""The writes of tasks that are bound to a checkpoint, as LangGraph wants to have them.
+
+They are kept in three places: with their checkpoint, with the one that superseded it, and in a log.
+What a task wrote and a list then took in is kept once, among the values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from langgraph.checkpoint.base import writes_sort_key
+
+from agentflow.checkpoint.records import Call, Place, Record, references, unpack_writes
+from agentflow.checkpoint.rows import FoundCheckpoint, Rows
+from agentflow.codec import Codec, unseal
+from agentflow.errors import HashMismatchError
+
+Write = tuple[str, str, Any]
+"""Task id, channel and value."""
+
+
+def load_writes(
+    rows: Rows, codec: Codec, found: Sequence[tuple[FoundCheckpoint, Record]]
+) -> list[list[Write]]:
+    """Read the writes of each of these checkpoints, ordered by task path, task id and index.
+
+    Of what a task wrote more than once at one index, the first ordinary write stands, and the last
+    special one (error, interrupt, resume: negative index).
+    """
+    logged = rows.list_writes([each for each, _ in found])
+    opened = [_open(each, record, logged) for each, record in found]
+    shared = {
+        (each.row.thread, *reference)
+        for (each, _), calls in zip(found, opened, strict=True)
+        for reference in references(calls)
+    }
+    stretches = rows.list_stretches(shared) if shared else {}
+    return [
+        _decode(codec, each, calls, stretches)
+        for (each, _), calls in zip(found, opened, strict=True)
+    ]
+
+
+def _open(
+    found: FoundCheckpoint,
+    record: Record,
+    logged: Mapping[tuple[int, str, str], Sequence[tuple[int, bytes]]],
+) -> list[Call]:
+    """Return the calls in the order in which they became durable."""
+    row = found.row
+    place = Place(found.thread_id, row.ns)
+    sealed = sorted(logged.get((row.thread, row.ns, row.checkpoint_id), ()))
+    return [*record.calls, *(call for _, data in sealed for call in unpack_writes(data, place))]
+
+
+def _decode(
+    codec: Codec,
+    found: FoundCheckpoint,
+    calls: Sequence[Call],
+    stretches: Mapping[tuple[int, int, int], bytes],
+) -> list[Write]:
+    kept: dict[tuple[str, int], tuple[str, str, Any]] = {}
+    for task_id, task_path, items in calls:
+        for index, channel, written in items:
+            if index < 0 or (task_id, index) not in kept:
+                kept[task_id, index] = (task_path, channel, written)
+    place = Place(found.thread_id, found.row.ns)
+    # Sorted here, since databases collate text differently and the order decides what reducers do.
+    order = sorted(kept, key=lambda key: writes_sort_key(kept[key][0], *key))
+    writes: list[Write] = []
+    for key in order:
+        _, channel, written = kept[key]
+        where = place.of(f"a write to channel {channel!r}")
+        if not isinstance(written, bytes):
+            sealed = stretches.get((found.row.thread, *written))
+            if sealed is None:
+                raise HashMismatchError(where, "its value is gone")
+            written = unseal(sealed, where=where)
+        writes.append((key[0], channel, codec.deserialize(written, where=where)))
+    return writes
