@@ -32,17 +32,23 @@ _PREFIX = _HEADER.size + DIGEST_SIZE
 _MSGPACK = 1
 _COMPRESSED = 1
 _KNOWN_FLAGS = {1: 0, 2: _COMPRESSED}
-_LEVEL = 3
+_LEVEL, _FAST_LEVEL = 3, 1
+_FAST_FROM = 64 * 1024
 
 
 class _Zstd(threading.local):
     """Compression contexts, which only one thread at a time may use."""
 
     def __init__(self) -> None:
-        self.compress = zstandard.ZstdCompressor(
-            level=_LEVEL, write_content_size=False, write_checksum=False
-        ).compress
+        self._careful, self._fast = (
+            zstandard.ZstdCompressor(level=level, write_content_size=False, write_checksum=False)
+            for level in (_LEVEL, _FAST_LEVEL)
+        )
         self.decompress = zstandard.ZstdDecompressor().decompress
+
+    def compress(self, body: bytes) -> bytes:
+        """Compress, large values less thoroughly, since someone waits for it."""
+        return (self._fast if len(body) >= _FAST_FROM else self._careful).compress(body)
 
 
 _zstd = _Zstd()

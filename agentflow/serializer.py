@@ -22,6 +22,7 @@ import sys
 from collections.abc import Callable, Collection, Mapping
 from datetime import date, datetime, time, timedelta, timezone
 from decimal import Decimal
+from functools import lru_cache
 from typing import Any, Literal
 from uuid import UUID
 from zoneinfo import ZoneInfo
@@ -150,6 +151,8 @@ class Serializer:
         self._names = None if allow == "imported" else frozenset(map(_allowed_name, allow))
         self._unknown = unknown
         self._checked: dict[type, str] = {}
+        self._places: dict[str, tuple[str, str] | None] = {}
+        """Where stored classes are, by name; `None` for those that are not allowed."""
 
     def with_allowed(self, extra: Collection[type | str]) -> Serializer:
         """Return a serializer that allows `extra` as well."""
@@ -285,51 +288,82 @@ class Serializer:
         return _hint_for(type(value))
 
     def _unpack(self, data: bytes, where: str) -> Any:
-        failures: list[Exception] = []
-
-        def hook(code: int, payload: bytes) -> Any:
-            try:
-                return self._build(code, payload, where)
-            except Exception as exc:
-                failures.append(exc)
-                raise
-
+        reading = _Reading(self, where)
         try:
-            return ormsgpack.unpackb(data, ext_hook=hook)
+            return reading.unpack(data)
         except ValueError:
-            if not failures:
+            if reading.failure is None:
                 raise
         # The library says only that the hook failed; callers need to know how.
-        raise failures[0]
+        raise reading.failure
 
-    def _build(self, code: int, payload: bytes, where: str) -> Any:
-        if code == _Ext.TEXT:
-            return payload.decode("utf-8", "surrogatepass")
-        value = self._unpack(payload, where)
+    def find_class(self, name: str, where: str) -> type | None:
+        """Find a stored class by its name; `None` if it may be shown as plain data instead.
+
+        Raises:
+            BlockedTypeError: It is not imported here, or not allowed.
+        """
+        place = self._places.get(name)
+        if place is None:
+            module, _, qualname = name.partition(":")
+            if module in _KNOWN_MODULES and module not in sys.modules:
+                __import__(module)
+            place = self._places[name] = (module, qualname) if self._is_allowed(name) else None
+        # Looked up each time: in a notebook the class of that name may be a new one.
+        cls = _find(*place) if place else None
+        if isinstance(cls, type):
+            return cls
+        if self._unknown == "plain":
+            return None
+        raise BlockedTypeError(name, where, "not imported" if place else "not in the allow-list")
+
+
+class _Reading:
+    """One value that is being decoded."""
+
+    __slots__ = ("_serializer", "_where", "failure")
+
+    def __init__(self, serializer: Serializer, where: str) -> None:
+        self._serializer = serializer
+        self._where = where
+        self.failure: Exception | None = None
+
+    def unpack(self, data: bytes) -> Any:
+        return ormsgpack.unpackb(data, ext_hook=self._hook)
+
+    def _hook(self, code: int, payload: bytes) -> Any:
+        try:
+            if code == _Ext.TEXT:
+                return payload.decode("utf-8", "surrogatepass")
+            value = ormsgpack.unpackb(payload, ext_hook=self._hook)
+            builder = _BUILDERS.get(code)
+            if builder is not None:
+                return self._build_class(builder, value)
+            return self._build(code, value)
+        except Exception as exc:
+            # The innermost failure is the cause of all others.
+            if self.failure is None:
+                self.failure = exc
+            raise
+
+    def _build(self, code: int, value: Any) -> Any:
         if code in _DECODERS:
             return _DECODERS[code](value)
-        if code in {_Ext.SET, _Ext.FROZENSET}:
-            items = (self._unpack(item, where) for item in value)
-            return set(items) if code == _Ext.SET else frozenset(items)
-        if code in {_Ext.ENUM, _Ext.PYDANTIC, _Ext.DATACLASS, _Ext.NAMEDTUPLE}:
-            return self._build_class(code, value, where)
-        raise BlockedTypeError(f"extension {code}", where, "this program does not know it")
+        if code == _Ext.SET:
+            return set(map(self.unpack, value))
+        if code == _Ext.FROZENSET:
+            return frozenset(map(self.unpack, value))
+        raise BlockedTypeError(f"extension {code}", self._where, "this program does not know it")
 
-    def _build_class(self, code: int, value: list[Any], where: str) -> Any:
+    def _build_class(self, builder: Callable[..., Any], value: list[Any]) -> Any:
         name, *state = value
-        module, _, qualname = name.partition(":")
-        if module in _KNOWN_MODULES and module not in sys.modules:
-            __import__(module)
-        cls = _find(module, qualname) if self._is_allowed(name) else None
-        if not isinstance(cls, type):
-            if self._unknown == "plain":
-                return {"type": name, "value": state[0]}
-            reason = "not in the allow-list" if not self._is_allowed(name) else "not imported"
-            raise BlockedTypeError(name, where, reason)
+        cls = self._serializer.find_class(name, self._where)
+        if cls is None:
+            return {"type": name, "value": state[0]}
         try:
-            return _BUILDERS[code](cls, *state)
+            return builder(cls, *state)
         except (TypeError, ValueError, AttributeError) as exc:
-            raise BlockedTypeError(name, where, "its fields have changed since") from exc
+            raise BlockedTypeError(name, self._where, "its fields have changed since") from exc
 
 
 def _allowed_name(item: type | str) -> str:
@@ -338,6 +372,8 @@ def _allowed_name(item: type | str) -> str:
 
 def _find(module: str, qualname: str) -> Any:
     found: Any = sys.modules.get(module)
+    if "." not in qualname:
+        return getattr(found, qualname, None)
     for part in qualname.split("."):
         found = getattr(found, part, None)
     return found
@@ -429,17 +465,25 @@ def _build_pydantic(
     added since gets its default; a required one that is missing is an error.
     """
     model = cls.__new__(cls)
-    fields = dict(state)
-    for name, field in cls.model_fields.items():
-        if name not in fields:
-            if field.is_required():
-                raise ValueError(name)
-            fields[name] = field.get_default(call_default_factory=True, validated_data=fields)
-    object.__setattr__(model, "__dict__", fields)
-    object.__setattr__(model, "__pydantic_extra__", extra)
-    object.__setattr__(model, "__pydantic_fields_set__", set(fields_set))
-    object.__setattr__(model, "__pydantic_private__", private)
+    for name in _field_names(cls) - state.keys():
+        field = cls.model_fields[name]
+        if field.is_required():
+            raise ValueError(name)
+        state[name] = field.get_default(call_default_factory=True, validated_data=state)
+    _set_attribute(model, "__dict__", state)
+    _set_attribute(model, "__pydantic_extra__", extra)
+    _set_attribute(model, "__pydantic_fields_set__", set(fields_set))
+    _set_attribute(model, "__pydantic_private__", private)
     return model
+
+
+# Models and dataclasses may be frozen, or check what is assigned.
+_set_attribute = object.__setattr__
+
+
+@lru_cache(maxsize=1024)
+def _field_names(cls: type[BaseModel]) -> frozenset[str]:
+    return frozenset(cls.model_fields)
 
 
 def _dataclass_state(value: Any) -> dict[str, Any]:
@@ -454,13 +498,13 @@ def _build_dataclass(cls: type, state: dict[str, Any]) -> Any:
         if field.name in state:
             continue
         if field.default is not dataclasses.MISSING:
-            object.__setattr__(value, field.name, field.default)
+            _set_attribute(value, field.name, field.default)
         elif field.default_factory is not dataclasses.MISSING:
-            object.__setattr__(value, field.name, field.default_factory())
+            _set_attribute(value, field.name, field.default_factory())
         elif field.init:
             raise ValueError(field.name)
     for name, item in state.items():
-        object.__setattr__(value, name, item)
+        _set_attribute(value, name, item)
     return value
 
 

@@ -28,6 +28,7 @@ def upgrade() -> None:
         op.rename_table(f"agentflow_{table}", f"agentflow_{table}_0001")
     op.drop_index("agentflow_checkpoints_run", "agentflow_checkpoints_0001")
     _create()
+    _leave_compressed()
     connection = op.get_bind()
     connection.execute(
         sa.text(
@@ -92,6 +93,19 @@ def _create() -> None:
             "thread", "ns", "checkpoint_id", "seq", name="agentflow_writes_number"
         ),
     )
+
+
+def _leave_compressed() -> None:
+    """Tell PostgreSQL not to compress again what comes compressed."""
+    if op.get_bind().dialect.name != "postgresql":
+        return
+    for table, columns in (
+        ("checkpoints", ("data", "parent_writes", "base")),
+        ("values", ("data",)),
+        ("writes", ("data",)),
+    ):
+        for column in columns:
+            op.execute(f"ALTER TABLE agentflow_{table} ALTER {column} SET STORAGE EXTERNAL")
 
 
 class _Thread:
