@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import ormsgpack
 import xxhash
 
 Dumps = Callable[[Any], bytes]
@@ -109,6 +110,20 @@ def grown(
     return Grown(kept, block, length), after
 
 
+def joined(blocks: list[bytes], lengths: list[int]) -> bytes:
+    """Put serialized lists of known lengths together into one."""
+    bodies = [block[_header_size(n) :] for block, n in zip(blocks, lengths, strict=True)]
+    return b"".join((_header(sum(lengths)), *bodies))
+
+
+def cut_block(block: bytes, length: int) -> bytes | None:
+    """Cut a serialized list to its first elements; `None` if it is no list, or no longer anyway."""
+    if block[0] & 0xF0 != 0x90 and block[0] not in {0xDC, 0xDD}:  # noqa: PLR2004 -- as below
+        return None
+    elements = ormsgpack.unpackb(block, ext_hook=ormsgpack.Ext)
+    return ormsgpack.packb(elements[:length]) if len(elements) > length else None
+
+
 def _common(old: list[Any], new: list[Any]) -> int:
     """Count how many elements the lists have in common at their start."""
     if len(new) >= len(old) and all(map(operator.is_, old, new)):
@@ -170,3 +185,11 @@ def _header_size(count: int) -> int:
     if count < 16:  # noqa: PLR2004 -- the three forms of an array in MessagePack
         return 1
     return 3 if count < 65536 else 5  # noqa: PLR2004
+
+
+def _header(count: int) -> bytes:
+    if count < 16:  # noqa: PLR2004
+        return bytes((0x90 | count,))
+    if count < 65536:  # noqa: PLR2004
+        return b"\xdc" + count.to_bytes(2, "big")
+    return b"\xdd" + count.to_bytes(4, "big")

@@ -12,7 +12,7 @@ from typing import Any
 from langgraph.checkpoint.base import writes_sort_key
 
 from agentflow.checkpoint.records import Call, Place, Record, references, unpack_writes
-from agentflow.checkpoint.rows import FoundCheckpoint, Rows
+from agentflow.checkpoint.rows import WHOLE, FoundCheckpoint, Rows, ValueRow
 from agentflow.codec import Codec, unseal
 from agentflow.errors import HashMismatchError
 
@@ -31,9 +31,9 @@ def load_writes(
     logged = rows.list_writes([each for each, _ in found])
     opened = [_open(each, record, logged) for each, record in found]
     shared = {
-        (each.row.thread, *reference)
+        (each.row.thread, series, start)
         for (each, _), calls in zip(found, opened, strict=True)
-        for reference in references(calls)
+        for series, start, _ in references(calls)
     }
     stretches = rows.list_stretches(shared) if shared else {}
     return [
@@ -58,7 +58,7 @@ def _decode(
     codec: Codec,
     found: FoundCheckpoint,
     calls: Sequence[Call],
-    stretches: Mapping[tuple[int, int, int], bytes],
+    stretches: Mapping[tuple[int, int, int], ValueRow],
 ) -> list[Write]:
     kept: dict[tuple[str, int], tuple[str, str, Any]] = {}
     for task_id, task_path, items in calls:
@@ -72,10 +72,22 @@ def _decode(
     for key in order:
         _, channel, written = kept[key]
         where = place.of(f"a write to channel {channel!r}")
-        if not isinstance(written, bytes):
-            sealed = stretches.get((found.row.thread, *written))
-            if sealed is None:
-                raise HashMismatchError(where, "its value is gone")
-            written = unseal(sealed, where=where)
-        writes.append((key[0], channel, codec.deserialize(written, where=where)))
+        if isinstance(written, bytes):
+            value = codec.deserialize(written, where=where)
+        else:
+            value = _shared(codec, stretches.get((found.row.thread, *written[:2])), written, where)
+        writes.append((key[0], channel, value))
     return writes
+
+
+def _shared(codec: Codec, row: ValueRow | None, written: list[int], where: str) -> Any:
+    """Take what was written out of the value that has it."""
+    _, start, length = written
+    if row is not None:
+        value = codec.deserialize(unseal(row.data, where=where), where=where)
+        if length == WHOLE:
+            return value
+        elements = value[start - row.start :][:length]
+        if len(elements) == length:
+            return elements
+    raise HashMismatchError(where, "its value is gone")

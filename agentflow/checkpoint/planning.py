@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from langgraph.constants import START
@@ -38,8 +39,8 @@ from agentflow.checkpoint.rows import (
     ValueRow,
     WritesRow,
 )
-from agentflow.codec import Codec
-from agentflow.delta import Grown, KnownList
+from agentflow.codec import Codec, unseal
+from agentflow.delta import Grown, KnownList, joined
 from agentflow.errors import ConflictError, FencedError
 from agentflow.types import Lease
 
@@ -47,6 +48,8 @@ INLINE = 128
 """Bytes up to which a value stands in the row of each checkpoint that has it."""
 _MAX_HEADS = 64
 """How many namespaces of a thread are remembered."""
+_TIER = 16
+"""Each time a list has grown by so many elements, its last stretches are put together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,7 +206,9 @@ class ThreadPlan:
         self._drafts: dict[tuple[str, str], _Draft] = {}
         self._values: list[ValueRow] = []
         self._pending: dict[tuple[str, str], list[PlannedWrites]] = {}
-        self._blocks: dict[bytes, tuple[int, int]] = {}
+        self._replaced: list[ValueRow] = []
+        self._dropped: list[tuple[int, int]] = []
+        self._blocks: dict[bytes, tuple[int, int, int]] = {}
         """Where the blocks of the checkpoint that is being planned are put."""
 
     def add(self, put: Planned) -> Exception | None:
@@ -241,6 +246,8 @@ class ThreadPlan:
             ThreadState(number, before.token, before.is_leased, self._seq, heads),
             [draft.row(number) for draft in self._drafts.values()],
             self._values,
+            self._replaced,
+            self._dropped,
             writes,
         )
 
@@ -277,11 +284,12 @@ class ThreadPlan:
 
     def _advance(self, put: PlannedCheckpoint) -> Exception | None:
         head = self._heads[put.ns]
-        values_before = len(self._values)
+        before = len(self._values), len(self._replaced), len(self._dropped)
         self._blocks = {}
         layout = self._lay_out(put, head)
         if layout is None:
-            del self._values[values_before:]
+            values, replaced, dropped = before
+            del self._values[values:], self._replaced[replaced:], self._dropped[dropped:]
             return conflict(put.key[1])
         seq = self._next()
         is_again = head is not None and head.checkpoint_id == put.checkpoint_id
@@ -338,19 +346,45 @@ class ThreadPlan:
             return self._continue(put, head, channel, value)
         if isinstance(value, WholeList):
             series = self._next()
-            self._put_block(put, series, 0, value.block)
+            self._put_block(put, series, 0, value.block, value.length)
             return (Part(series, value.length, is_open=True),)
         # An input is gone after one step, and stands best beside the writes that are made of it.
         if len(value) <= INLINE or channel == START:
             return value
         series = self._next()
-        self._put_block(put, series, 0, value)
+        self._put_block(put, series, 0, value, WHOLE)
         return (Part(series, WHOLE, is_open=False),)
 
-    def _put_block(self, put: PlannedCheckpoint, series: int, start: int, block: bytes) -> None:
+    def _put_block(
+        self, put: PlannedCheckpoint, series: int, start: int, block: bytes, length: int
+    ) -> None:
         row = ValueRow(self._before.number, series, start, put.codec.seal(block))
         self._values.append(row)
-        self._blocks[block] = (series, start)
+        self._blocks[block] = (series, start, length)
+
+    def _append(self, put: PlannedCheckpoint, last: Part, block: bytes, length: int) -> Part:
+        """Put elements behind a series, and its last stretches together if they are many."""
+        start, after = last.length, last.length + length
+        appended = Part(last.series, after, is_open=True)
+        tier = start // _TIER
+        is_alone = not any(row.series == last.series for row in self._values)
+        small = (
+            self._rows.list_tail(self._before.number, last.series, tier * _TIER)
+            if after // _TIER > tier and is_alone
+            else []
+        )
+        if len(small) <= 1:
+            self._put_block(put, last.series, start, block, length)
+            return appended
+        where = Place(*put.key[1:]).of("a list")
+        starts = [row.start for row in small]
+        blocks = [*(unseal(row.data, where=where) for row in small), block]
+        lengths = [end - begin for begin, end in pairwise([*starts, start, after])]
+        merged = put.codec.seal(joined(blocks, lengths))
+        self._replaced.append(small[0]._replace(data=merged))
+        self._dropped += [(row.series, row.start) for row in small[1:]]
+        self._blocks[block] = (last.series, start, length)
+        return appended
 
     def _continue(
         self, put: PlannedCheckpoint, head: Head | None, channel: str, value: GrownList
@@ -369,12 +403,10 @@ class ThreadPlan:
         # Only the newest checkpoint may go on in place: what follows an older one is a branch, and
         # the series may have gone on without it.
         if head is not None and head.checkpoint_id == value.since and parts and parts[-1].is_open:
-            last = parts.pop()
-            self._put_block(put, last.series, last.length, block)
-            parts.append(Part(last.series, last.length + count - kept, is_open=True))
+            parts.append(self._append(put, parts.pop(), block, count - kept))
         else:
             series = self._next()
-            self._put_block(put, series, 0, block)
+            self._put_block(put, series, 0, block, count - kept)
             parts.append(Part(series, count - kept, is_open=True))
         return tuple(parts)
 
@@ -439,7 +471,7 @@ class ThreadPlan:
 
 
 def _pack(
-    puts: Sequence[PlannedWrites], blocks: Mapping[bytes, tuple[int, int]] | None = None
+    puts: Sequence[PlannedWrites], blocks: Mapping[bytes, tuple[int, int, int]] | None = None
 ) -> bytes:
     """Pack writes; what is among the blocks already is only referred to."""
     calls = [put.call for put in puts]
@@ -451,7 +483,7 @@ def _pack(
     return pack_writes(puts[0].codec, calls)
 
 
-def _shared(written: Written, blocks: Mapping[bytes, tuple[int, int]]) -> Written:
+def _shared(written: Written, blocks: Mapping[bytes, tuple[int, int, int]]) -> Written:
     place = blocks.get(written) if isinstance(written, bytes) else None
     return written if place is None else list(place)
 

@@ -4,7 +4,7 @@ A checkpoint's record is a MessagePack list of three: the serialized head (what 
 checkpoint but for its values and its id, and the metadata); the channels, each with the serialized
 bytes of its value or with the numbers of its parts, three for each part; and writes. Writes are a
 list of calls: task id, task path and a list of index, channel and what was written: the
-serialized bytes, or series and start of a stretch of a value that has the same bytes.
+serialized bytes, or series, start and length of what has the same bytes among the values.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from agentflow.codec import Codec, unseal
 _NUMBERS_PER_PART = 3
 
 Written = bytes | list[int]
-"""What was written: serialized, or series and start of the same bytes among the values."""
+"""What was written: serialized, or where it is among the values, as series, start and length."""
 
 Call = tuple[str, str, list[tuple[int, str, Written]]]
 """Task id, task path, and for each write its index, its channel and what was written."""
@@ -95,9 +95,10 @@ def unpack_writes(sealed: bytes, place: Place) -> list[Call]:
     return calls
 
 
-def references(calls: Iterable[Call]) -> Iterator[tuple[int, int]]:
-    """Yield the stretches, by series and start, that writes share with a checkpoint's values."""
+def references(calls: Iterable[Call]) -> Iterator[tuple[int, int, int]]:
+    """Yield what writes share with values, as series, start and length."""
     for _, _, items in calls:
         for _, _, written in items:
             if not isinstance(written, bytes):
-                yield (written[0], written[1])
+                series, start, length = written
+                yield (series, start, length)

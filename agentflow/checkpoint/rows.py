@@ -133,6 +133,10 @@ class ThreadChange:
     checkpoints: list[CheckpointRow] = field(default_factory=list)
     """Each new, or in place of the one of the same id."""
     values: list[ValueRow] = field(default_factory=list)
+    replaced: list[ValueRow] = field(default_factory=list)
+    """New contents of stretches that are there."""
+    dropped: list[tuple[int, int]] = field(default_factory=list)
+    """Stretches to delete, by series and start."""
     writes: list[WritesRow] = field(default_factory=list)
 
 
@@ -225,8 +229,12 @@ class Rows(ABC):
     @abstractmethod
     def list_stretches(
         self, wanted: Collection[tuple[int, int, int]]
-    ) -> dict[tuple[int, int, int], bytes]:
-        """Read single stretches of values, by thread number, series and start."""
+    ) -> dict[tuple[int, int, int], ValueRow]:
+        """Read the stretches in which elements stand, by thread number, series and position."""
+
+    @abstractmethod
+    def list_tail(self, thread: int, series: int, start: int) -> list[ValueRow]:
+        """Read the stretches of a series that begin at a position or behind it, in order."""
 
     @abstractmethod
     def list_writes(

@@ -7,6 +7,7 @@ which locks the row; whoever raises the token waits for it, and comes before or 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
@@ -113,6 +114,8 @@ class SqlRows(Rows):
                 (_INSERT_CHECKPOINT, [row for change in fresh for row in change.checkpoints]),
                 (_INSERT_VALUE, [row for change in fresh for row in change.values]),
                 (_INSERT_WRITES, [row for change in fresh for row in change.writes]),
+                (_REPLACE_VALUE, [_replacement(row) for c in fresh for row in c.replaced]),
+                (_DROP_VALUE, [(c.before.number, *place) for c in fresh for place in c.dropped]),
             ):
                 if rows:
                     session.execute_many(statement, rows)
@@ -213,15 +216,26 @@ class SqlRows(Rows):
 
     def list_stretches(
         self, wanted: Collection[tuple[int, int, int]]
-    ) -> dict[tuple[int, int, int], bytes]:
-        columns = ("thread bigint", "series bigint", "start bigint")
+    ) -> dict[tuple[int, int, int], ValueRow]:
+        columns = ("thread bigint", "series bigint", "place bigint")
         rows = self._session.fetch(
-            "SELECT v.thread, v.series, v.start, v.data "
+            "SELECT w.place, v.thread, v.series, v.start, v.data "
             f"FROM {self._given(columns, len(wanted))} JOIN agentflow_values v "
-            "ON v.thread = w.thread AND v.series = w.series AND v.start = w.start",
+            "ON v.thread = w.thread AND v.series = w.series AND v.start = (SELECT max(b.start) "
+            "FROM agentflow_values b WHERE b.thread = w.thread AND b.series = w.series "
+            "AND b.start <= w.place)",
             [number for place in wanted for number in place],
         )
-        return {(thread, series, start): data for thread, series, start, data in rows}
+        found = ((row[0], ValueRow(*row[1:])) for row in rows)
+        return {(row.thread, row.series, place): row for place, row in found}
+
+    def list_tail(self, thread: int, series: int, start: int) -> list[ValueRow]:
+        rows = self._session.fetch(
+            "SELECT thread, series, start, data FROM agentflow_values "
+            "WHERE thread = ? AND series = ? AND start >= ? ORDER BY start",
+            (thread, series, start),
+        )
+        return [ValueRow(*row) for row in rows]
 
     def list_writes(
         self, rows: Sequence[FoundCheckpoint]
@@ -349,7 +363,7 @@ class SqlRows(Rows):
 class PostgresRows(SqlRows):
     """PostgreSQL: a batch is one statement, and so one round trip, which commits by itself.
 
-    One with too many rows for that is a transaction, as on SQLite.
+    One with too many rows for that, or with rows to be replaced, is a transaction, as on SQLite.
     """
 
     _lock_clause = "FOR UPDATE OF t"
@@ -363,7 +377,8 @@ class PostgresRows(SqlRows):
         )
         sizes = tuple(map(_padded, map(len, tables)))
         parameters: list[Any] = []
-        if sum(size * width for size, width in zip(sizes, _WIDTHS, strict=True)) > _MAX_PARAMETERS:
+        is_large = sum(map(operator.mul, sizes, _WIDTHS)) > _MAX_PARAMETERS
+        if is_large or any(change.replaced or change.dropped for change in changes):
             return super().apply(changes)
         for rows, size, width in zip(tables, sizes, _WIDTHS, strict=True):
             for row in rows:
@@ -379,6 +394,10 @@ def _padded(count: int) -> int:
     The rows that are filled up with NULL belong to no thread, and so are not inserted.
     """
     return 1 << (count - 1).bit_length() if count else 0
+
+
+def _replacement(row: ValueRow) -> tuple[bytes, int, int, int]:
+    return (row.data, row.thread, row.series, row.start)
 
 
 def _thread_state(row: Sequence[Any]) -> ThreadState:
@@ -412,6 +431,10 @@ _WRITES_COLUMNS = ("thread", "ns", "checkpoint_id", "seq", "data")
 _INSERT_CHECKPOINT = _insert("agentflow_checkpoints", CheckpointRow._fields, _UPSERT)
 _INSERT_VALUE = _insert("agentflow_values", _VALUE_COLUMNS)
 _INSERT_WRITES = _insert("agentflow_writes", _WRITES_COLUMNS)
+_REPLACE_VALUE = (
+    "UPDATE agentflow_values SET data = ? WHERE thread = ? AND series = ? AND start = ?"
+)
+_DROP_VALUE = "DELETE FROM agentflow_values WHERE thread = ? AND series = ? AND start = ?"
 _HEAD_SEQ = "(SELECT max(h.seq) FROM agentflow_checkpoints h WHERE h.thread = t.id AND h.ns = ?)"
 _FIND_HEAD = (
     f"SELECT {_THREAD}, c.seq, {_C} FROM agentflow_threads t LEFT JOIN agentflow_checkpoints c "

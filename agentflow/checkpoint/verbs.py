@@ -22,11 +22,15 @@ from agentflow.checkpoint.rows import (
     ValueRow,
     WritesRow,
 )
+from agentflow.codec import unseal
 from agentflow.database.writer import Rejected
+from agentflow.delta import cut_block
 from agentflow.errors import ConflictError
 from agentflow.types import Lease
 
 PruneStrategy = Literal["keep_latest", "delete"]
+_ALL = 1 << 62
+"""Reaches beyond the end of any series."""
 
 
 def lock(rows: Rows, thread: ThreadKey) -> ThreadState:
@@ -178,7 +182,28 @@ def _keep(
     rows.apply([change])
     kept |= {(row.ns, row.checkpoint_id): row for row in change.checkpoints}
     needed = _needed(rows, encoder, thread, change.after, kept)
+    cut = ThreadChange(
+        change.after, change.after, replaced=_cut(rows, encoder, change.after, needed)
+    )
+    rows.apply([cut])
     rows.remove(change.after, list(doomed.values()), needed)
+
+
+def _cut(
+    rows: Rows, encoder: Encoder, state: ThreadState, needed: Mapping[int, int]
+) -> list[ValueRow]:
+    """Cut the elements that nobody needs off the stretches in which the others stand."""
+    if not needed:
+        return []
+    last = rows.list_stretches(
+        {(state.number, series, reach - 1) for series, reach in needed.items()}
+    )
+    shorter = []
+    for row in last.values():
+        block = cut_block(unseal(row.data, where="a list"), needed[row.series] - row.start)
+        if block is not None:
+            shorter.append(row._replace(data=encoder.codec.seal(block)))
+    return shorter
 
 
 def _needed(
@@ -198,13 +223,14 @@ def _needed(
         for series, reach in _reach(_open(encoder, thread, row).layout):
             need(series, reach)
         if row.parent_writes is not None:
-            for series, start in references(unpack_writes(row.parent_writes, _place(thread, row))):
-                need(series, start + 1)
+            own = unpack_writes(row.parent_writes, _place(thread, row))
+            for series, start, length in references(own):
+                need(series, _ALL if length == WHOLE else start + length)
     for entry in _scan(rows, state, WritesRow):
         if (entry.ns, entry.checkpoint_id) in kept:
             place = Place(thread[1], entry.ns)
-            for series, start in references(unpack_writes(entry.data, place)):
-                need(series, start + 1)
+            for series, start, length in references(unpack_writes(entry.data, place)):
+                need(series, _ALL if length == WHOLE else start + length)
     return needed
 
 
@@ -220,7 +246,7 @@ def _reach(layout: Layout) -> Iterator[tuple[int, int]]:
     for _, stored in layout.values():
         if stored is not None and not isinstance(stored, bytes):
             for part in stored:
-                yield part.series, 1 if part.length == WHOLE else part.length
+                yield part.series, _ALL if part.length == WHOLE else part.length
 
 
 def _base(rows: Rows, encoder: Encoder, thread: ThreadKey, row: CheckpointRow) -> bytes | None:
