@@ -19,6 +19,7 @@ import pytest
 from tests.fault.forkserver import ForkServer
 from tests.fault.ledger import Ledger
 from tests.servers import (
+    PgBouncer,
     PostgresServer,
     ServerUnavailableError,
     no_leaked_connections,
@@ -81,6 +82,24 @@ def postgres_url(postgres_server: PostgresServer, postgres_template: str) -> Ite
     with no_leaked_connections(postgres_server.port):
         yield postgres_server.url(name)
     postgres_server.drop_database(name)
+
+
+@pytest.fixture(scope="session")
+def pgbouncer(postgres_server: PostgresServer) -> Iterator[PgBouncer]:
+    """A pooler in transaction mode in front of the server, with two connections per database."""
+    with contextlib.ExitStack() as stack:
+        try:
+            pooler = stack.enter_context(PgBouncer(postgres_server, pool_size=2))
+        except ServerUnavailableError as error:
+            _unavailable(str(error))
+        yield pooler
+
+
+@pytest.fixture
+def pgbouncer_url(postgres_url: str, pgbouncer: PgBouncer) -> Iterator[str]:
+    """The URL by which the pooler leads to the database of `postgres_url`."""
+    with no_leaked_connections(pgbouncer.port):
+        yield pgbouncer.url(postgres_url.rpartition("/")[2])
 
 
 @pytest.fixture

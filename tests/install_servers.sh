@@ -5,15 +5,19 @@
 # Where one cannot be had, its tests are skipped with the reason; with CI=true this fails instead.
 set -eu
 
-have_postgres() {
+have_postgresql() {
   command -v postgres >/dev/null 2>&1 && command -v initdb >/dev/null 2>&1 && return
   ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1
 }
 
+have_pgbouncer() { # Debian puts it where only root's PATH leads
+  command -v pgbouncer >/dev/null 2>&1 || [ -x /usr/sbin/pgbouncer ]
+}
+
 unavailable() {
-  echo "PostgreSQL is not installed and $1" >&2
+  echo "these servers are not installed:$missing; $1" >&2
   if [ "${CI:-}" = true ]; then exit 1; fi
-  echo "the tests that need it will be skipped" >&2
+  echo "the tests that need them will be skipped" >&2
   exit 0
 }
 
@@ -25,18 +29,41 @@ quietly() { # print a command's output only if it fails
   return 1
 }
 
-if have_postgres; then exit 0; fi
-command -v apt-get >/dev/null 2>&1 || unavailable "there is no apt-get to install it with"
-[ "$(id -u)" = 0 ] || unavailable "only root can install it (apt-get install postgresql)"
+find_missing() {
+  missing=
+  for package in postgresql pgbouncer; do
+    "have_$package" || missing="$missing $package"
+  done
+}
 
-echo "Installing PostgreSQL (once) ..."
+find_missing
+[ -n "$missing" ] || exit 0
+command -v apt-get >/dev/null 2>&1 || unavailable "there is no apt-get to install them with"
+[ "$(id -u)" = 0 ] || unavailable "only root can install them (apt-get install$missing)"
+
+echo "Installing$missing (once) ..."
 export DEBIAN_FRONTEND=noninteractive
-# Debian's package would create and start a cluster of its own, which nobody here uses.
+# Debian's packages would start servers of their own, which nobody here uses: a cluster, which can
+# be left out, and a pooler, which can be kept from starting.
 if [ ! -e /etc/postgresql-common/createcluster.conf ]; then
   mkdir -p /etc/postgresql-common
   echo "create_main_cluster = false" >/etc/postgresql-common/createcluster.conf
 fi
+policy=/usr/sbin/policy-rc.d
+if [ ! -e "$policy" ]; then
+  trap 'rm -f "$policy"' EXIT
+  trap 'exit 1' HUP INT TERM
+  printf '#!/bin/sh\nexit 101\n' >"$policy"
+  chmod +x "$policy"
+fi
 quietly apt-get update || unavailable "apt-get update failed"
-quietly apt-get install --yes --no-install-recommends -o Dpkg::Options::=--force-confold postgresql ||
-  unavailable "apt-get install postgresql failed"
-have_postgres || unavailable "its package brought no server programs"
+# One by one: what cannot be had keeps nobody from what can.
+for package in $missing; do
+  quietly apt-get install --yes --no-install-recommends -o Dpkg::Options::=--force-confold \
+    "$package" || continue
+  if [ "$package" = pgbouncer ]; then
+    quietly update-rc.d pgbouncer disable || true # nor shall it start with the machine
+  fi
+done
+find_missing
+[ -z "$missing" ] || unavailable "apt-get install failed, or brought no server programs"

@@ -15,9 +15,10 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import psutil
 import psycopg
@@ -39,14 +40,9 @@ class PostgresServer:
 
     def __init__(self) -> None:
         self.port = 0
-        self._programs = _find_programs()
-        # Not below pytest's own folder, which only its owner may enter.
-        self._folder = Path(tempfile.mkdtemp(prefix="agentflow-postgres-"))
-        self._account = _unprivileged_account()
-        self._process: subprocess.Popen[bytes] | None = None
+        self._programs = _find_postgres()
+        self._daemon = _Daemon("PostgreSQL")
         self._databases = 0
-        if "user" in self._account:
-            shutil.chown(self._folder, self._account["user"], self._account["group"])
 
     def __enter__(self) -> Self:
         try:
@@ -62,27 +58,25 @@ class PostgresServer:
 
     def start(self) -> None:
         """Start the server and return once it answers."""
-        # Only the first start may look for another port: afterwards clients hold URLs to this one.
-        chosen = self.port != 0
-        deadline = time.monotonic() + _START_LIMIT
-        while not self._try_start(self.port if chosen else _free_port(), deadline):
-            # The port was taken meanwhile, or a crashed predecessor has not let go of its memory.
-            if time.monotonic() > deadline:
-                raise ServerUnavailableError(f"PostgreSQL does not start:\n{self.log()}")
-            time.sleep(0.05)
+        self.port = self._daemon.start(self.port, self._command, self._connect)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it was started and neither stopped nor killed."""
+        return self._daemon.is_running
 
     def stop(self) -> None:
         """Shut the server down; open connections are cut."""
-        self._end(signal.SIGINT)
+        self._daemon.end(signal.SIGINT)
 
     def kill(self) -> None:
         """Crash the server: no shutdown, no checkpoint."""
-        self._end(signal.SIGKILL)
+        self._daemon.end(signal.SIGKILL)
 
     def close(self) -> None:
         """Stop the server and remove its data."""
         self.stop()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._daemon.remove_folder()
 
     def url(self, database: str) -> str:
         """Return the URL of one of its databases."""
@@ -105,65 +99,181 @@ class PostgresServer:
 
     def execute(self, statement: sql.Composed) -> None:
         """Run one administrative statement, outside of a transaction."""
-        with self._connect() as connection:
+        with self._connect(self.port) as connection:
             connection.execute(statement)
 
     def log(self) -> str:
         """Return the end of what the server wrote about itself."""
-        with contextlib.suppress(FileNotFoundError):
-            return (self._folder / "log").read_text(errors="replace")[-4000:]
-        return ""
+        return self._daemon.log()
 
     def _create_cluster(self) -> None:
         options = ["--no-sync", "--auth=trust", "--username=agentflow", "--locale=C", "-E", "UTF8"]
         done = subprocess.run(
-            [self._programs / "initdb", *options, "-D", self._folder / "data"],
-            cwd=self._folder,
+            [self._programs / "initdb", *options, "-D", self._daemon.folder / "data"],
+            cwd=self._daemon.folder,
             capture_output=True,
             check=False,
             timeout=_START_LIMIT,
-            **self._account,
+            **self._daemon.account,
         )
         if done.returncode != 0:
             raise ServerUnavailableError(f"initdb failed: {done.stderr.decode(errors='replace')}")
 
-    def _try_start(self, port: int, deadline: float) -> bool:
-        """Run the server until it answers; false if it ended instead."""
+    def _command(self, port: int) -> list[str | Path]:
         settings = {
             "listen_addresses": "127.0.0.1",
             "port": str(port),
             "unix_socket_directories": "",
             "max_connections": "200",
         }
-        with (self._folder / "log").open("ab") as log:
+        return [
+            self._programs / "postgres",
+            *("-D", self._daemon.folder / "data"),
+            *(f"--{name}={value}" for name, value in settings.items()),
+        ]
+
+    def _connect(self, port: int) -> psycopg.Connection:
+        url = f"postgresql://agentflow@127.0.0.1:{port}/postgres"
+        return psycopg.connect(url, autocommit=True, connect_timeout=5)
+
+
+class PgBouncer:
+    """A connection pooler in transaction mode: each transaction may get another server connection.
+
+    Everything but the mode and the size of the pool is as PgBouncer has it by default; above all,
+    it refuses startup parameters that it does not know.
+    """
+
+    def __init__(self, server: PostgresServer, *, pool_size: int = 2) -> None:
+        """Stand in front of a running server, with so many connections to it per database."""
+        self.port = 0
+        self._server = server
+        self._pool_size = pool_size
+        self._program = _find_pgbouncer()
+        self._daemon = _Daemon("PgBouncer")
+
+    def __enter__(self) -> Self:
+        try:
+            self.port = self._daemon.start(0, self._command, self._connect)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop it; whoever is connected is cut."""
+        self._daemon.end(signal.SIGTERM)  # at once, where SIGINT would wait for the clients
+        self._daemon.remove_folder()
+
+    def url(self, database: str) -> str:
+        """Return the URL of one of the server's databases, by way of the pooler."""
+        return f"postgresql://agentflow@127.0.0.1:{self.port}/{database}"
+
+    def connections(self, side: Literal["CLIENTS", "SERVERS"], database: str) -> int:
+        """Count its connections for a database: from clients, or to the server."""
+        with self._connect(self.port) as console:
+            rows = console.execute(f"SHOW {side}").fetchall()
+        return sum(database in row for row in rows)
+
+    def log(self) -> str:
+        """Return the end of what it wrote about itself."""
+        return self._daemon.log()
+
+    def _command(self, port: int) -> list[str | Path]:
+        settings = {
+            "listen_addr": "127.0.0.1",
+            "listen_port": port,
+            "unix_socket_dir": "",
+            "auth_type": "trust",
+            "auth_file": self._daemon.folder / "users",
+            "admin_users": "agentflow",
+            "pool_mode": "transaction",
+            "default_pool_size": self._pool_size,
+            "max_client_conn": 500,
+        }
+        lines = [
+            "[databases]",
+            f"* = host=127.0.0.1 port={self._server.port}",
+            "[pgbouncer]",
+            *(f"{name} = {value}" for name, value in settings.items()),
+        ]
+        (self._daemon.folder / "users").write_text('"agentflow" ""\n')
+        (self._daemon.folder / "pgbouncer.ini").write_text("\n".join([*lines, ""]))
+        return [self._program, self._daemon.folder / "pgbouncer.ini"]
+
+    def _connect(self, port: int) -> psycopg.Connection:
+        # Its own console, which looks like a database but knows no statement that is prepared.
+        url = f"postgresql://agentflow@127.0.0.1:{port}/pgbouncer"
+        return psycopg.connect(
+            url, autocommit=True, connect_timeout=5, cursor_factory=psycopg.ClientCursor
+        )
+
+
+class _Daemon:
+    """One server program: its folder and account, its process, and what it wrote about itself."""
+
+    def __init__(self, name: str) -> None:
+        self.account = _unprivileged_account(name)
+        # Not below pytest's own folder, which only its owner may enter.
+        self.folder = Path(tempfile.mkdtemp(prefix=f"agentflow-{name.lower()}-"))
+        self._name = name
+        self._process: subprocess.Popen[bytes] | None = None
+        if "user" in self.account:
+            shutil.chown(self.folder, self.account["user"], self.account["group"])
+
+    def start(
+        self,
+        port: int,
+        command: Callable[[int], list[str | Path]],
+        connect: Callable[[int], psycopg.Connection],
+    ) -> int:
+        """Run the program and return its port once it answers; 0 stands for any that is free."""
+        deadline = time.monotonic() + _START_LIMIT
+        while True:
+            chosen = port or _free_port()
+            if self._try_start(command(chosen), partial(connect, chosen), deadline):
+                return chosen
+            # The port was taken meanwhile, or a crashed predecessor has not let go of its memory.
+            if time.monotonic() > deadline:
+                raise ServerUnavailableError(f"{self._name} does not start:\n{self.log()}")
+            time.sleep(0.05)
+
+    def _try_start(
+        self,
+        command: list[str | Path],
+        connect: Callable[[], psycopg.Connection],
+        deadline: float,
+    ) -> bool:
+        """Run the server until it answers; false if it ended instead."""
+        with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
-                [
-                    self._programs / "postgres",
-                    *("-D", self._folder / "data"),
-                    *(f"--{name}={value}" for name, value in settings.items()),
-                ],
-                cwd=self._folder,
+                command,
+                cwd=self.folder,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 # An interrupt typed at the terminal is for pytest, which then stops the server.
                 start_new_session=True,
-                **self._account,
+                **self.account,
             )
-        self.port = port
         while self._process.poll() is None:
-            with contextlib.suppress(psycopg.OperationalError), self._connect():
+            with contextlib.suppress(psycopg.OperationalError), connect():
                 return True
             if time.monotonic() > deadline:
-                self.kill()
+                self.end(signal.SIGKILL)
                 break
             time.sleep(0.02)  # a server tells nobody when it is ready; it has to be asked
         return False
 
-    def _connect(self) -> psycopg.Connection:
-        return psycopg.connect(self.url("postgres"), autocommit=True, connect_timeout=5)
+    @property
+    def is_running(self) -> bool:
+        return self._process is not None
 
-    def _end(self, how: signal.Signals) -> None:
+    def end(self, how: signal.Signals) -> None:
+        """Send a signal and wait for the end of the process, if there is one."""
         if self._process is None:
             return
         self._process.send_signal(how)
@@ -173,6 +283,16 @@ class PostgresServer:
             self._process.kill()
             self._process.wait()
         self._process = None
+
+    def log(self) -> str:
+        """Return the end of what the program wrote."""
+        with contextlib.suppress(FileNotFoundError):
+            return (self.folder / "log").read_text(errors="replace")[-4000:]
+        return ""
+
+    def remove_folder(self) -> None:
+        """Remove everything that it has stored."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -204,7 +324,7 @@ def _connections_to(port: int) -> set[int]:
     }
 
 
-def _find_programs() -> Path:
+def _find_postgres() -> Path:
     """Return the folder of one version's programs: the one on the PATH, else the newest."""
     on_path = shutil.which("initdb")
     debian = Path("/usr/lib/postgresql").glob("[0-9]*/bin")
@@ -215,15 +335,25 @@ def _find_programs() -> Path:
     raise ServerUnavailableError("PostgreSQL is not installed (make test installs it where it may)")
 
 
-def _unprivileged_account() -> dict[str, Any]:
-    """Return the arguments that make `subprocess` drop root, which PostgreSQL refuses to run as."""
+def _find_pgbouncer() -> str:
+    """Return the program; Debian puts it where only root's PATH leads."""
+    found = shutil.which("pgbouncer") or shutil.which("pgbouncer", path="/usr/sbin")
+    if found is None:
+        raise ServerUnavailableError(
+            "PgBouncer is not installed (make test installs it where it may)"
+        )
+    return found
+
+
+def _unprivileged_account(name: str) -> dict[str, Any]:
+    """Return the arguments that make `subprocess` drop root, which the servers refuse to run as."""
     if os.geteuid() != 0:
         return {}
     for user in ("postgres", "nobody"):
         with contextlib.suppress(KeyError):
             entry = pwd.getpwnam(user)
             return {"user": user, "group": entry.pw_gid, "extra_groups": []}
-    raise ServerUnavailableError("PostgreSQL refuses to run as root and there is no other account")
+    raise ServerUnavailableError(f"{name} refuses to run as root and there is no other account")
 
 
 def _free_port() -> int:

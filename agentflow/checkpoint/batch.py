@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from agentflow.checkpoint.planning import Planned, PlannedCheckpoint, ThreadPlan
@@ -27,8 +27,12 @@ from agentflow.failpoints import failpoint
 
 _MAX_THREADS = 2048
 
-Refusal = Callable[[int], Exception | None]
-"""Says of a put, by its place in the batch, whether something before it has failed."""
+After = int | Exception | None
+"""What a put follows: another one of the batch, by its place, or something that has failed.
+
+A checkpoint without the writes that led to it would lose work, so one failure fails all that
+follows.
+"""
 
 
 class ThreadStates:
@@ -80,7 +84,7 @@ class Batch:
     """Some puts on their way into one commit."""
 
     def __init__(
-        self, rows: Rows, states: ThreadStates, puts: Sequence[Planned], has_failed: Refusal
+        self, rows: Rows, states: ThreadStates, puts: Sequence[Planned], after: Sequence[After]
     ) -> None:
         """Decide on `puts` in their order.
 
@@ -88,12 +92,12 @@ class Batch:
             rows: Where they go.
             states: What is known of their threads.
             puts: What to write.
-            has_failed: Says whether something that a put depends on has failed.
+            after: What each of them follows.
         """
         self._rows = rows
         self._states = states
         self._puts = puts
-        self._has_failed = has_failed
+        self._follows = after
         self._by_thread: dict[ThreadKey, list[int]] = {}
         for place, put in enumerate(puts):
             self._by_thread.setdefault(put.key[:2], []).append(place)
@@ -151,7 +155,8 @@ class Batch:
             plan = ThreadPlan(state, self._rows)
             is_refused = False
             for place in self._by_thread[key]:
-                error = self._has_failed(place)
+                follows = self._follows[place]
+                error = self.outcomes[follows] if isinstance(follows, int) else follows
                 if error is None:
                     error = plan.add(self._puts[place])
                     is_refused = is_refused or error is not None

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from agentflow.checkpoint.batch import Batch, ThreadStates
+from agentflow.checkpoint.batch import After, Batch, ThreadStates
 from agentflow.checkpoint.planning import Planned, PlannedCheckpoint
 from agentflow.checkpoint.rows import Rows
 from agentflow.checkpoint.sql import open_rows
@@ -38,22 +38,9 @@ class Put(Operation):
     def run(cls, session: Session, operations: Sequence[Put]) -> list[Any]:
         """Write what may be written, in order, and say for each what became of it."""
         places = {operation.future: place for place, operation in enumerate(operations)}
-
-        def has_failed(place: int) -> Exception | None:
-            # A checkpoint without the writes that led to it would lose work, so one failure fails
-            # all that follows.
-            previous = operations[place].previous
-            if previous is None:
-                return None
-            if previous in places:
-                return batch.outcomes[places[previous]]
-            if not previous.done() or previous.cancelled():
-                return None
-            error = previous.exception()
-            return error if isinstance(error, Exception) else None
-
         puts = [operation.planned for operation in operations]
-        batch = Batch(open_rows(session), operations[0].states, puts, has_failed)
+        after = [_outcome(operation.previous, places) for operation in operations]
+        batch = Batch(open_rows(session), operations[0].states, puts, after)
         try:
             batch.run()
         finally:
@@ -63,6 +50,18 @@ class Put(Operation):
                     put.was_sent = True
         session.after_commit(batch.publish)
         return [None if error is None else Rejected(error) for error in batch.outcomes]
+
+
+def _outcome(previous: Future[Any] | None, places: Mapping[Future[Any], int]) -> After:
+    """Say what a put depends on: one of the same batch, or something that is over."""
+    if previous is None:
+        return None
+    if previous in places:
+        return places[previous]
+    if not previous.done() or previous.cancelled():
+        return None
+    error = previous.exception()
+    return error if isinstance(error, Exception) else None
 
 
 class Verb(Operation):

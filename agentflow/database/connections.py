@@ -39,7 +39,7 @@ class Connections:
             sa.event.listen(self._autocommit, "connect", _commit_each_statement)
         self._own: PoolProxiedConnection | None = None
         """The writer's, kept from batch to batch."""
-        self._session: Session
+        self._session: Session | None = None
         self._errors: tuple[type[Exception], ...] = (self.engine.dialect.loaded_dbapi.Error,)
 
     @contextmanager
@@ -71,9 +71,8 @@ class Connections:
 
     def run_committing(self, function: Callable[[Session], T]) -> T:
         """Call `function` with the writer's session, on which each statement commits by itself."""
-        if self._own is None:
-            with translated(self.url):
-                self._own = self._autocommit.raw_connection()
+        if self._own is None or self._session is None:
+            self._own = self._connect()
             self._session = Session(_driver(self._own), self.dialect)
         try:
             return function(self._session)
@@ -86,8 +85,7 @@ class Connections:
     @contextmanager
     def reading(self) -> Iterator[Session]:
         """Open a connection for single queries."""
-        with translated(self.url):
-            pooled = self._autocommit.raw_connection()
+        pooled = self._connect()
         session = Session(_driver(pooled), self.dialect)
         try:
             yield session
@@ -99,6 +97,16 @@ class Connections:
         finally:
             session.close()
             pooled.close()
+
+    def _connect(self) -> PoolProxiedConnection:
+        try:
+            with translated(self.url):
+                return self._autocommit.raw_connection()
+        except self._errors as exc:
+            error = unavailable(self.url, exc, "unreachable")
+            if error is None:
+                raise
+            raise error from exc
 
     def _translate(
         self, exc: BaseException, pooled: PoolProxiedConnection
@@ -113,16 +121,27 @@ class Connections:
     def end_writing(self) -> None:
         """Give up the writer's connection; a new one is made when it is needed."""
         own, self._own = self._own, None
-        if own is not None:
-            self._session.close()
+        session, self._session = self._session, None
+        if own is not None and session is not None:
+            session.close()
             own.close()
 
     def abandon(self) -> None:
-        """Forget all connections without closing them: they belong to this process' parent."""
-        self.engine.dispose(close=False)
-        self._autocommit.dispose(close=False)
-        if self._own is not None:
-            self._own.detach()
+        """Give up, in the child of a fork, the connections of its parent."""
+        own, self._own = self._own, None
+        # A server's session is the parent's and must not hear of this. SQLite keeps the locks of
+        # its connections in a table of the process: what the child inherited has to go from it,
+        # or the child would believe that it holds what its parent does.
+        is_server = self.dialect != "sqlite"
+        if own is not None:
+            session, self._session = self._session, None
+            if is_server:
+                own.detach()
+            elif session is not None:
+                session.close()
+                own.close()
+        for engine in {self.engine, self._autocommit}:
+            engine.dispose(close=not is_server)
 
     def dispose(self) -> None:
         """Close all connections."""

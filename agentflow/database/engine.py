@@ -55,14 +55,20 @@ def parse_url(url: str) -> URL:
     raise UnsupportedUrlError(parsed.drivername, SUPPORTED)
 
 
-def make_engine(url: URL, settings: Settings) -> Engine:
-    """Make the engine of a database; nothing connects yet."""
+def make_engine(url: URL, settings: Settings, *, is_patient: bool = False) -> Engine:
+    """Make the engine of a database; nothing connects yet.
+
+    Args:
+        url: The database.
+        settings: How long to wait for it.
+        is_patient: Whether a single statement may take longer than that, as in a migration.
+    """
     if url.get_backend_name() == "sqlite":
         return _sqlite_engine(url, settings)
-    return _postgres_engine(url, settings)
+    return _postgres_engine(url, settings, is_patient=is_patient)
 
 
-def _postgres_engine(url: URL, settings: Settings) -> Engine:
+def _postgres_engine(url: URL, settings: Settings, *, is_patient: bool) -> Engine:
     timeout = int(settings.store_timeout.total_seconds())
     engine = sa.create_engine(
         url,
@@ -73,6 +79,8 @@ def _postgres_engine(url: URL, settings: Settings) -> Engine:
         connect_args={"connect_timeout": max(2, min(timeout, _CONNECT_TIMEOUT))},
     )
     limits = transaction_limits(settings)
+    if not is_patient:
+        _give_up_in_time(engine, settings.store_timeout)
 
     @sa.event.listens_for(engine, "connect")
     def _prepare(connection: Any, record: Any) -> None:
@@ -104,6 +112,23 @@ def _postgres_engine(url: URL, settings: Settings) -> Engine:
             cursor.connection.execute("SELECT 1")
 
     return engine
+
+
+def _give_up_in_time(engine: Engine, limit: timedelta) -> None:
+    """Close a connection whose server does not answer; the network may swallow all in silence."""
+    import psycopg
+
+    class Connection(psycopg.Connection[Any]):
+        def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
+            try:
+                return super().wait(gen, interval=interval, timeout=limit.total_seconds())
+            except psycopg.errors._WaitTimeout as exc:
+                self.pgconn.finish()
+                raise psycopg.OperationalError("the server gave no answer in time") from exc
+
+    @sa.event.listens_for(engine, "do_connect")
+    def _connect(_dialect: Any, _record: Any, arguments: Any, options: Any) -> Any:
+        return Connection.connect(*arguments, **options)
 
 
 def transaction_limits(settings: Settings) -> dict[str, int]:

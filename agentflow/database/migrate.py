@@ -56,7 +56,7 @@ def status(url: str) -> MigrationStatus:
 def up(url: str) -> MigrationStatus:
     """Create or migrate the schema of the database at `url`; safe to run twice, or at once."""
     parsed = parse_url(url)
-    engine = make_engine(parsed, load_settings())
+    engine = make_engine(parsed, load_settings(), is_patient=True)
     try:
         with translated(parsed):
             _upgrade(engine, parsed)

@@ -228,11 +228,16 @@ class GroupCommitWriter:
     def _write(self, batch: list[Operation]) -> None:
         until = time.monotonic() + self._deadline
         pause = _FIRST_PAUSE
+        was_unknown = False
         while (error := self._attempt(batch)) is not None:
+            if was_unknown and isinstance(error, StoreUnavailableError):
+                # Whatever became of this attempt, an earlier one may have been committed.
+                error = StoreUnavailableError(error.store, error.reason, "unknown")
             if not isinstance(error, StoreUnavailableError) or error.outcome in _DECIDED:
                 self._write_apart(batch, error)
                 return
             if error.outcome == "unknown":
+                was_unknown = True
                 batch = self._give_up(batch, error, lambda operation: not operation.resendable)
             # A database that was never reached is a wrong URL more likely than a restart.
             is_late = time.monotonic() + pause > until or self._closing.is_set()

@@ -118,11 +118,10 @@ class FencingSuite(Suite):
         for reader in (saver, another, another.with_lease(lease(7, "other"))):
             assert values_at(reader) == {"x": "c1"}
             assert writes_at(reader) == [("task", "x", 1)]
-            reader.copy_thread("t", f"copy for {id(reader)}")
+        another.copy_thread("t", "u")
+        assert writes_at(saver, thread="u") == [("task", "x", 1)]
 
-    def test_thread_is_open_again_after_release_but_not_to_old_leases(
-        self, saver: Saver
-    ) -> None:
+    def test_thread_is_open_again_after_release_but_not_to_old_leases(self, saver: Saver) -> None:
         holder = acquired(saver, lease(3))
         put(holder, "c1")
         asyncio.run(saver.release(lease(2)))

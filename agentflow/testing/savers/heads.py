@@ -77,9 +77,9 @@ class HeadsSuite(Suite):
             copied = {**found.checkpoint, "id": name, "channel_values": {}}
             saver.put(parent, copied, {"source": "fork", "step": 1}, {})  # type: ignore[arg-type]  # a dict is a TypedDict
             assert id_of(load(saver)) == name
-            assert values_at(saver) == values_at(saver, original) == found.checkpoint[
-                "channel_values"
-            ]
+            assert (
+                values_at(saver) == values_at(saver, original) == found.checkpoint["channel_values"]
+            )
 
     def test_put_without_a_parent_begins_a_line_of_its_own(self, saver: AnySaver) -> None:
         put_line(saver, "c1", "c2")
@@ -133,34 +133,13 @@ class HeadsSuite(Suite):
         won = ["c0"]
         for number in range(6):
             configs = [load(each).config for each in (saver, another) * 3]
-            outcomes = self._race(number, (saver, another) * 3, configs)
+            outcomes = _race(number, (saver, another) * 3, configs)
             (winner,) = [name for name, error in outcomes.items() if error is None]
             lost = [error for error in outcomes.values() if error is not None]
             assert [type(error) for error in lost] == [ConflictError] * 5
             won.append(winner)
         assert ids(saver.list(at())) == won[::-1]
         assert ids(another.list(at())) == won[::-1]
-
-    @staticmethod
-    def _race(number: int, savers: tuple[AnySaver, ...], configs: Any) -> dict[str, Any]:
-        outcomes: dict[str, Any] = {}
-        start = threading.Barrier(len(savers))
-
-        def run(place: int) -> None:
-            name = f"round {number} runner {place}"
-            start.wait(30)
-            try:
-                put(savers[place], name, configs[place])
-                outcomes[name] = None
-            except Exception as error:  # noqa: BLE001 -- judged by the test
-                outcomes[name] = error
-
-        threads = [threading.Thread(target=run, args=(place,)) for place in range(len(savers))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
-        return outcomes
 
     def test_known_id_is_not_overwritten(self, saver: AnySaver, another: AnySaver) -> None:
         """A stored checkpoint never changes, but by the invocation that has just put it."""
@@ -297,3 +276,25 @@ class HeadsSuite(Suite):
         for name in ("left", "right"):
             assert values_at(saver, name) == {"x": name}
             assert values_at(saver, f"{name} after") == {"x": name, "y": name}
+
+
+def _race(number: int, savers: tuple[AnySaver, ...], configs: Any) -> dict[str, Any]:
+    """Let savers put at the same moment; return the error of each, by the checkpoint's id."""
+    outcomes: dict[str, Any] = {}
+    start = threading.Barrier(len(savers))
+
+    def run(place: int) -> None:
+        name = f"round {number} runner {place}"
+        start.wait(30)
+        try:
+            put(savers[place], name, configs[place])
+            outcomes[name] = None
+        except Exception as error:  # noqa: BLE001 -- judged by the test
+            outcomes[name] = error
+
+    threads = [threading.Thread(target=run, args=(place,)) for place in range(len(savers))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return outcomes

@@ -1,0 +1,388 @@
+"""Random histories, held against a plain model: a dictionary of what each checkpoint had.
+
+Several savers take turns on one thread. They put lists that grow, are cut, edited and replaced, on
+the head and on branches from anywhere; tasks write, the same elements among others; runs are
+deleted, threads pruned and copied. After it all every checkpoint that is left must have exactly
+the values and the writes that it had when they were put, byte by byte.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any, NamedTuple
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from langchain_core.runnables import RunnableConfig
+
+from agentflow.testing.savers.base import Suite
+from agentflow.testing.savers.calls import AnySaver, after, at, checkpoint, dumped, ids, load
+
+TAIL = 8
+"""How many of the last stored elements may be edited in place and are noticed at once."""
+LISTS = ("x", "y")
+RUNS = 4
+
+
+class Edit(NamedTuple):
+    """What becomes of one list before the next checkpoint."""
+
+    kind: str
+    place: int
+    amount: int
+
+
+class Step(NamedTuple):
+    """A checkpoint, on the head or as a branch from some older one."""
+
+    writer: int
+    fork: int | None
+    edits: tuple[Edit, Edit]
+    writes: str
+    is_again: bool
+    """Whether the last checkpoint is put once more instead, as LangGraph does on exit."""
+
+
+class Verb(NamedTuple):
+    """A change of whole threads."""
+
+    name: str
+    writer: int
+    number: int
+
+
+KINDS = ("append", "append", "append", "append in place", "cut", "edit", "replace", "reverse",
+         "insert", "new", "copy", "same", "keep", "gone")  # fmt: skip
+small = st.integers(min_value=0, max_value=40)
+edits = st.builds(Edit, st.sampled_from(KINDS), small, st.integers(min_value=0, max_value=20))
+steps = st.builds(
+    Step,
+    st.integers(min_value=0, max_value=2),
+    st.none() | st.none() | small,
+    st.tuples(edits, edits),
+    st.sampled_from(["none", "before", "together", "after"]),
+    st.sampled_from([False] * 5 + [True]),
+)
+verbs = st.builds(
+    Verb,
+    st.sampled_from(["delete run", "delete run", "prune", "copy"]),
+    st.integers(min_value=0, max_value=1),
+    small,
+)
+plans = st.lists(steps | steps | steps | steps | verbs, min_size=4, max_size=30)
+
+
+@dataclass
+class Stored:
+    """What a checkpoint must have."""
+
+    parent: str | None
+    run: str
+    values: dict[str, bytes]
+    writes: list[tuple[str, str, bytes]] = field(default_factory=list)
+
+
+@dataclass
+class Live:
+    """An invocation: its own objects, and where it is."""
+
+    config: RunnableConfig
+    parent: RunnableConfig
+    values: dict[str, Any]
+    versions: dict[str, Any]
+    stored: Mapping[str, int]
+    """How long each list was when it was stored or loaded."""
+
+
+class History:
+    """Plays a plan on some savers, and knows what must come of it."""
+
+    def __init__(
+        self,
+        savers: tuple[AnySaver, ...],
+        fresh: Callable[[], AbstractContextManager[AnySaver]],
+        thread: str,
+        *,
+        verifies: bool,
+    ) -> None:
+        """Play on `thread`.
+
+        Args:
+            savers: They live as long as the history.
+            fresh: Opens one more, for one step.
+            thread: The thread's id; copies get others.
+            verifies: Whether the savers notice an edit of any element.
+        """
+        self.savers = savers
+        self.fresh = fresh
+        self.thread = thread
+        self.verifies = verifies
+        self.threads: dict[str, dict[str, Stored]] = {thread: {}}
+        self.lives: dict[int, Live] = {}
+        self.serial = count()
+
+    @property
+    def model(self) -> dict[str, Stored]:
+        """The checkpoints of the present thread, in the order of their puts."""
+        return self.threads[self.thread]
+
+    def play(self, plan: list[Step | Verb]) -> None:
+        """Do what the plan says, and look at the newest checkpoint after each of its points."""
+        for point in plan:
+            if isinstance(point, Verb):
+                self.call(point)
+            else:
+                with self.writer(point.writer) as saver:
+                    self.step(saver, point)
+            self.check_head(self.savers[0])
+            self.check_head(self.savers[1])
+
+    @contextmanager
+    def writer(self, number: int) -> Iterator[AnySaver]:
+        """Return one of the savers, or a fresh one."""
+        if number < len(self.savers):
+            yield self.savers[number]
+        else:
+            self.lives.pop(number, None)
+            with self.fresh() as opened:
+                yield opened
+
+    def call(self, verb: Verb) -> None:
+        """Delete a run, prune the thread, or go on in a copy of it."""
+        saver = self.savers[verb.writer]
+        if verb.name == "prune":
+            saver.prune([self.thread])
+            for name in list(self.model)[:-1]:
+                del self.model[name]
+        elif verb.name == "copy":
+            target = f"{self.thread}'"
+            saver.copy_thread(self.thread, target)
+            self.threads[target] = copy.deepcopy(self.model)
+            self.thread = target
+            self.lives.clear()
+        else:
+            run = self.run(verb.number)
+            saver.delete_for_runs([run])
+            for model in self.threads.values():
+                for name in [name for name, stored in model.items() if stored.run == run]:
+                    del model[name]
+
+    def run(self, number: int) -> str:
+        """Name a run of this history."""
+        return f"{self.thread.rstrip(chr(39))} run {number % RUNS}"
+
+    def step(self, saver: AnySaver, step: Step) -> None:
+        """Put a checkpoint, and what a task has written before it."""
+        again = self.lives.get(step.writer)
+        head = next(reversed(self.model), None)
+        is_again = (
+            step.is_again
+            and again is not None
+            and head is not None
+            and again.config["configurable"].get("checkpoint_id") == head
+            and self.model[head].parent in {*self.model, None}
+        )
+        live = self.invocation(saver, step, head)
+        if is_again and again is not None and head is not None:
+            live = again
+            name, parent = head, again.parent
+        else:
+            name, parent = f"c{next(self.serial):03}", live.config
+        changed = self.edit(live, step.edits)
+        self.put(saver, step, name, parent, live, changed)
+        self.lives[step.writer] = Live(
+            after(parent, name),
+            parent,
+            live.values,
+            live.versions,
+            {channel: len(live.values.get(channel, ())) for channel in LISTS},
+        )
+
+    def invocation(self, saver: AnySaver, step: Step, head: str | None) -> Live:
+        """Return an invocation that may put next: the writer's own, or a new one."""
+        if head is None:
+            return Live(at(thread=self.thread), at(thread=self.thread), {}, {}, {})
+        live = self.lives.get(step.writer)
+        if step.fork is None and live is not None:
+            if live.config["configurable"].get("checkpoint_id") == head:
+                return live
+        name = None if step.fork is None else list(self.model)[step.fork % len(self.model)]
+        found = load(saver, name, thread=self.thread)
+        values = dict(found.checkpoint["channel_values"])
+        return Live(
+            found.config,
+            found.config,
+            values,
+            dict(found.checkpoint["channel_versions"]),
+            {channel: len(values.get(channel, ())) for channel in LISTS},
+        )
+
+    def edit(self, live: Live, edits: tuple[Edit, Edit]) -> dict[str, list[Any]]:
+        """Change the lists, and return for each changed one what was added to it."""
+        changed: dict[str, list[Any]] = {}
+        for channel, each in zip(LISTS, edits, strict=True):
+            if each.kind == "keep":
+                continue
+            changed[channel] = []
+            if each.kind == "gone":
+                live.values.pop(channel, None)
+                continue
+            items = live.values.get(channel, [])
+            added = [self.element() for _ in range(each.amount)]
+            live.values[channel] = self.edited(items, each, added, live.stored.get(channel, 0))
+            if each.kind.startswith("append"):
+                changed[channel] = added
+        live.versions |= dict.fromkeys(changed, f"v{next(self.serial):03}")
+        return changed
+
+    def edited(self, items: list[Any], edit: Edit, added: list[Any], stored: int) -> list[Any]:
+        """Return the list as it is afterwards."""
+        place = edit.place % len(items) if items else 0
+        match edit.kind:
+            case "append":
+                return [*items, *added]
+            case "append in place":
+                items.extend(added)
+                return items
+            case "cut":
+                return items[: len(items) - edit.amount % (len(items) + 1)]
+            case "edit" if items:
+                if not self.verifies:
+                    first = max(0, min(stored, len(items)) - TAIL)
+                    place = first + edit.place % (len(items) - first)
+                if isinstance(items[place], dict):
+                    items[place]["edited"] = next(self.serial)
+                else:
+                    items[place] = self.element()
+                return items
+            case "replace" if items:
+                return [*items[:place], self.element(), *items[place + 1 :]]
+            case "insert":
+                return [*items[:place], *added, *items[place:]]
+            case "reverse":
+                return items[::-1]
+            case "new":
+                return added
+            case "copy":
+                return copy.deepcopy(items)
+        return items
+
+    def element(self) -> Any:
+        """Make an element; most are too large to stand in the row of each checkpoint."""
+        number = next(self.serial)
+        kinds: tuple[Any, ...] = (
+            {"number": number, "text": "text " * 20},
+            f"text {number} " * 15,
+            number,
+            (number, ["nested"]),
+            b"bytes" * number,
+            {"number": number},
+            -0.0 if number % 2 else 0,
+        )
+        return kinds[number % len(kinds)]
+
+    def put(
+        self,
+        saver: AnySaver,
+        step: Step,
+        name: str,
+        parent: RunnableConfig,
+        live: Live,
+        changed: dict[str, list[Any]],
+    ) -> None:
+        """Put it, with the writes before it, in the same commit, or late."""
+        versions = {channel: live.versions[channel] for channel in changed}
+        made = checkpoint(name, dict(live.versions), **live.values)
+        run = self.run(next(self.serial))
+        parent_id = parent["configurable"].get("checkpoint_id")
+        task = f"task {next(self.serial):04}"
+        batch = [*changed.items(), ("z", task)]
+        is_written = step.writes != "none" and parent_id in self.model
+
+        async def superstep() -> None:
+            if is_written and step.writes == "before":
+                await saver.aput_writes(parent, batch, task)
+            early = (
+                saver.aput_writes(parent, batch, task)
+                if is_written and step.writes == "together"
+                else None
+            )
+            metadata: Any = {"step": 1, "run_id": run}
+            await saver.aput(parent, made, metadata, versions)
+            if early is not None:
+                await early
+            if is_written and step.writes == "after":
+                await saver.aput_writes(parent, batch, task)
+
+        written = [(task, channel, dumped(value)) for channel, value in batch]
+        asyncio.run(superstep())
+        if is_written:
+            self.model[parent_id].writes += written
+        before = self.model.get(name)
+        values = {channel: dumped(value) for channel, value in live.values.items()}
+        self.model[name] = Stored(parent_id, run, values, before.writes if before else [])
+
+    def check_head(self, saver: AnySaver) -> None:
+        """Look at the newest checkpoint."""
+        found = saver.get_tuple(at(thread=self.thread))
+        name = next(reversed(self.model), None)
+        assert (found and found.checkpoint["id"]) == name
+        if found is not None and name is not None:
+            self.check_one(found, self.model[name])
+
+    def check(self) -> None:
+        """Look at everything, through every saver."""
+        with self.fresh() as opened:
+            for saver in (*self.savers, opened):
+                for thread, model in self.threads.items():
+                    listed = list(saver.list(at(thread=thread)))
+                    assert ids(listed) == list(model)[::-1]
+                    for found in listed:
+                        self.check_one(found, model[found.checkpoint["id"]])
+                    for name, stored in model.items():
+                        self.check_one(load(saver, name, thread=thread), stored)
+
+    @staticmethod
+    def check_one(found: Any, stored: Stored) -> None:
+        """Compare a checkpoint with what it must have."""
+        values = found.checkpoint["channel_values"]
+        assert {channel: dumped(value) for channel, value in values.items()} == stored.values
+        parent = found.parent_config and found.parent_config["configurable"]["checkpoint_id"]
+        assert parent == stored.parent
+        writes = [(task, channel, dumped(value)) for task, channel, value in found.pending_writes]
+        assert writes == sorted(stored.writes, key=lambda write: write[0])
+
+
+class HistoriesSuite(Suite):
+    """Random histories, byte by byte."""
+
+    examples = 40
+    """How many histories each test plays."""
+
+    @pytest.mark.parametrize("verifies", [False, True])
+    def test_random_history_keeps_every_value_and_write(
+        self, saver: AnySaver, verifies: bool
+    ) -> None:
+        numbers = count()
+
+        def fresh() -> AbstractContextManager[AnySaver]:
+            return self.open_another(verify_deltas=verifies)
+
+        with fresh() as one, fresh() as two:
+
+            @settings(max_examples=self.examples, deadline=None)
+            @given(plans)
+            def play(plan: list[Step | Verb]) -> None:
+                thread = f"history {next(numbers)}"
+                history = History((one, two), fresh, thread, verifies=verifies)
+                history.play(plan)
+                history.check()
+
+            play()
+        saver.delete_thread("history 0")

@@ -1,0 +1,191 @@
+"""A wire to a PostgreSQL server on this machine that can be cut, closed, or made to swallow all.
+
+`Proxy` forwards connections until it is told to do harm, and forwards again after `heal`. Of the
+protocol it knows where a message and where a reply ends, so that a whole reply can be lost after
+the server has done what it was asked to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Coroutine
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from sqlalchemy.engine import make_url
+
+_LIMIT = 30.0
+_SILENCE = 0.2
+"""Seconds after which a server that has not ended its reply waits for its client."""
+_READY = b"Z"
+"""The type of the message that ends each reply; it says whether a transaction is open."""
+
+
+@dataclass(kw_only=True)
+class _Harm:
+    """What is going to be cut, counted from when it was asked for."""
+
+    reply: int = 0
+    """Cut in place of this reply, once the server has given it, ..."""
+    size: int = 0
+    """... or after so many bytes from the server."""
+    done: Future[bool] = field(default_factory=Future)
+
+    def strikes(self, message: bytes) -> bool:
+        """Count a message from the server; whether it is the one to cut at."""
+        if self.reply:
+            if self.reply == 1:
+                return True
+            self.reply -= message.startswith(_READY)
+            return False
+        if self.size <= len(message):
+            return True
+        self.size -= len(message)
+        return False
+
+
+class Proxy:
+    """Forwards a port of its own to another port of this machine; may be used from any thread."""
+
+    def __init__(self, port: int) -> None:
+        """Lead to a server's port."""
+        self.port = 0
+        self._server_port = port
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
+        self._listener: asyncio.Server | None = None
+        self._wires: set[asyncio.Task[None]] = set()
+        self._harm: _Harm | None = None
+        self._striking: asyncio.Task[None] | None = None
+        self._swallows = False
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        self._call(self._listen())
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.refuse()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(_LIMIT)
+        self._loop.close()
+
+    def url(self, url: str) -> str:
+        """Return the URL that leads to the same database of the server through this wire."""
+        # An offer of encryption would stand before the first message.
+        plain = {"sslmode": "disable", "gssencmode": "disable"}
+        through = make_url(url).set(host="127.0.0.1", port=self.port).update_query_dict(plain)
+        return through.render_as_string(hide_password=False)
+
+    def refuse(self) -> None:
+        """Cut every connection and refuse new ones."""
+        self._call(self._refuse())
+
+    def swallow(self) -> None:
+        """Take everything from both ends, on old connections and new ones, and deliver nothing."""
+        self._swallows = True
+
+    def lose_reply(self, number: int) -> Future[bool]:
+        """Let the server do what it is asked, and lose its `number`-th reply from now.
+
+        Then every connection is cut and new ones are refused, until `heal`. The result comes after
+        that; it is whether no transaction was left open, so that what was asked is committed.
+        """
+        self._harm = _Harm(reply=number)
+        return self._harm.done
+
+    def cut_after(self, size: int) -> Future[bool]:
+        """Cut once the server has said so many more bytes; otherwise as `lose_reply`."""
+        self._harm = _Harm(size=size)
+        return self._harm.done
+
+    def heal(self) -> None:
+        """Forward again; a connection on which something was swallowed is cut."""
+        if self._swallows:
+            self.refuse()
+        self._swallows, self._harm = False, None
+        self._call(self._listen())
+
+    def _call(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(_LIMIT)
+
+    async def _listen(self) -> None:
+        if self._listener is None:
+            self._listener = await asyncio.start_server(self._connect, "127.0.0.1", self.port)
+            self.port = self._listener.sockets[0].getsockname()[1]
+
+    async def _refuse(self) -> None:
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+        wires = list(self._wires)
+        for wire in wires:
+            wire.cancel()
+        await asyncio.gather(*wires, return_exceptions=True)
+
+    async def _connect(self, client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
+        wire = asyncio.current_task()
+        assert wire is not None
+        self._wires.add(wire)
+        ends = [to_client]
+        pumps: list[asyncio.Task[None]] = []
+        # The server may be gone, and `cancel` is how the wire is cut.
+        with contextlib.suppress(ConnectionError, asyncio.CancelledError):
+            if self._listener is not None:
+                server, to_server = await asyncio.open_connection("127.0.0.1", self._server_port)
+                ends.append(to_server)
+                pumps.append(asyncio.create_task(self._ask(client, to_server)))
+                pumps.append(asyncio.create_task(self._answer(server, to_client)))
+                # Whichever end closes first closes the other.
+                await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+        for end in ends:
+            end.transport.abort()
+        for pump in pumps:
+            pump.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.gather(*pumps, return_exceptions=True)
+        self._wires.discard(wire)
+
+    async def _ask(self, client: asyncio.StreamReader, to_server: asyncio.StreamWriter) -> None:
+        while data := await client.read(65536):
+            if not self._swallows:
+                to_server.write(data)
+                await to_server.drain()
+
+    async def _answer(self, server: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
+        while True:
+            message = await _read_message(server)
+            if self._swallows:
+                continue
+            harm = self._harm
+            if harm is not None and harm.strikes(message):
+                self._harm = None
+                to_client.write(message[: harm.size])
+                is_idle = bool(harm.reply) and await _ends_idle(message, server)
+                # Apart from this task, which is about to be cut off itself.
+                self._striking = asyncio.create_task(self._strike(harm, is_idle))
+                await asyncio.wait([self._striking])
+            to_client.write(message)
+            await to_client.drain()
+
+    async def _strike(self, harm: _Harm, is_idle: bool) -> None:
+        await self._refuse()
+        harm.done.set_result(is_idle)
+
+
+async def _read_message(server: asyncio.StreamReader) -> bytes:
+    """Read a type of one byte, a length that counts itself, and the rest."""
+    head = await server.readexactly(5)
+    return head + await server.readexactly(int.from_bytes(head[1:]) - 4)
+
+
+async def _ends_idle(message: bytes, server: asyncio.StreamReader) -> bool:
+    """Read the rest of a reply; whether no transaction is open after it."""
+    with contextlib.suppress(TimeoutError):
+        while not message.startswith(_READY):
+            async with asyncio.timeout(_SILENCE):
+                message = await _read_message(server)
+    return message.startswith(_READY) and message.endswith(b"I")
