@@ -99,8 +99,15 @@ def fail_span(span: Span, error_type: str) -> None:
     span.set_status(Status(StatusCode.ERROR, error_type))
 
 
-def start_checkpoint_span(*, thread_id: str, ns: str, checkpoint_id: str, step: int | None) -> Span:
-    """Start the span of one checkpoint write; the saver ends it when the write is durable."""
+def start_checkpoint_span(
+    *, thread_id: str, ns: str, checkpoint_id: str, step: int | None
+) -> Span | None:
+    """Start the span of one checkpoint write; the saver ends it when the write is durable.
+
+    `None` without an SDK: this runs with every step of every graph.
+    """
+    if isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
+        return None
     attributes: dict[str, Any] = {
         THREAD_ID: thread_id,
         CHECKPOINT_NS: ns,

@@ -97,7 +97,7 @@ def _check_sessions() -> int:
     connections = [
         found
         for found in gc.get_objects()
-        if type(found) in {psycopg.Connection, psycopg.AsyncConnection}
+        if isinstance(found, (psycopg.Connection, psycopg.AsyncConnection))
         and not found.closed
         and found.pgconn.transaction_status == TransactionStatus.IDLE
         and found.pgconn.pipeline_status == PipelineStatus.OFF

@@ -463,11 +463,9 @@ class Saver(BaseCheckpointSaver[str]):
         thread_id = configurable.get("thread_id")
         if thread_id is None or thread_id == "":
             raise InvalidInputError("config", ("configurable.thread_id: is missing",))
-        ns = configurable.get("checkpoint_ns") or ""
-        _check_text("thread_id", str(thread_id))
-        _check_text("checkpoint_ns", ns)
-        _check_text("checkpoint_id", configurable.get("checkpoint_id") or "")
-        return (*self._thread_key(str(thread_id)), ns)
+        thread_id, ns = str(thread_id), configurable.get("checkpoint_ns") or ""
+        _check_texts(thread_id, ns, configurable.get("checkpoint_id") or "")
+        return (self._tenant, thread_id, ns)
 
     def _wait_for(self, thread: ThreadKey) -> None:
         self._intake.store_held(self._encoder, thread)
@@ -498,7 +496,7 @@ class Saver(BaseCheckpointSaver[str]):
         new_versions: ChannelVersions,
     ) -> tuple[RunnableConfig, Future[Any]]:
         key = self._head_key(config)
-        _check_text("checkpoint_id", checkpoint["id"])
+        _check_texts(checkpoint["id"])
         future = self._intake.checkpoint(
             self._encoder, key, self._lease, config, checkpoint, metadata, new_versions
         )
@@ -523,16 +521,17 @@ class Saver(BaseCheckpointSaver[str]):
         return found
 
 
-def _check_text(name: str, value: str) -> None:
-    """Refuse what no database can keep in a text column."""
-    if value.isascii() and "\x00" not in value:
+def _check_texts(*texts: str) -> None:
+    """Refuse ids that no database can keep in a text column."""
+    together = "".join(texts)
+    if together.isascii() and "\x00" not in together:
         return
     try:
-        is_storable = "\x00" not in value.encode().decode()
+        is_storable = "\x00" not in together.encode().decode()
     except UnicodeError:
         is_storable = False
     if not is_storable:
-        advice = f"configurable.{name}: holds a NUL or a lone surrogate; use plain text"
+        advice = "configurable: an id holds a NUL or a lone surrogate; use plain text"
         raise InvalidInputError("config", (advice,))
 
 

@@ -58,7 +58,7 @@ class Intake:
         self._database = database
         self._policy = policy
         self._instance = new_id()[-16:]
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
         # The last operation on each checkpoint that is not durable yet, or has failed. What is
         # bound to a checkpoint, or follows from it, comes after it and fails with it.
         self._tails: dict[_Place, Future[Any]] = {}
@@ -144,11 +144,13 @@ class Intake:
         def made() -> PlannedCheckpoint:
             planned = make()
             encoder.follow(planned)
-            span.set_attribute(CHECKPOINT_BYTES, planned.size)
+            if span is not None:
+                span.set_attribute(CHECKPOINT_BYTES, planned.size)
             return planned
 
         future = self._enqueue(key, lease, config, checkpoint_id, made)
-        future.add_done_callback(lambda done: _end_span(span, done))
+        if span is not None:
+            future.add_done_callback(partial(_end_span, span))
         return future
 
     def _store_held(self, encoder: Encoder, place: tuple[HeadKey, Lease | None]) -> None:
@@ -199,7 +201,7 @@ class Intake:
                 operation.previous = self._tails.get((key, lease, after))
                 future = self._database.submit(operation)
                 self._tails[place] = future
-        future.add_done_callback(lambda done: self._end(place, done))
+        future.add_done_callback(partial(self._end, place))
         return future
 
     def _end(self, place: _Place, done: Future[Any]) -> None:
