@@ -31,6 +31,7 @@ from langgraph.runtime import RunControl
 from langgraph.types import Command, Interrupt, StateSnapshot
 from opentelemetry.trace import Span
 
+from agentflow import upstream
 from agentflow.checkpoint import Saver
 from agentflow.errors import (
     AttemptsExhaustedError,
@@ -162,6 +163,7 @@ class Driver:
         self, store: RunStore, saver: BaseCheckpointSaver[Any], keeper: LeaseKeeper
     ) -> None:
         """Use `store` for runs, `saver` for their checkpoints, and let `keeper` keep the leases."""
+        upstream.mend()
         self._store = store
         self._saver = saver
         self._keeper = keeper
@@ -172,8 +174,7 @@ class Driver:
         """Drive a claimed run until it parks, ends, or has to be given up.
 
         Whatever happens is in the run store afterwards, unless the lease was lost or the store
-        cannot be
-        reached: then another attempt will continue from what is durable.
+        cannot be reached: then another attempt will continue from what is durable.
 
         Raises:
             asyncio.CancelledError: The caller was cancelled; the run was released first.

@@ -427,6 +427,8 @@ def _children(value: Any) -> list[tuple[str, Any]]:
         return [(f"[{i}]", item) for i, item in enumerate(value)]
     if isinstance(value, (set, frozenset)):
         return [("{}", item) for item in value]
+    if isinstance(value, Send):
+        return [(".arg", value.arg)]
     if isinstance(value, BaseModel):
         fields, extra, _, private = _pydantic_state(value)
         parts = {**fields, **(extra or {}), **(private or {})}

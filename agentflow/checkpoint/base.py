@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import random
+import sys
 from collections.abc import (
     AsyncIterator,
     Callable,
@@ -58,6 +59,8 @@ from agentflow.types import FencingToken, Lease
 T = TypeVar("T")
 _WIDTH = 12
 """Digits of a new thread's versions, which are compared as text."""
+MAX_ID = 1000
+"""Bytes of the longest id or namespace; PostgreSQL's indexes take no more than two of these."""
 
 
 class Saver(BaseCheckpointSaver[str]):
@@ -456,6 +459,7 @@ class Saver(BaseCheckpointSaver[str]):
         await self.aclose()
 
     def _thread_key(self, thread_id: str) -> ThreadKey:
+        check_ids(thread_id=thread_id)
         return (self._tenant, thread_id)
 
     def _head_key(self, config: RunnableConfig) -> HeadKey:
@@ -464,7 +468,8 @@ class Saver(BaseCheckpointSaver[str]):
         if thread_id is None or thread_id == "":
             raise InvalidInputError("config", ("configurable.thread_id: is missing",))
         thread_id, ns = str(thread_id), configurable.get("checkpoint_ns") or ""
-        _check_texts(thread_id, ns, configurable.get("checkpoint_id") or "")
+        checkpoint_id = configurable.get("checkpoint_id") or ""
+        check_ids(thread_id=thread_id, checkpoint_ns=ns, checkpoint_id=checkpoint_id)
         return (self._tenant, thread_id, ns)
 
     def _wait_for(self, thread: ThreadKey) -> None:
@@ -484,6 +489,7 @@ class Saver(BaseCheckpointSaver[str]):
         task_path: str,
     ) -> Future[Any]:
         key = self._head_key(config)
+        check_ids(sys.maxsize, task_id=task_id, task_path=task_path)
         return self._intake.writes(
             self._encoder, key, self._lease, config, writes, task_id, task_path
         )
@@ -496,7 +502,7 @@ class Saver(BaseCheckpointSaver[str]):
         new_versions: ChannelVersions,
     ) -> tuple[RunnableConfig, Future[Any]]:
         key = self._head_key(config)
-        _check_texts(checkpoint["id"])
+        check_ids(checkpoint_id=checkpoint["id"])
         future = self._intake.checkpoint(
             self._encoder, key, self._lease, config, checkpoint, metadata, new_versions
         )
@@ -521,18 +527,31 @@ class Saver(BaseCheckpointSaver[str]):
         return found
 
 
-def _check_texts(*texts: str) -> None:
-    """Refuse ids that no database can keep in a text column."""
-    together = "".join(texts)
-    if together.isascii() and "\x00" not in together:
-        return
-    try:
-        is_storable = "\x00" not in together.encode().decode()
-    except UnicodeError:
-        is_storable = False
-    if not is_storable:
-        advice = "configurable: an id holds a NUL or a lone surrogate; use plain text"
-        raise InvalidInputError("config", (advice,))
+def check_ids(limit: int = MAX_ID, /, **texts: str) -> None:
+    """Refuse ids that not every database can keep and index.
+
+    Args:
+        limit: Bytes of the longest.
+        texts: Ids by name.
+
+    Raises:
+        InvalidInputError: Names them.
+    """
+    bad = []
+    for name, text in texts.items():
+        if text.isascii() and "\x00" not in text and len(text) <= limit:
+            continue
+        try:
+            encoded = text.encode()
+        except UnicodeEncodeError:
+            bad.append(f"{name}: holds a lone surrogate; use plain text")
+            continue
+        if b"\x00" in encoded:
+            bad.append(f"{name}: holds a NUL; use plain text")
+        elif len(encoded) > limit:
+            bad.append(f"{name}: is longer than {limit} bytes")
+    if bad:
+        raise InvalidInputError("config", tuple(bad))
 
 
 def on_rows(function: Callable[[Rows], T]) -> Callable[[Session], T]:

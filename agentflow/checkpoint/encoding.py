@@ -43,15 +43,13 @@ from agentflow.checkpoint.rows import (
     Stored,
     ThreadKey,
 )
+from agentflow.checkpoint.stamps import KEY, Stamp, read_seen
 from agentflow.codec import Codec, unseal
 from agentflow.delta import KnownList, grown, hash_block, whole
 from agentflow.delta import loaded as remembered
 from agentflow.errors import HashMismatchError
 from agentflow.types import Lease, new_id
 
-# LangGraph hands the configurable keys of a loaded checkpoint back with each put of the invocation,
-# and keeps keys that start with two underscores out of the metadata.
-_SEEN = "__agentflow_seen"
 # LangGraph's engine marks the configuration of what it runs with keys of its own.
 _ENGINE = "__pregel_"
 _KNOWN_LIMIT = 1024
@@ -260,11 +258,13 @@ class Encoder:
         configurable = {
             "thread_id": found.thread_id,
             "checkpoint_ns": row.ns,
-            _SEEN: Seen(
-                ns=row.ns,
-                head_seq=found.head_seq,
-                checkpoint_id=row.checkpoint_id,
-                load_id=new_id(),
+            KEY: Stamp(
+                Seen(
+                    ns=row.ns,
+                    head_seq=found.head_seq,
+                    checkpoint_id=row.checkpoint_id,
+                    load_id=new_id(),
+                )
             ),
         }
         parent = row.parent_id
@@ -378,12 +378,6 @@ def safe_repr(error: BaseException) -> str:
         return repr(error)
     except Exception:  # noqa: BLE001 -- user code
         return f"{type(error).__name__}(<no text: its repr raises>)"
-
-
-def read_seen(config: RunnableConfig, ns: str) -> Seen | None:
-    """Return what the invocation behind a call saw when it loaded this namespace, if it did."""
-    stamp = config["configurable"].get(_SEEN)
-    return stamp if isinstance(stamp, Seen) and stamp.ns == ns else None
 
 
 def _is_engines(name: str) -> bool:

@@ -20,11 +20,12 @@ from langgraph.checkpoint.serde.types import ERROR, INTERRUPT
 from opentelemetry.trace import Span
 
 from agentflow.checkpoint.batch import ThreadStates
-from agentflow.checkpoint.encoding import Encoder, KnownLists, read_seen
+from agentflow.checkpoint.encoding import Encoder, KnownLists
 from agentflow.checkpoint.operations import Put, Verb
 from agentflow.checkpoint.planning import Planned, PlannedCheckpoint, PlannedWrites, Seen
 from agentflow.checkpoint.policy import SavePolicy
 from agentflow.checkpoint.rows import HeadKey, Rows, ThreadKey
+from agentflow.checkpoint.stamps import read_seen
 from agentflow.database import Database
 from agentflow.errors import AgentflowError
 from agentflow.telemetry import CHECKPOINT_BYTES, fail_span, start_checkpoint_span

@@ -97,12 +97,13 @@ class Listing:
         run_id = self.matching.get("run_id")
         self.thread_id = None if thread_id is None else str(thread_id)
         self._reader = reader
+        self._before = (before or {}).get("configurable", {}).get("checkpoint_id") or None
+        self._horizon: _Horizon | None = None
         self._query = Query(
             tenant=tenant,
             thread_id=self.thread_id,
             ns=configurable.get("checkpoint_ns"),
             checkpoint_id=configurable.get("checkpoint_id") or None,
-            before=(before or {}).get("configurable", {}).get("checkpoint_id") or None,
             # The one metadata key with a column, and an index, of its own.
             run_id=run_id if isinstance(run_id, str) else None,
             limit=_PAGE if limit is None or self.matching else max(0, min(limit, _PAGE)),
@@ -112,13 +113,32 @@ class Listing:
 
     def read(self, rows: Rows) -> list[CheckpointTuple]:
         """Read the next page, and return what matches."""
+        if self._before is not None:
+            self._look_back(rows, self._before)
+            self._before = None
         page = self._reader.page(rows, self._query)
         self.is_done = len(page) < self._query.limit
         if page:
             last, row = page[-1][0], page[-1][0].row
             after = row.seq if self.thread_id else (row.checkpoint_id, last.thread_id, row.ns)
             self._query = replace(self._query, after=after)
+        if self._horizon is not None:
+            items = [item for item in page if item[1] and self._horizon.is_before(rows, item[1])]
+            return list(self._matching(item for _, item in items if item is not None))
         return list(self._matching(item for _, item in page if item is not None))
+
+    def _look_back(self, rows: Rows, before: str) -> None:
+        """Find out what "older than that checkpoint" means."""
+        query = self._query
+        found = rows.locate(query.tenant, self.thread_id, before) if self.thread_id else None
+        if found is None or self.thread_id is None:
+            self._query = replace(query, before=before)
+        elif query.ns in {None, found[0]}:
+            self._query = replace(query, before=found[1])
+        else:
+            # A checkpoint of a subgraph may be durable before that of its parent from which the
+            # subgraph was called, so that their numbers say nothing about each other.
+            self._horizon = _Horizon(query.tenant, self.thread_id, *found)
 
     def _matching(self, items: Iterator[CheckpointTuple]) -> Iterator[CheckpointTuple]:
         for item in items:
@@ -130,3 +150,23 @@ class Listing:
                 if self._remaining <= 0:
                     self.is_done = True
                     return
+
+
+class _Horizon:
+    """A checkpoint of another namespace, before which something has to be."""
+
+    def __init__(self, tenant: str, thread_id: str, ns: str, seq: int) -> None:
+        self._key = (tenant, thread_id, ns)
+        self._seq = seq
+        self._numbers: dict[str, int | None] = {}
+
+    def is_before(self, rows: Rows, item: CheckpointTuple) -> bool:
+        """Whether the superstep from which a subgraph was called had begun earlier."""
+        parent = item.metadata.get("parents", {}).get(self._key[2])
+        if parent is None:
+            return False
+        if parent not in self._numbers:
+            found = rows.find_checkpoint(self._key, parent)
+            self._numbers[parent] = found.row.seq if isinstance(found, FoundCheckpoint) else None
+        number = self._numbers[parent]
+        return number is not None and number < self._seq

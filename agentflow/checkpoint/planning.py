@@ -59,8 +59,8 @@ class Seen:
     ns: str
     head_seq: int
     checkpoint_id: str
-    load_id: str = field(compare=False)
-    """Names the load, and with it the invocation; two loads of the same are equal otherwise."""
+    load_id: str
+    """Names the load, and with it the invocation."""
 
 
 class WholeList(NamedTuple):

@@ -167,8 +167,8 @@ class Query:
     ns: str | None = None
     checkpoint_id: str | None = None
     run_id: str | None = None
-    before: str | None = None
-    """Only what is older than the checkpoint of this id, in any namespace of the thread."""
+    before: int | str | None = None
+    """Only what has a lower number, or an id that is less, than this."""
     after: tuple[str, str, str] | int | None = None
     """Where the page before ended: a number within a thread; id, thread and namespace over all."""
     limit: int = 50
@@ -216,6 +216,10 @@ class Rows(ABC):
         Within a thread the order is that of the sequence numbers. Over all threads it is that of
         the ids, whose clocks may differ.
         """
+
+    @abstractmethod
+    def locate(self, tenant: str, thread_id: str, checkpoint_id: str) -> tuple[str, int] | None:
+        """Find the namespace and the number of a thread's checkpoint, whatever its namespace."""
 
     @abstractmethod
     def list_values(self, wanted: Iterable[tuple[int, Part]]) -> dict[tuple[int, int], list[bytes]]:

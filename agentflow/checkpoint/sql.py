@@ -156,8 +156,10 @@ class SqlRows(Rows):
             narrow("c.checkpoint_id = ?", query.checkpoint_id)
         if query.run_id is not None:
             narrow("c.run_id = ?", query.run_id)
-        if query.before is not None:
-            narrow(*self._before(query, query.before))
+        if isinstance(query.before, int):
+            narrow("c.seq < ?", query.before)
+        elif query.before is not None:
+            narrow("c.checkpoint_id < ?", query.before)
         if isinstance(query.after, tuple):
             narrow("(c.checkpoint_id, t.thread_id, c.ns) < (?, ?, ?)", *query.after)
         elif query.after is not None:
@@ -183,17 +185,14 @@ class SqlRows(Rows):
             for row in rows
         ]
 
-    def _before(self, query: Query, before: str) -> tuple[str, Any]:
-        """Return the condition for "older than that checkpoint", by its number if it is known."""
-        if query.thread_id is not None:
-            ((seq,),) = self._session.fetch(
-                "SELECT max(c.seq) FROM agentflow_threads t JOIN agentflow_checkpoints c "
-                "ON c.thread = t.id WHERE t.tenant = ? AND t.thread_id = ? AND c.checkpoint_id = ?",
-                [query.tenant, query.thread_id, before],
-            )
-            if seq is not None:
-                return "c.seq < ?", seq
-        return "c.checkpoint_id < ?", before
+    def locate(self, tenant: str, thread_id: str, checkpoint_id: str) -> tuple[str, int] | None:
+        rows = self._session.fetch(
+            "SELECT c.ns, c.seq FROM agentflow_threads t JOIN agentflow_checkpoints c "
+            "ON c.thread = t.id WHERE t.tenant = ? AND t.thread_id = ? AND c.checkpoint_id = ? "
+            "ORDER BY c.seq DESC LIMIT 1",
+            (tenant, thread_id, checkpoint_id),
+        )
+        return (rows[0][0], rows[0][1]) if rows else None
 
     def list_values(self, wanted: Iterable[tuple[int, Part]]) -> dict[tuple[int, int], list[bytes]]:
         reach: dict[tuple[int, int], int] = {}

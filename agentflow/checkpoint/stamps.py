@@ -1,0 +1,66 @@
+"""What an invocation saw when it loaded, as LangGraph carries it from a load to the puts.
+
+LangGraph hands the configurable keys of a loaded checkpoint back with each put of the invocation,
+and keeps keys that start with two underscores out of the metadata.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Self
+
+from langchain_core.runnables import RunnableConfig
+
+from agentflow.checkpoint.planning import Seen
+
+KEY = "__agentflow_seen"
+
+
+class Stamp(str):
+    """A `Seen` as text, since configurations are sent to clients as JSON.
+
+    Two loads of the same checkpoint at the same head are equal, as loads of other savers are.
+    """
+
+    seen: Seen
+
+    __slots__ = ("seen",)
+
+    def __new__(cls, seen: Seen) -> Self:
+        """Write down what was seen."""
+        parts = [seen.head_seq, seen.checkpoint_id, seen.ns, seen.load_id]
+        stamp = super().__new__(cls, json.dumps(parts))
+        stamp.seen = seen
+        return stamp
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Stamp):
+            return self._without_load() == other._without_load()
+        return super().__eq__(other)
+
+    def __hash__(self) -> int:
+        return hash(self._without_load())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Stamp, (self.seen,))
+
+    def _without_load(self) -> tuple[Any, ...]:
+        return (self.seen.head_seq, self.seen.checkpoint_id, self.seen.ns)
+
+
+def read_seen(config: RunnableConfig, ns: str) -> Seen | None:
+    """Return what the invocation behind a call saw when it loaded this namespace, if it did."""
+    stamp = config["configurable"].get(KEY)
+    if stamp is None:
+        return None
+    seen = stamp.seen if isinstance(stamp, Stamp) else _parsed(stamp)
+    return seen if seen is not None and seen.ns == ns else None
+
+
+def _parsed(text: Any) -> Seen | None:
+    """Read a stamp that was away as JSON; what is not one counts as none."""
+    try:
+        head_seq, checkpoint_id, ns, load_id = json.loads(text)
+    except (TypeError, ValueError):
+        return None
+    return Seen(ns=ns, head_seq=head_seq, checkpoint_id=checkpoint_id, load_id=load_id)
