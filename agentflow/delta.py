@@ -95,7 +95,7 @@ def grown(
         if is_cut or not _is_unchanged(known, items[:kept], dumps):
             return None
         checked = max(checked, length)
-    block = _dump_from(items, kept, dumps)
+    block = dumps(items[kept:])
     hasher = None if is_cut else known.hasher
     if hasher is not None:
         hasher = hasher.copy()
@@ -151,14 +151,6 @@ def _is_unchanged(known: KnownList, kept: list[Any], dumps: Dumps) -> bool:
         return False
     body = memoryview(dumps(kept))[_header_size(len(kept)) :]
     return xxhash.xxh3_128_digest(body) == known.hasher.digest()
-
-
-def _dump_from(items: list[Any], begin: int, dumps: Dumps) -> bytes:
-    try:
-        return dumps(items[begin:])
-    except Exception:
-        dumps(items)  # raises again, and names the element by its place in the whole list
-        raise
 
 
 def _next_tail(

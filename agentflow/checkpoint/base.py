@@ -469,7 +469,9 @@ class Saver(BaseCheckpointSaver[str]):
             raise InvalidInputError("config", ("configurable.thread_id: is missing",))
         thread_id, ns = str(thread_id), configurable.get("checkpoint_ns") or ""
         checkpoint_id = configurable.get("checkpoint_id") or ""
-        check_ids(thread_id=thread_id, checkpoint_ns=ns, checkpoint_id=checkpoint_id)
+        together = f"{thread_id}{ns}{checkpoint_id}"
+        if not together.isascii() or "\x00" in together or len(together) > MAX_ID:
+            check_ids(thread_id=thread_id, checkpoint_ns=ns, checkpoint_id=checkpoint_id)
         return (self._tenant, thread_id, ns)
 
     def _wait_for(self, thread: ThreadKey) -> None:

@@ -32,6 +32,7 @@ from agentflow.checkpoint.planning import (
     PlannedWrites,
     Seen,
     WholeList,
+    size_of,
 )
 from agentflow.checkpoint.records import Place, Record, Written, unpack_record
 from agentflow.checkpoint.rows import (
@@ -47,7 +48,7 @@ from agentflow.checkpoint.stamps import KEY, Stamp, read_seen
 from agentflow.codec import Codec, unseal
 from agentflow.delta import KnownList, grown, hash_block, whole
 from agentflow.delta import loaded as remembered
-from agentflow.errors import HashMismatchError
+from agentflow.errors import HashMismatchError, SerializationError
 from agentflow.types import Lease, new_id
 
 # LangGraph's engine marks the configuration of what it runs with keys of its own.
@@ -118,6 +119,7 @@ class Encoder:
     def __init__(self, codec: Codec, known: KnownLists, *, verify_deltas: bool) -> None:
         """Serialize with `codec`; `verify_deltas` compares growing lists as a whole each time."""
         self.codec = codec
+        self._serialize = codec.serialize
         self._known = known
         self._verify = verify_deltas
 
@@ -131,23 +133,28 @@ class Encoder:
         task_path: str,
     ) -> PlannedWrites:
         """Serialize the writes of one task."""
-        place = Place(*key[1:])
-        serialize = self.codec.serialize
-        items: list[tuple[int, str, Written]] = [
-            (
-                WRITES_IDX_MAP.get(channel, position),
-                channel,
-                serialize(_storable(channel, value), where=place.of_channel(channel)),
-            )
-            for position, (channel, value) in enumerate(writes)
-        ]
+        serialize = self._serialize
+        items: list[tuple[int, str, Written]] = []
+        size = 0
+        for position, (channel, value) in enumerate(writes):
+            try:
+                written = serialize(value)
+            except SerializationError:
+                written = self._of_channel(channel, _storable(channel, value), key)
+            size += len(written)
+            items.append((WRITES_IDX_MAP.get(channel, position), channel, written))
         return PlannedWrites(
             key=key,
             lease=lease,
             codec=self.codec,
             checkpoint_id=config["configurable"]["checkpoint_id"],
             call=(task_id, task_path, items),
+            size=size,
         )
+
+    def _of_channel(self, channel: str, value: Any, key: HeadKey) -> bytes:
+        """Serialize a value, and name its channel if that fails."""
+        return self.codec.serialize(value, where=Place(*key[1:]).of_channel(channel))
 
     def checkpoint(
         self,
@@ -160,17 +167,17 @@ class Encoder:
         new_versions: ChannelVersions,
     ) -> PlannedCheckpoint:
         """Serialize a checkpoint; only the values of changed channels go with it."""
-        place = Place(*key[1:])
         configurable = config["configurable"]
         parent_id = configurable.get("checkpoint_id") or None
         seen = read_seen(config, key[2])
-        versions = checkpoint["channel_versions"]
-        body = {n: v for n, v in checkpoint.items() if n not in {"channel_values", "id"}}
-        head = self._head(body, get_checkpoint_metadata(config, metadata), place)
+        body: dict[str, Any] = dict(checkpoint)
+        del body["channel_values"], body["id"]
+        head = self._head(body, get_checkpoint_metadata(config, metadata), key)
         source = parent_id or (seen.checkpoint_id if seen else None)
         values, lists = self._values(key, checkpoint, new_versions, source)
         return PlannedCheckpoint(
             key=key,
+            ns=key[2],
             lease=lease,
             codec=self.codec,
             checkpoint_id=checkpoint["id"],
@@ -180,19 +187,22 @@ class Encoder:
             step=metadata.get("step"),
             head=head,
             # Copied: the engine goes on counting in the same dictionary.
-            versions=dict(versions),
+            versions=dict(checkpoint["channel_versions"]),
             changed=frozenset(new_versions),
             values=values,
             lists=lists,
             source=source,
             seen=seen,
-            is_invocation=any(map(_is_engines, configurable)),
+            # It matters only where nothing was loaded.
+            is_invocation=seen is None and any(map(_is_engines, configurable)),
+            size=len(head) + sum(map(size_of, values.values())),
         )
 
-    def _head(self, body: dict[str, Any], metadata: Any, place: Place) -> bytes:
+    def _head(self, body: dict[str, Any], metadata: Any, key: HeadKey) -> bytes:
         try:
-            return self.codec.serialize([body, metadata])
-        except Exception:
+            return self._serialize([body, metadata])
+        except SerializationError:
+            place = Place(*key[1:])
             self.codec.serialize(body, where=place.of("the checkpoint itself"))
             self.codec.serialize(metadata, where=place.of("the metadata"))
             raise
@@ -205,7 +215,6 @@ class Encoder:
         source: str | None,
     ) -> tuple[dict[str, NewValue], Lists]:
         """Serialize what changed; of a list that has grown only what is new."""
-        place = Place(*key[1:])
         before = self._known.recall(key, source) if source else {}
         versions, present = checkpoint["channel_versions"], checkpoint["channel_values"]
         values: dict[str, NewValue] = {}
@@ -218,12 +227,15 @@ class Encoder:
             if channel not in present or channel not in versions:
                 continue
             value = present[channel]
-            where = place.of_channel(channel)
-            if type(value) is not list:
-                values[channel] = self.codec.serialize(value, where=where)
-                continue
-            last = before.get(channel)
-            values[channel], after = self._list(value, last[1] if last else None, source, where)
+            try:
+                if type(value) is not list:
+                    values[channel] = self._serialize(value)
+                    continue
+                last = before.get(channel)
+                values[channel], after = self._list(value, last[1] if last else None, source)
+            except SerializationError:
+                self._of_channel(channel, value, key)
+                raise
             if after is not None:
                 lists[channel] = (versions[channel], after)
         return values, lists
@@ -236,11 +248,9 @@ class Encoder:
             self._known.remember(planned.key, planned.checkpoint_id, dict(planned.lists))
 
     def _list(
-        self, items: list[Any], known: KnownList | None, since: str | None, where: str
+        self, items: list[Any], known: KnownList | None, since: str | None
     ) -> tuple[NewValue, KnownList | None]:
-        def dumps(value: Any) -> bytes:
-            return self.codec.serialize(value, where=where)
-
+        dumps = self._serialize
         if known is not None and since is not None:
             found = grown(known, items, dumps, verify=self._verify)
             if found is not None:

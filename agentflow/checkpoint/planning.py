@@ -82,7 +82,8 @@ NewValue = bytes | WholeList | GrownList
 """A changed channel's value, serialized."""
 
 
-def _size(value: NewValue) -> int:
+def size_of(value: NewValue) -> int:
+    """Return the bytes of a value."""
     if isinstance(value, WholeList):
         return len(value.block)
     return len(value.growth.block) if isinstance(value, GrownList) else len(value)
@@ -97,11 +98,8 @@ class PlannedWrites:
     codec: Codec
     checkpoint_id: str
     call: Call
-
-    @property
-    def size(self) -> int:
-        """Bytes of what it brings, before compression."""
-        return sum(len(written) for _, _, written in self.call[2])
+    size: int
+    """Bytes of what it brings, before compression."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -109,6 +107,8 @@ class PlannedCheckpoint:
     """A checkpoint, serialized but for what depends on the state of its thread."""
 
     key: HeadKey
+    ns: str
+    """The last part of its key."""
     lease: Lease | None
     codec: Codec
     checkpoint_id: str
@@ -130,18 +130,10 @@ class PlannedCheckpoint:
     seen: Seen | None
     is_invocation: bool
     """Whether it comes from a running graph, not from a caller of the saver."""
+    size: int
+    """Bytes of what it brings, before compression."""
     was_sent: bool = False
     """Whether it was part of a commit before, whose outcome is not known."""
-
-    @property
-    def ns(self) -> str:
-        """Its namespace."""
-        return self.key[2]
-
-    @property
-    def size(self) -> int:
-        """Bytes of what it brings, before compression."""
-        return len(self.head) + sum(map(_size, self.values.values()))
 
 
 Planned = PlannedWrites | PlannedCheckpoint

@@ -261,9 +261,10 @@ class GroupCommitWriter:
     def _attempt(self, batch: list[Operation]) -> Exception | None:
         """Write a batch and settle it, or say why it could not be written."""
         try:
-            with translated(self._connections.url):
-                self._prepare()
-            self._was_reached = True
+            if not self._was_reached:
+                with translated(self._connections.url):
+                    self._prepare()
+                self._was_reached = True
             outcomes = self._transact(batch)
         except Exception as exc:  # noqa: BLE001 -- every failure is handed to its submitter
             return exc
