@@ -22,8 +22,11 @@ from agentflow.serializer import AllowList, Serializer
 
 VERSION = 2
 DIGEST_SIZE = 32
-COMPRESS_FROM = 256
-"""Bytes below which compression saves less than it costs."""
+COMPRESS_FROM = 512
+"""Bytes below which compression saves less than it costs.
+
+It lets other threads run meanwhile, and has to wait for them afterwards.
+"""
 MAX_EXPANSION = 100_000
 """How many times its stored size a value may have; Zstandard itself reaches no more."""
 

@@ -11,7 +11,7 @@ import operator
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from agentflow.checkpoint.rows import (
     WHOLE,
@@ -103,25 +103,49 @@ class SqlRows(Rows):
         return [CheckpointRow(*row) for row in rows]
 
     def apply(self, changes: Sequence[ThreadChange]) -> set[int]:
-        session, applied = self._session, set()
+        session = self._session
         with session.transaction():
-            for change in changes:
-                before = change.before
-                if session.execute(_RAISE, (change.after.seq, before.number, *before.version)):
-                    applied.add(before.number)
+            applied = self._raise(changes)
             fresh = [change for change in changes if change.before.number in applied]
-            for statement, rows in (
-                (_INSERT_CHECKPOINT, [row for change in fresh for row in change.checkpoints]),
-                (_INSERT_VALUE, [row for change in fresh for row in change.values]),
-                (_INSERT_WRITES, [row for change in fresh for row in change.writes]),
-                (_REPLACE_VALUE, [_replacement(row) for c in fresh for row in c.replaced]),
-                (_DROP_VALUE, [(c.before.number, *place) for c in fresh for place in c.dropped]),
+            for insert, rows in (
+                (_CHECKPOINTS, [row for change in fresh for row in change.checkpoints]),
+                (_VALUES, [row for change in fresh for row in change.values]),
+                (_WRITES, [row for change in fresh for row in change.writes]),
             ):
-                if rows:
-                    session.execute_many(statement, rows)
+                self._insert(insert, rows)
+            replaced = [_replacement(row) for change in fresh for row in change.replaced]
+            dropped = [(c.before.number, *place) for c in fresh for place in c.dropped]
+            for statement, parameters in ((_REPLACE_VALUE, replaced), (_DROP_VALUE, dropped)):
+                if parameters:
+                    session.execute_many(statement, parameters)
             if any(change.checkpoints for change in fresh):
                 failpoint("checkpoint.after_insert")
         return applied
+
+    def _raise(self, changes: Sequence[ThreadChange]) -> set[int]:
+        """Raise the numbers of the threads that are as they were, and say which these are."""
+        session = self._session
+        rows = [(c.before.number, *c.before.version, c.after.seq) for c in changes]
+        given = self._given(_RAISED, len(rows))
+        if len(rows) > 1:
+            # The driver gives up the interpreter with each statement and waits to get it back.
+            flat = [value for row in rows for value in row]
+            ((count,),) = session.fetch(f"SELECT count(*) FROM {given} {_AS_IT_WAS}", flat)
+            if count == len(rows):
+                session.execute(
+                    f"UPDATE agentflow_threads SET seq = w.after FROM {given} "
+                    "WHERE agentflow_threads.id = w.id",
+                    flat,
+                )
+                return {change.before.number for change in changes}
+        return {row[0] for row in rows if session.execute(_RAISE, (row[-1], *row[:-1]))}
+
+    def _insert(self, insert: _Insert, rows: Sequence[tuple[Any, ...]]) -> None:
+        for begin in range(0, len(rows), _ROWS_AT_ONCE):
+            some = rows[begin : begin + _ROWS_AT_ONCE]
+            self._session.execute(
+                _insert_sql(insert, len(some)), [value for row in some for value in row]
+            )
 
     def find_checkpoint(
         self, key: HeadKey, checkpoint_id: str | None
@@ -417,19 +441,34 @@ def _given(columns: tuple[str, ...], count: int, dialect: str) -> str:
     return f"(VALUES {', '.join(row for _ in range(count))}) w({', '.join(names)})"
 
 
-def _insert(table: str, columns: Sequence[str], conflict: str = "") -> str:
-    marks = ", ".join("?" for _ in columns)
-    return f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({marks}) {conflict}"
+class _Insert(NamedTuple):
+    """Into which columns of which table, and what to do about a row that is there."""
+
+    table: str
+    columns: tuple[str, ...]
+    conflict: str = ""
 
 
+@cache
+def _insert_sql(insert: _Insert, count: int) -> str:
+    row = f"({', '.join('?' for _ in insert.columns)})"
+    rows = ", ".join(row for _ in range(count))
+    listed = ", ".join(insert.columns)
+    return f"INSERT INTO {insert.table} ({listed}) VALUES {rows} {insert.conflict}"
+
+
+_ROWS_AT_ONCE = 64
+_RAISED = ("id bigint", "token bigint", "is_leased boolean", "seq bigint", "after bigint")
+_AS_IT_WAS = (
+    "JOIN agentflow_threads t ON t.id = w.id AND t.token = w.token "
+    "AND t.is_leased = w.is_leased AND t.seq = w.seq"
+)
+_CHECKPOINTS = _Insert("agentflow_checkpoints", CheckpointRow._fields, _UPSERT)
+_VALUES = _Insert("agentflow_values", ("thread", "series", "start", "data"))
+_WRITES = _Insert("agentflow_writes", ("thread", "ns", "checkpoint_id", "seq", "data"))
 _RAISE = (
     "UPDATE agentflow_threads SET seq = ? WHERE id = ? AND token = ? AND is_leased = ? AND seq = ?"
 )
-_VALUE_COLUMNS = ("thread", "series", "start", "data")
-_WRITES_COLUMNS = ("thread", "ns", "checkpoint_id", "seq", "data")
-_INSERT_CHECKPOINT = _insert("agentflow_checkpoints", CheckpointRow._fields, _UPSERT)
-_INSERT_VALUE = _insert("agentflow_values", _VALUE_COLUMNS)
-_INSERT_WRITES = _insert("agentflow_writes", _WRITES_COLUMNS)
 _REPLACE_VALUE = (
     "UPDATE agentflow_values SET data = ? WHERE thread = ? AND series = ? AND start = ?"
 )
@@ -472,12 +511,8 @@ _TYPES = {
     "start": "bigint",
 }  # fmt: skip
 _THREAD_COLUMNS = ("id", "token", "is_leased", "seq", "after")
-_INSERTS = (
-    ("c", "agentflow_checkpoints", CheckpointRow._fields, _UPSERT),
-    ("v", "agentflow_values", _VALUE_COLUMNS, ""),
-    ("w", "agentflow_writes", _WRITES_COLUMNS, ""),
-)
-_WIDTHS = (len(_THREAD_COLUMNS), *(len(columns) for _, _, columns, _ in _INSERTS))
+_INSERTS = (_CHECKPOINTS, _VALUES, _WRITES)
+_WIDTHS = (len(_THREAD_COLUMNS), *(len(insert.columns) for insert in _INSERTS))
 
 
 @cache
@@ -494,14 +529,14 @@ def _apply_sql(threads: int, *sizes: int) -> str:
         "raised AS (UPDATE agentflow_threads t SET seq = h.after FROM held h WHERE h.id = t.id)"
     )
     parts = [given, held, raised]
-    for (name, table, columns, conflict), size in zip(_INSERTS, sizes, strict=True):
+    for number, (insert, size) in enumerate(zip(_INSERTS, sizes, strict=True)):
         if size:
-            listed = ", ".join(columns)
+            listed = ", ".join(insert.columns)
             parts.append(
-                f"{name} AS (INSERT INTO {table} ({listed}) "
-                f"SELECT {', '.join(f'r.{column}' for column in columns)} "
-                f"FROM ({_rows_of(columns, size)}) AS r({listed}) "
-                f"JOIN held h ON h.id = r.thread {conflict})"
+                f"inserted{number} AS (INSERT INTO {insert.table} ({listed}) "
+                f"SELECT {', '.join(f'r.{column}' for column in insert.columns)} "
+                f"FROM ({_rows_of(insert.columns, size)}) AS r({listed}) "
+                f"JOIN held h ON h.id = r.thread {insert.conflict})"
             )
     return f"WITH {', '.join(parts)} SELECT id FROM held"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 from sqlalchemy.engine import Connection
@@ -29,7 +30,7 @@ class Session:
             connection: SQLAlchemy's connection on it, inside the transaction to run in.
         """
         self._raw = raw
-        self._cursor: Any = raw.cursor()
+        self._cursor: Any = raw.cursor() if dialect == "sqlite" else _raw_cursor(raw)
         self._connection = connection
         self.dialect = dialect
         self._is_open = connection is not None
@@ -72,7 +73,7 @@ class Session:
             self._cursor.execute("SELECT 1")
 
     def _spelled(self, sql: str) -> str:
-        return sql if self.dialect == "sqlite" else _pyformat(sql)
+        return sql if self.dialect == "sqlite" else _numbered(sql)
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -104,14 +105,15 @@ class Session:
             action()
 
 
-def _pyformat(sql: str) -> str:
-    translated = _TRANSLATED.get(sql)
-    if translated is None:
-        translated = sql.replace("%", "%%").replace("?::", "%b::").replace("?", "%s")
-        if len(_TRANSLATED) < _MAX_TRANSLATED:
-            _TRANSLATED[sql] = translated
-    return translated
+def _raw_cursor(connection: Any) -> Any:
+    """Return a cursor that sends statements as they are: the driver takes long to read long ones."""
+    import psycopg
+
+    return psycopg.RawCursor(connection)
 
 
-_TRANSLATED: dict[str, str] = {}
-_MAX_TRANSLATED = 1000
+@lru_cache(maxsize=1000)
+def _numbered(sql: str) -> str:
+    """Number the parameters, as PostgreSQL itself does."""
+    first, *parts = sql.split("?")
+    return first + "".join(f"${i}{part}" for i, part in enumerate(parts, 1))
