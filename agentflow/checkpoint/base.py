@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import copy
 import random
-import sys
 from collections.abc import (
     AsyncIterator,
     Callable,
@@ -39,6 +38,7 @@ from agentflow.checkpoint.encoding import Encoder
 from agentflow.checkpoint.intake import Intake
 from agentflow.checkpoint.loading import Listing, Reader
 from agentflow.checkpoint.policy import Save, SavePolicy
+from agentflow.checkpoint.records import column_text
 from agentflow.checkpoint.rows import FoundCheckpoint, HeadKey, Rows, ThreadKey
 from agentflow.checkpoint.sql import open_rows
 from agentflow.checkpoint.verbs import (
@@ -265,7 +265,7 @@ class Saver(BaseCheckpointSaver[str]):
 
     def _delete_for_runs(self, run_ids: Sequence[str]) -> Future[Any]:
         tenant, encoder, lease = self._tenant, self._encoder, self._lease
-        doomed = {str(run_id) for run_id in run_ids}
+        doomed = {column_text(run_id) for run_id in run_ids}
         return self._intake.verb(
             None, lambda rows: delete_runs(rows, encoder, tenant, doomed, lease)
         )
@@ -387,6 +387,7 @@ class Saver(BaseCheckpointSaver[str]):
 
         The rows are read in pages; nothing is locked while the caller pauses between two of them.
         """
+        _check_places(config, before)
         listing = Listing(self._reader, self._tenant, config, filter, before, limit)
         if listing.thread_id is not None:
             self._wait_for(self._thread_key(listing.thread_id))
@@ -402,6 +403,7 @@ class Saver(BaseCheckpointSaver[str]):
         limit: int | None = None,
     ) -> AsyncIterator[CheckpointTuple]:
         """List checkpoints, newest first; see `list`."""
+        _check_places(config, before)
         listing = Listing(self._reader, self._tenant, config, filter, before, limit)
         if listing.thread_id is not None:
             await self._await(self._thread_key(listing.thread_id))
@@ -491,7 +493,8 @@ class Saver(BaseCheckpointSaver[str]):
         task_path: str,
     ) -> Future[Any]:
         key = self._head_key(config)
-        check_ids(sys.maxsize, task_id=task_id, task_path=task_path)
+        if not config["configurable"].get("checkpoint_id"):
+            raise InvalidInputError("config", ("configurable.checkpoint_id: is missing",))
         return self._intake.writes(
             self._encoder, key, self._lease, config, writes, task_id, task_path
         )
@@ -529,19 +532,15 @@ class Saver(BaseCheckpointSaver[str]):
         return found
 
 
-def check_ids(limit: int = MAX_ID, /, **texts: str) -> None:
+def check_ids(**texts: str) -> None:
     """Refuse ids that not every database can keep and index.
-
-    Args:
-        limit: Bytes of the longest.
-        texts: Ids by name.
 
     Raises:
         InvalidInputError: Names them.
     """
     bad = []
     for name, text in texts.items():
-        if text.isascii() and "\x00" not in text and len(text) <= limit:
+        if text.isascii() and "\x00" not in text and len(text) <= MAX_ID:
             continue
         try:
             encoded = text.encode()
@@ -550,10 +549,17 @@ def check_ids(limit: int = MAX_ID, /, **texts: str) -> None:
             continue
         if b"\x00" in encoded:
             bad.append(f"{name}: holds a NUL; use plain text")
-        elif len(encoded) > limit:
-            bad.append(f"{name}: is longer than {limit} bytes")
+        elif len(encoded) > MAX_ID:
+            bad.append(f"{name}: is longer than {MAX_ID} bytes")
     if bad:
         raise InvalidInputError("config", tuple(bad))
+
+
+def _check_places(*configs: RunnableConfig | None) -> None:
+    for config in configs:
+        named = (config or {}).get("configurable", {})
+        names = ("thread_id", "checkpoint_ns", "checkpoint_id")
+        check_ids(**{name: str(named[name]) for name in names if named.get(name)})
 
 
 def on_rows(function: Callable[[Rows], T]) -> Callable[[Session], T]:

@@ -34,7 +34,7 @@ from agentflow.checkpoint.planning import (
     WholeList,
     size_of,
 )
-from agentflow.checkpoint.records import Place, Record, Written, unpack_record
+from agentflow.checkpoint.records import Place, Record, Written, column_text, unpack_record
 from agentflow.checkpoint.rows import (
     WHOLE,
     FoundCheckpoint,
@@ -172,7 +172,9 @@ class Encoder:
         seen = read_seen(config, key[2])
         body: dict[str, Any] = dict(checkpoint)
         del body["channel_values"], body["id"]
-        head = self._head(body, get_checkpoint_metadata(config, metadata), key)
+        merged: Any = get_checkpoint_metadata(config, metadata)
+        run_id = merged.get("run_id")
+        head = self._head(body, merged, key)
         source = parent_id or (seen.checkpoint_id if seen else None)
         values, lists = self._values(key, checkpoint, new_versions, source)
         return PlannedCheckpoint(
@@ -183,7 +185,7 @@ class Encoder:
             checkpoint_id=checkpoint["id"],
             parent_id=parent_id,
             attempt=attempt,
-            run_id=_run_id(config, metadata),
+            run_id=None if run_id is None else column_text(run_id),
             step=metadata.get("step"),
             head=head,
             # Copied: the engine goes on counting in the same dictionary.
@@ -399,8 +401,3 @@ def _storable(channel: str, value: Any) -> Any:
     if channel == ERROR and isinstance(value, BaseException):
         return safe_repr(value)
     return value
-
-
-def _run_id(config: RunnableConfig, metadata: CheckpointMetadata) -> str | None:
-    run_id = metadata.get("run_id") or config.get("metadata", {}).get("run_id")
-    return str(run_id) if run_id else None

@@ -19,6 +19,7 @@ from agentflow.checkpoint.encoding import (
     parts_of,
 )
 from agentflow.checkpoint.pending import load_writes
+from agentflow.checkpoint.records import column_text
 from agentflow.checkpoint.rows import FoundCheckpoint, Head, HeadKey, Query, Rows
 
 _PAGE = 50
@@ -105,7 +106,7 @@ class Listing:
             ns=configurable.get("checkpoint_ns"),
             checkpoint_id=configurable.get("checkpoint_id") or None,
             # The one metadata key with a column, and an index, of its own.
-            run_id=run_id if isinstance(run_id, str) else None,
+            run_id=column_text(run_id) if isinstance(run_id, str) else None,
             limit=_PAGE if limit is None or self.matching else max(0, min(limit, _PAGE)),
         )
         self._remaining = limit
@@ -123,8 +124,8 @@ class Listing:
             after = row.seq if self.thread_id else (row.checkpoint_id, last.thread_id, row.ns)
             self._query = replace(self._query, after=after)
         if self._horizon is not None:
-            items = [item for item in page if item[1] and self._horizon.is_before(rows, item[1])]
-            return list(self._matching(item for _, item in items if item is not None))
+            horizon = self._horizon
+            page = [(f, item) for f, item in page if item and horizon.is_before(rows, f, item)]
         return list(self._matching(item for _, item in page if item is not None))
 
     def _look_back(self, rows: Rows, before: str) -> None:
@@ -160,13 +161,13 @@ class _Horizon:
         self._seq = seq
         self._numbers: dict[str, int | None] = {}
 
-    def is_before(self, rows: Rows, item: CheckpointTuple) -> bool:
+    def is_before(self, rows: Rows, found: FoundCheckpoint, item: CheckpointTuple) -> bool:
         """Whether the superstep from which a subgraph was called had begun earlier."""
         parent = item.metadata.get("parents", {}).get(self._key[2])
         if parent is None:
-            return False
+            return found.row.seq < self._seq
         if parent not in self._numbers:
-            found = rows.find_checkpoint(self._key, parent)
-            self._numbers[parent] = found.row.seq if isinstance(found, FoundCheckpoint) else None
+            there = rows.find_checkpoint(self._key, parent)
+            self._numbers[parent] = there.row.seq if isinstance(there, FoundCheckpoint) else None
         number = self._numbers[parent]
         return number is not None and number < self._seq

@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from agentflow.checkpoint.batch import After, Batch, ThreadStates
-from agentflow.checkpoint.planning import Planned, PlannedCheckpoint
+from agentflow.checkpoint.planning import Planned, PlannedCheckpoint, conflict
 from agentflow.checkpoint.rows import Rows
 from agentflow.checkpoint.sql import open_rows
 from agentflow.database.session import Session
@@ -33,6 +33,11 @@ class Put(Operation):
     def commits_itself(cls) -> bool:
         """Puts are applied by one statement, or in a transaction of their own."""
         return True
+
+    def explain(self, error: Exception) -> Exception:
+        """Name what a database calls a duplicate: somebody else has put a checkpoint of this id."""
+        is_duplicate = any(cls.__name__ == "IntegrityError" for cls in type(error).__mro__)
+        return conflict(self.planned.key[1]) if is_duplicate else error
 
     @classmethod
     def run(cls, session: Session, operations: Sequence[Put]) -> list[Any]:

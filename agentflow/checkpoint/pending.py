@@ -29,7 +29,7 @@ def load_writes(
     special one (error, interrupt, resume: negative index).
     """
     logged = rows.list_writes([each for each, _ in found])
-    opened = [_open(each, record, logged) for each, record in found]
+    opened = [_open(codec, each, record, logged) for each, record in found]
     shared = {
         (each.row.thread, series, start)
         for (each, _), calls in zip(found, opened, strict=True)
@@ -43,6 +43,7 @@ def load_writes(
 
 
 def _open(
+    codec: Codec,
     found: FoundCheckpoint,
     record: Record,
     logged: Mapping[tuple[int, str, str], Sequence[tuple[int, bytes]]],
@@ -51,7 +52,10 @@ def _open(
     row = found.row
     place = Place(found.thread_id, row.ns)
     sealed = sorted(logged.get((row.thread, row.ns, row.checkpoint_id), ()))
-    return [*record.calls, *(call for _, data in sealed for call in unpack_writes(data, place))]
+    return [
+        *record.calls,
+        *(call for _, data in sealed for call in unpack_writes(codec, data, place)),
+    ]
 
 
 def _decode(

@@ -168,6 +168,8 @@ class _Draft:
     """Writes bound to it."""
     was_there: bool = False
     """Whether it was stored before, and later writes may be in the log."""
+    base: bytes | None = None
+    """What its delta channels had at its parent, if that was deleted."""
 
     def row(self, thread: int) -> CheckpointRow:
         put = self.put
@@ -182,6 +184,7 @@ class _Draft:
             put.step,
             pack_record(put.codec, put.head, self.layout, self.calls),
             self.parent_writes,
+            self.base,
         )
 
 
@@ -198,6 +201,7 @@ class ThreadPlan:
         self._drafts: dict[tuple[str, str], _Draft] = {}
         self._values: list[ValueRow] = []
         self._pending: dict[tuple[str, str], list[PlannedWrites]] = {}
+        self._moved: list[WritesRow] = []
         self._replaced: list[ValueRow] = []
         self._dropped: list[tuple[int, int]] = []
         self._blocks: dict[bytes, tuple[int, int, int]] = {}
@@ -222,7 +226,7 @@ class ThreadPlan:
         if not self._drafts and not self._pending:
             return None
         number = self._before.number
-        writes = []
+        writes = self._moved
         for place, puts in self._pending.items():
             draft = self._drafts.get(place)
             if draft is not None and not draft.was_there:
@@ -236,7 +240,8 @@ class ThreadPlan:
         return ThreadChange(
             before,
             ThreadState(number, before.token, before.is_leased, self._seq, heads),
-            [draft.row(number) for draft in self._drafts.values()],
+            [draft.row(number) for draft in self._drafts.values() if not draft.was_there],
+            [draft.row(number) for draft in self._drafts.values() if draft.was_there],
             self._values,
             self._replaced,
             self._dropped,
@@ -250,7 +255,8 @@ class ThreadPlan:
     def _may_follow(self, put: PlannedCheckpoint) -> bool:
         head = self._heads[put.ns]
         if head is None:
-            return True
+            # Whoever had loaded something has had it deleted under its hands.
+            return put.seen is None
         if put.parent_id == head.checkpoint_id:
             return True
         same_attempt = put.attempt == head.attempt
@@ -263,7 +269,15 @@ class ThreadPlan:
             # A caller who puts by hand, without a parent, starts a new line on purpose. A graph
             # that found the thread empty has lost a race.
             return put.parent_id is None and not put.is_invocation
-        return put.seen.ns == put.ns and put.seen.head_seq == head.seq
+        return put.seen.head_seq == head.seq and self._is_branch(put, put.seen, head)
+
+    def _is_branch(self, put: PlannedCheckpoint, seen: Seen, head: Head) -> bool:
+        """Whether what a put branches from is still there."""
+        if put.parent_id is None or self._layout(put, head, put.parent_id) is not None:
+            return True
+        # A copy of what was loaded has the same parent, which may have been pruned.
+        found = self._rows.find_checkpoint(put.key, seen.checkpoint_id)
+        return isinstance(found, FoundCheckpoint) and found.row.parent_id == put.parent_id
 
     def _is_written(self, put: PlannedCheckpoint) -> bool:
         """Whether this very put is stored: the reply to its commit was lost, and it came again."""
@@ -285,32 +299,56 @@ class ThreadPlan:
             return conflict(put.key[1])
         seq = self._next()
         is_again = head is not None and head.checkpoint_id == put.checkpoint_id
+        if is_again and head is not None and head.attempt != put.attempt:
+            return conflict(put.key[1])
         follows = head is not None and not is_again and head.checkpoint_id == put.parent_id
         superseded = self._pending.pop((put.ns, put.parent_id or ""), None) if follows else None
         draft = _Draft(put, head.seq if is_again and head is not None else seq, layout)
         if superseded:
             draft.parent_writes = _pack(superseded, self._blocks)
         if is_again:
-            self._keep_writes(draft)
+            self._keep_writes(draft, is_head=True)
+        elif head is not None and not follows:
+            self._come_again(draft)
         self._drafts[put.ns, put.checkpoint_id] = draft
         # The newest last, so that the ones forgotten first are the oldest.
         self._heads.pop(put.ns, None)
         self._heads[put.ns] = Head(put.checkpoint_id, draft.seq, put.attempt, layout)
         return None
 
-    def _keep_writes(self, draft: _Draft) -> None:
+    def _come_again(self, draft: _Draft) -> None:
+        """Look what a branch is made from, and whether it is there already."""
+        put = draft.put
+        found = self._rows.find_checkpoint(put.key, put.checkpoint_id)
+        if isinstance(found, FoundCheckpoint) and found.row.attempt == put.attempt and put.ns:
+            # Of parallel calls of a subgraph, each may put its last checkpoint again.
+            self._keep_writes(draft, is_head=False)
+        if put.seen is not None and put.seen.checkpoint_id != put.parent_id:
+            seen = self._rows.find_checkpoint(put.key, put.seen.checkpoint_id)
+            if isinstance(seen, FoundCheckpoint) and seen.row.parent_id == put.parent_id:
+                draft.base = seen.row.base
+
+    def _keep_writes(self, draft: _Draft, *, is_head: bool) -> None:
         """Keep the writes that the same checkpoint already had or carried."""
         put = draft.put
         before = self._drafts.get((put.ns, put.checkpoint_id))
-        if before is not None:
+        if before is not None and is_head:
             draft.calls, draft.parent_writes = before.calls, before.parent_writes
-            draft.was_there = before.was_there
+            draft.was_there, draft.base = before.was_there, before.base
             return
         draft.was_there = True
         found = self._rows.find_checkpoint(put.key, put.checkpoint_id)
-        if isinstance(found, FoundCheckpoint):
-            draft.calls = unpack_record(put.codec, found.row, Place(*put.key[1:])).calls
+        if not isinstance(found, FoundCheckpoint):
+            return
+        draft.calls = unpack_record(put.codec, found.row, Place(*put.key[1:])).calls
+        draft.base = found.row.base
+        if is_head:
             draft.parent_writes = found.row.parent_writes
+        elif found.row.parent_writes is not None and found.row.parent_id is not None:
+            # It is not the next one after its parent any more.
+            parent = (put.ns, found.row.parent_id)
+            row = WritesRow(self._before.number, *parent, self._next(), found.row.parent_writes)
+            self._moved.append(row)
 
     def _lay_out(self, put: PlannedCheckpoint, head: Head | None) -> Layout | None:
         """Say where each channel's value is kept; `None` if what the put builds on is gone."""
@@ -388,15 +426,19 @@ class ThreadPlan:
             return None
         kept, block, count = value.growth.kept, value.growth.block, value.growth.count
         parts = cut(held.stored, kept)
+        # Only the newest checkpoint may go on in place: what follows an older one is a branch, and
+        # the series may have gone on without it.
+        may_append = head is not None and head.checkpoint_id == value.since
+        if not may_append:
+            parts = [part._replace(is_open=False) for part in parts]
         if sum(part.length for part in parts) != kept:
             return None
         if count == kept:
             return tuple(parts)
-        # Only the newest checkpoint may go on in place: what follows an older one is a branch, and
-        # the series may have gone on without it.
-        if head is not None and head.checkpoint_id == value.since and parts and parts[-1].is_open:
+        if parts and parts[-1].is_open:
             parts.append(self._append(put, parts.pop(), block, count - kept))
         else:
+            parts = [part._replace(is_open=False) for part in parts]
             series = self._next()
             self._put_block(put, series, 0, block, count - kept)
             parts.append(Part(series, count - kept, is_open=True))

@@ -42,6 +42,11 @@ class Place(NamedTuple):
         return self.of(f"channel {channel!r}")
 
 
+def column_text(text: Any) -> str:
+    """Return a text from metadata as a column has it, which takes no NUL and no lone surrogate."""
+    return str(text).replace("\x00", "").encode("utf-8", "backslashreplace").decode()
+
+
 class Record(NamedTuple):
     """A checkpoint's row, opened."""
 
@@ -59,13 +64,13 @@ def pack_record(codec: Codec, head: bytes, layout: Layout, calls: Sequence[Call]
         for channel, (_, stored) in layout.items()
         if stored is not None
     }
-    return codec.seal(ormsgpack.packb([head, channels, calls]))
+    return codec.seal(_pack(codec, [head, channels, calls]))
 
 
 def unpack_record(codec: Codec, row: CheckpointRow, place: Place) -> Record:
     """Verify and open a checkpoint's row."""
     where = place.of(f"checkpoint {row.checkpoint_id!r}")
-    head, channels, calls = ormsgpack.unpackb(unseal(row.data, where=where))
+    head, channels, calls = codec.deserialize(unseal(row.data, where=where), where=where)
     body, metadata = codec.deserialize(head, where=where)
     versions: Mapping[str, Any] = body["channel_versions"]
     layout = {
@@ -86,13 +91,28 @@ def _stored(found: Any) -> Stored | None:
 
 def pack_writes(codec: Codec, calls: Sequence[Call]) -> bytes:
     """Seal the writes of some calls."""
-    return codec.seal(ormsgpack.packb(calls))
+    return codec.seal(_pack(codec, calls))
 
 
-def unpack_writes(sealed: bytes, place: Place) -> list[Call]:
+def unpack_writes(codec: Codec, sealed: bytes, place: Place) -> list[Call]:
     """Verify and open the writes of some calls."""
-    calls: list[Call] = ormsgpack.unpackb(unseal(sealed, where=place.of("writes")))
+    where = place.of("writes")
+    calls: list[Call] = codec.deserialize(unseal(sealed, where=where), where=where)
     return calls
+
+
+def _pack(codec: Codec, value: Any) -> bytes:
+    try:
+        return ormsgpack.packb(value)
+    except TypeError:
+        # A name that is not valid Unicode, which only the serializer can keep.
+        return codec.serialize(_plain(value))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return list(map(_plain, value)) if isinstance(value, (list, tuple)) else value
 
 
 def references(calls: Iterable[Call]) -> Iterator[tuple[int, int, int]]:

@@ -131,7 +131,9 @@ class ThreadChange:
     before: ThreadState
     after: ThreadState
     checkpoints: list[CheckpointRow] = field(default_factory=list)
-    """Each new, or in place of the one of the same id."""
+    """New ones. An id that is there already is an error of the backend's."""
+    repeated: list[CheckpointRow] = field(default_factory=list)
+    """In place of the ones of the same ids."""
     values: list[ValueRow] = field(default_factory=list)
     replaced: list[ValueRow] = field(default_factory=list)
     """New contents of stretches that are there."""

@@ -109,6 +109,7 @@ class SqlRows(Rows):
             fresh = [change for change in changes if change.before.number in applied]
             for insert, rows in (
                 (_CHECKPOINTS, [row for change in fresh for row in change.checkpoints]),
+                (_REPEATED, [row for change in fresh for row in change.repeated]),
                 (_VALUES, [row for change in fresh for row in change.values]),
                 (_WRITES, [row for change in fresh for row in change.writes]),
             ):
@@ -118,7 +119,7 @@ class SqlRows(Rows):
             for statement, parameters in ((_REPLACE_VALUE, replaced), (_DROP_VALUE, dropped)):
                 if parameters:
                     session.execute_many(statement, parameters)
-            if any(change.checkpoints for change in fresh):
+            if any(change.checkpoints or change.repeated for change in fresh):
                 failpoint("checkpoint.after_insert")
         return applied
 
@@ -401,7 +402,7 @@ class PostgresRows(SqlRows):
         sizes = tuple(map(_padded, map(len, tables)))
         parameters: list[Any] = []
         is_large = sum(map(operator.mul, sizes, _WIDTHS)) > _MAX_PARAMETERS
-        if is_large or any(change.replaced or change.dropped for change in changes):
+        if is_large or any(c.repeated or c.replaced or c.dropped for c in changes):
             return super().apply(changes)
         for rows, size, width in zip(tables, sizes, _WIDTHS, strict=True):
             for row in rows:
@@ -463,7 +464,8 @@ _AS_IT_WAS = (
     "JOIN agentflow_threads t ON t.id = w.id AND t.token = w.token "
     "AND t.is_leased = w.is_leased AND t.seq = w.seq"
 )
-_CHECKPOINTS = _Insert("agentflow_checkpoints", CheckpointRow._fields, _UPSERT)
+_CHECKPOINTS = _Insert("agentflow_checkpoints", CheckpointRow._fields)
+_REPEATED = _Insert("agentflow_checkpoints", CheckpointRow._fields, _UPSERT)
 _VALUES = _Insert("agentflow_values", ("thread", "series", "start", "data"))
 _WRITES = _Insert("agentflow_writes", ("thread", "ns", "checkpoint_id", "seq", "data"))
 _RAISE = (

@@ -171,7 +171,7 @@ def _keep(
     for row in kept.values():
         if row.parent_id is not None and (row.ns, row.parent_id) in doomed:
             base = _base(rows, encoder, thread, row)
-            change.checkpoints.append(row._replace(parent_writes=None, base=base))
+            change.repeated.append(row._replace(parent_writes=None, base=base))
     for row in doomed.values():
         # What a deleted checkpoint carries of one that stays goes into the log.
         parent = (row.ns, row.parent_id or "")
@@ -180,7 +180,7 @@ def _keep(
                 WritesRow(state.number, row.ns, parent[1], row.seq, row.parent_writes)
             )
     rows.apply([change])
-    kept |= {(row.ns, row.checkpoint_id): row for row in change.checkpoints}
+    kept |= {(row.ns, row.checkpoint_id): row for row in change.repeated}
     needed = _needed(rows, encoder, thread, change.after, kept)
     cut = ThreadChange(
         change.after, change.after, replaced=_cut(rows, encoder, change.after, needed)
@@ -223,13 +223,15 @@ def _needed(
         for series, reach in _reach(_open(encoder, thread, row).layout):
             need(series, reach)
         if row.parent_writes is not None:
-            own = unpack_writes(row.parent_writes, _place(thread, row))
+            own = unpack_writes(encoder.codec, row.parent_writes, _place(thread, row))
             for series, start, length in references(own):
                 need(series, _ALL if length == WHOLE else start + length)
     for entry in _scan(rows, state, WritesRow):
         if (entry.ns, entry.checkpoint_id) in kept:
             place = Place(thread[1], entry.ns)
-            for series, start, length in references(unpack_writes(entry.data, place)):
+            for series, start, length in references(
+                unpack_writes(encoder.codec, entry.data, place)
+            ):
                 need(series, _ALL if length == WHOLE else start + length)
     return needed
 

@@ -106,7 +106,7 @@ class Session:
 
 
 def _raw_cursor(connection: Any) -> Any:
-    """Return a cursor that sends statements as they are: the driver takes long to read long ones."""
+    """Return a cursor that sends statements as they are, since reading long ones takes long."""
     import psycopg
 
     return psycopg.RawCursor(connection)

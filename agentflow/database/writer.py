@@ -70,6 +70,10 @@ class Operation(ABC):
         """Start with an open future."""
         self.future: Future[Any] = Future()
 
+    def explain(self, error: Exception) -> Exception:
+        """Return what to tell the caller about an error of the database's."""
+        return error
+
     @classmethod
     def commits_itself(cls) -> bool:
         """Whether `run` needs no transaction around it, since it makes its own."""
@@ -275,7 +279,7 @@ class GroupCommitWriter:
     def _write_apart(self, batch: list[Operation], error: Exception) -> None:
         """Give each operation of a failed batch a transaction of its own."""
         if len(batch) == 1:
-            _settle(batch[0], Rejected(error))
+            _settle(batch[0], Rejected(batch[0].explain(error)))
             return
         for operation in batch:
             self._write([operation])

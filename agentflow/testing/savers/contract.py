@@ -1,7 +1,5 @@
 """LangGraph's contract for one checkpoint: what is put comes back, and nothing else does."""
 
-# ruff: noqa: PLR2004 -- the numbers are the scenario
-
 from __future__ import annotations
 
 from collections import deque

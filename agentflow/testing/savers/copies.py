@@ -1,7 +1,5 @@
 """Copying a thread: the copy has all that the source has, and each goes on by itself."""
 
-# ruff: noqa: PLR2004 -- the numbers are the scenario
-
 from __future__ import annotations
 
 import asyncio

@@ -76,7 +76,9 @@ class DeltaChannelSuite(Suite):
     """`get_delta_channel_history`, and everything that could tear a value apart."""
 
     @pytest.mark.parametrize("durability", ["sync", "async", "exit"])
-    def test_delta_history_is_that_of_the_memory_saver(self, saver: AnySaver, durability: Any) -> None:
+    def test_delta_history_is_that_of_the_memory_saver(
+        self, saver: AnySaver, durability: Any
+    ) -> None:
         found = []
         for each in (saver, InMemorySaver()):
             graph = line(each)

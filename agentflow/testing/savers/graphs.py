@@ -75,8 +75,8 @@ def shape(graph: Graph, config: RunnableConfig = CONFIG) -> list[tuple[Any, ...]
         (
             each.values,
             each.next,
-            each.metadata["source"],
-            each.metadata["step"],
+            each.metadata.get("source"),
+            each.metadata.get("step"),
             [asked.value for asked in each.interrupts],
         )
         for each in graph.get_state_history(config)

@@ -27,6 +27,7 @@ from agentflow.testing.savers.calls import AnySaver, after, at, checkpoint, dump
 TAIL = 8
 """How many of the last stored elements may be edited in place and are noticed at once."""
 LISTS = ("x", "y")
+"""The first one has elements of all kinds, the second only such as cannot be edited in place."""
 RUNS = 4
 
 
@@ -39,14 +40,22 @@ class Edit(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A checkpoint, on the head or as a branch from some older one."""
+    """A checkpoint."""
+
+    edits: tuple[Edit, Edit]
+    writes: str
+    """When what a task wrote to its parent comes."""
+    is_again: bool
+    """Whether the last checkpoint is put once more instead, as LangGraph does on exit."""
+
+
+class Turn(NamedTuple):
+    """Some steps of one saver, on the head or as a branch from some older checkpoint."""
 
     writer: int
     fork: int | None
-    edits: tuple[Edit, Edit]
-    writes: str
-    is_again: bool
-    """Whether the last checkpoint is put once more instead, as LangGraph does on exit."""
+    """How many checkpoints to go back."""
+    steps: list[Step]
 
 
 class Verb(NamedTuple):
@@ -57,17 +66,21 @@ class Verb(NamedTuple):
     number: int
 
 
-KINDS = ("append", "append", "append", "append in place", "cut", "edit", "replace", "reverse",
-         "insert", "new", "copy", "same", "keep", "gone")  # fmt: skip
+KINDS = ("append", "append", "append", "append in place", "back", "back", "cut", "edit", "replace",
+         "reverse", "insert", "new", "copy", "same", "keep", "gone")  # fmt: skip
 small = st.integers(min_value=0, max_value=40)
 edits = st.builds(Edit, st.sampled_from(KINDS), small, st.integers(min_value=0, max_value=20))
 steps = st.builds(
     Step,
-    st.integers(min_value=0, max_value=2),
-    st.none() | st.none() | small,
     st.tuples(edits, edits),
     st.sampled_from(["none", "before", "together", "after"]),
     st.sampled_from([False] * 5 + [True]),
+)
+turns = st.builds(
+    Turn,
+    st.integers(min_value=0, max_value=2),
+    st.none() | st.integers(min_value=0, max_value=6),
+    st.lists(steps, min_size=1, max_size=4),
 )
 verbs = st.builds(
     Verb,
@@ -75,7 +88,7 @@ verbs = st.builds(
     st.integers(min_value=0, max_value=1),
     small,
 )
-plans = st.lists(steps | steps | steps | steps | verbs, min_size=4, max_size=30)
+plans = st.lists(turns | turns | turns | verbs, min_size=3, max_size=16)
 
 
 @dataclass
@@ -96,8 +109,16 @@ class Live:
     parent: RunnableConfig
     values: dict[str, Any]
     versions: dict[str, Any]
-    stored: Mapping[str, int]
-    """How long each list was when it was stored or loaded."""
+    lengths: Mapping[str, list[int]]
+    """How long each list was when it was loaded, and at each checkpoint since."""
+    is_own: bool = False
+    """Whether the invocation has put the checkpoint that it is at."""
+
+    @property
+    def last(self) -> str | None:
+        """The id of that checkpoint."""
+        found: str | None = self.config["configurable"].get("checkpoint_id")
+        return found
 
 
 class History:
@@ -132,16 +153,18 @@ class History:
         """The checkpoints of the present thread, in the order of their puts."""
         return self.threads[self.thread]
 
-    def play(self, plan: list[Step | Verb]) -> None:
+    def play(self, plan: list[Turn | Verb]) -> None:
         """Do what the plan says, and look at the newest checkpoint after each of its points."""
         for point in plan:
             if isinstance(point, Verb):
                 self.call(point)
             else:
                 with self.writer(point.writer) as saver:
-                    self.step(saver, point)
-            self.check_head(self.savers[0])
-            self.check_head(self.savers[1])
+                    self.live(saver, point)
+                    for step in point.steps:
+                        self.step(saver, point.writer, step)
+            for saver in self.savers:
+                self.check_head(saver)
 
     @contextmanager
     def writer(self, number: int) -> Iterator[AnySaver]:
@@ -177,51 +200,43 @@ class History:
         """Name a run of this history."""
         return f"{self.thread.rstrip(chr(39))} run {number % RUNS}"
 
-    def step(self, saver: AnySaver, step: Step) -> None:
-        """Put a checkpoint, and what a task has written before it."""
-        again = self.lives.get(step.writer)
+    def live(self, saver: AnySaver, turn: Turn) -> None:
+        """Let the writer go on with its own invocation, or begin one."""
         head = next(reversed(self.model), None)
-        is_again = (
-            step.is_again
-            and again is not None
-            and head is not None
-            and again.config["configurable"].get("checkpoint_id") == head
-            and self.model[head].parent in {*self.model, None}
-        )
-        live = self.invocation(saver, step, head)
-        if is_again and again is not None and head is not None:
-            live = again
-            name, parent = head, again.parent
-        else:
-            name, parent = f"c{next(self.serial):03}", live.config
-        changed = self.edit(live, step.edits)
-        self.put(saver, step, name, parent, live, changed)
-        self.lives[step.writer] = Live(
-            after(parent, name),
-            parent,
-            live.values,
-            live.versions,
-            {channel: len(live.values.get(channel, ())) for channel in LISTS},
-        )
-
-    def invocation(self, saver: AnySaver, step: Step, head: str | None) -> Live:
-        """Return an invocation that may put next: the writer's own, or a new one."""
         if head is None:
-            return Live(at(thread=self.thread), at(thread=self.thread), {}, {}, {})
-        live = self.lives.get(step.writer)
-        if step.fork is None and live is not None:
-            if live.config["configurable"].get("checkpoint_id") == head:
-                return live
-        name = None if step.fork is None else list(self.model)[step.fork % len(self.model)]
+            nowhere = at(thread=self.thread)
+            lengths = {channel: [0] for channel in LISTS}
+            self.lives[turn.writer] = Live(nowhere, nowhere, {}, {}, lengths)
+            return
+        live = self.lives.get(turn.writer)
+        if turn.fork is None and live is not None and live.last == head:
+            return
+        names = list(self.model)
+        name = None if turn.fork is None else names[-1 - turn.fork % len(names)]
         found = load(saver, name, thread=self.thread)
         values = dict(found.checkpoint["channel_values"])
-        return Live(
+        self.lives[turn.writer] = Live(
             found.config,
             found.config,
             values,
             dict(found.checkpoint["channel_versions"]),
-            {channel: len(values.get(channel, ())) for channel in LISTS},
+            {channel: [len(values.get(channel, ()))] for channel in LISTS},
         )
+
+    def step(self, saver: AnySaver, writer: int, step: Step) -> None:
+        """Put a checkpoint, and what a task has written before it."""
+        live = self.lives[writer]
+        head = next(reversed(self.model), None)
+        name, parent = f"c{next(self.serial):03}", live.config
+        if step.is_again and live.is_own and live.last == head and head is not None:
+            # What it has come from may be gone meanwhile.
+            if self.model[head].parent in {*self.model, None}:
+                name, parent = head, live.parent
+        changed = self.edit(live, step.edits)
+        self.put(saver, step, name, parent, live, changed)
+        for channel in LISTS:
+            live.lengths[channel].append(len(live.values.get(channel, ())))
+        live.config, live.parent, live.is_own = after(parent, name), parent, True
 
     def edit(self, live: Live, edits: tuple[Edit, Edit]) -> dict[str, list[Any]]:
         """Change the lists, and return for each changed one what was added to it."""
@@ -234,14 +249,17 @@ class History:
                 live.values.pop(channel, None)
                 continue
             items = live.values.get(channel, [])
-            added = [self.element() for _ in range(each.amount)]
-            live.values[channel] = self.edited(items, each, added, live.stored.get(channel, 0))
+            added = [self.element(channel) for _ in range(max(1, each.amount))]
+            lengths = live.lengths[channel]
+            live.values[channel] = self.edited(items, each, added, lengths)
             if each.kind.startswith("append"):
                 changed[channel] = added
         live.versions |= dict.fromkeys(changed, f"v{next(self.serial):03}")
         return changed
 
-    def edited(self, items: list[Any], edit: Edit, added: list[Any], stored: int) -> list[Any]:
+    def edited(
+        self, items: list[Any], edit: Edit, added: list[Any], lengths: list[int]
+    ) -> list[Any]:
         """Return the list as it is afterwards."""
         place = edit.place % len(items) if items else 0
         match edit.kind:
@@ -250,19 +268,21 @@ class History:
             case "append in place":
                 items.extend(added)
                 return items
+            case "back":
+                return items[: lengths[edit.place % len(lengths)]]
             case "cut":
                 return items[: len(items) - edit.amount % (len(items) + 1)]
             case "edit" if items:
                 if not self.verifies:
-                    first = max(0, min(stored, len(items)) - TAIL)
+                    first = max(0, min(lengths[-1], len(items)) - TAIL)
                     place = first + edit.place % (len(items) - first)
                 if isinstance(items[place], dict):
                     items[place]["edited"] = next(self.serial)
                 else:
-                    items[place] = self.element()
+                    items[place] = added[0]
                 return items
             case "replace" if items:
-                return [*items[:place], self.element(), *items[place + 1 :]]
+                return [*items[:place], added[0], *items[place + 1 :]]
             case "insert":
                 return [*items[:place], *added, *items[place:]]
             case "reverse":
@@ -273,9 +293,11 @@ class History:
                 return copy.deepcopy(items)
         return items
 
-    def element(self) -> Any:
+    def element(self, channel: str) -> Any:
         """Make an element; most are too large to stand in the row of each checkpoint."""
         number = next(self.serial)
+        if channel != LISTS[0]:
+            return f"text {number} " * 15
         kinds: tuple[Any, ...] = (
             {"number": number, "text": "text " * 20},
             f"text {number} " * 15,
@@ -378,7 +400,7 @@ class HistoriesSuite(Suite):
 
             @settings(max_examples=self.examples, deadline=None)
             @given(plans)
-            def play(plan: list[Step | Verb]) -> None:
+            def play(plan: list[Turn | Verb]) -> None:
                 thread = f"history {next(numbers)}"
                 history = History((one, two), fresh, thread, verifies=verifies)
                 history.play(plan)

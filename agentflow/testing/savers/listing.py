@@ -1,7 +1,5 @@
 """LangGraph's contract for `list`: newest first, filtered, paged, and without a lock."""
 
-# ruff: noqa: PLR2004 -- the numbers are the scenario
-
 from __future__ import annotations
 
 from typing import Any

@@ -1,7 +1,5 @@
 """The synchronous and the asynchronous methods: the same calls give the same results."""
 
-# ruff: noqa: PLR2004 -- the numbers are the scenario
-
 from __future__ import annotations
 
 import asyncio
