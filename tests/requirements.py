@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import pytest
 
 _SAVER = "tests/conformance/test_saver.py"
+_SUITE = f"{_SAVER}::TestPostgres"  # inherits the shipped suites, as the other backends do
 _STORE = "tests/conformance/test_run_store.py"
 _CLAIMS = "tests/conformance/test_run_store_claims.py"
 _WAITS = "tests/conformance/test_run_store_waits.py"
@@ -49,7 +50,7 @@ REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
         f"{_STORE}::test_each_verb_changes_a_run_only_as_the_table_allows",
     ),
     "S2-7": (f"{_RUNS}::test_exhausted_run_is_a_dead_letter_with_its_cause",),
-    "S2-8": (f"{_SAVER}::test_loaded_values_cannot_change_what_is_stored",),
+    "S2-8": (f"{_SUITE}::test_loaded_values_cannot_change_what_is_stored",),
     "S2-9": (
         f"{_GRAPHS}::test_any_checkpoint_can_be_continued_and_the_branch_is_the_latest",
         f"{_GRAPHS}::test_update_of_an_old_checkpoint_branches",
@@ -59,14 +60,14 @@ REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
         f"{_INPUTS}::test_input_that_does_not_fit_is_refused_by_place",
     ),
     "S2-14": (
-        f"{_SAVER}::test_failed_write_fails_the_checkpoint_that_follows_it",
-        f"{_SAVER}::test_reader_does_not_make_a_failed_write_forgotten",
+        f"{_SUITE}::test_failed_write_fails_the_checkpoint_that_follows_it",
+        f"{_SUITE}::test_reader_does_not_make_a_failed_write_forgotten",
         f"{_SAVER}::test_torn_write_leaves_the_old_checkpoint",
         f"{_GRAPHS}::test_failed_checkpoint_stops_the_graph_and_finished_nodes_are_not_run_again",
         f"{_GRAPHS}::test_unstorable_write_stops_the_graph_before_the_next_node",
     ),
     "S2-20": (
-        f"{_SAVER}::test_latest_is_the_newest_put_whatever_the_ids_say",
+        f"{_SUITE}::test_latest_is_the_newest_put_whatever_the_ids_say",
         f"{_GRAPHS}::test_one_of_two_racing_invocations_gets_a_conflict",
         f"{_GRAPHS}::test_host_whose_clock_is_a_minute_behind_continues_the_newest_checkpoint",
     ),
@@ -89,7 +90,7 @@ REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
         f"{_RETRY}::test_jitter_shortens_by_at_most_a_half",
         f"{_RUNS}::test_backoff_is_a_time_in_the_row",
     ),
-    "S3-2": (f"{_SAVER}::test_listing_filters_limits_and_pages_over_all_threads",),
+    "S3-2": (f"{_SUITE}::test_listing_filters_limits_and_pages_over_all_threads",),
     "S3-3": (f"{_GRAPHS}::test_any_checkpoint_can_be_continued_and_the_branch_is_the_latest",),
     "S3-5": (
         f"{_RUNS}::test_ended_run_is_not_driven_again",

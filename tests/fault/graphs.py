@@ -25,7 +25,7 @@ from examples.refunds.graph import build_graph
 from examples.refunds.observer import Observer
 from examples.refunds.script import chat_model
 from tests.fault.ledger import record
-from tests.fault.sabotage import Place, Sabotage, keep_company
+from tests.fault.sabotage import Place, Sabotage
 
 WORKER = "tests.fault.graphs:worker_main"
 REFUNDS_WORKER = "tests.fault.graphs:refunds_worker_main"
@@ -204,12 +204,12 @@ def _sabotage(ledger: str, options: Options) -> Sabotage | None:
     if options.get("deaf"):
         # A heartbeat that never comes: nothing but the fence tells this worker that it is late.
         LeaseKeeper._extend = _no_heartbeat  # type: ignore[assignment,method-assign]  # a plain function
-    if options.get("company"):
-        keep_company()
+    company = options.get("company", False)
     if options.get("reports"):
-        sabotage = Sabotage(ledger)
+        sabotage = Sabotage(ledger, company=company)
     elif "at" in options:
-        sabotage = Sabotage(ledger, at=Place(**options["at"]), how=options.get("how", "SIGKILL"))
+        at, how = Place(**options["at"]), options.get("how", "SIGKILL")
+        sabotage = Sabotage(ledger, at=at, how=how, company=company)
     else:
         return None
     sabotage.arm()

@@ -67,23 +67,42 @@ class Place:
 class Sabotage:
     """Sends this process a signal when it passes a place, or reports every place to the ledger."""
 
-    def __init__(self, ledger: str, *, at: Place | None = None, how: str = "SIGKILL") -> None:
-        """Act at one place; without one, report them all."""
+    def __init__(
+        self,
+        ledger: str,
+        *,
+        at: Place | None = None,
+        how: str = "SIGKILL",
+        company: bool = False,
+    ) -> None:
+        """Act at one place; without one, report them all.
+
+        Args:
+            ledger: Where to report.
+            at: The place.
+            how: The signal.
+            company: Whether to put another operation before every batch of this process' writer.
+                What would be one statement that commits by itself is a part of a transaction then,
+                as it is beside a heartbeat, or beside what another run needs.
+        """
         self._ledger = ledger
         self._at = at
         self._how = signal.Signals[how]
+        self._company = company
         self._passed: Counter[tuple[str, str]] = Counter()
         self._changed: set[str] = set()
         self._kinds: tuple[Kind, ...] = ()
 
     def arm(self) -> None:
         """From now on watch the writer's transactions."""
+        _wrap(GroupCommitWriter, "_transact", before=lambda *_: self._changed.clear())
         sa.event.listen(sa.Engine, "before_cursor_execute", self._execute)
         # The checkpointer's statements go past SQLAlchemy.
-        _wrap(Session, "__init__", before=lambda *_: self._begin())
         for name in ("execute", "execute_many", "commit_by"):
             _wrap(Session, name, before=lambda _, sql, *__: self._note(sql))
-        _wrap(Session, "commit_by", after=self._executed)
+        if self._company:
+            _keep_company()
+            _wrap(Session, "commit_by", after=self._executed)
         _wrap(ThreadPlan, "add", after=self._planned)
         arm("database.before_commit", self._before_commit)
         arm("database.after_commit", self._after_commit)
@@ -100,10 +119,6 @@ class Sabotage:
             # To this thread: sent to the process, another thread would take the signal, and this
             # one would go on for a moment, perhaps into the next transaction.
             signal.pthread_kill(threading.get_ident(), self._how)
-
-    def _begin(self) -> None:
-        if _is_writer():
-            self._changed.clear()
 
     def _execute(
         self,
@@ -127,11 +142,13 @@ class Sabotage:
 
     def _executed(self, _rows: Any, session: Session, sql: str, *_: Any) -> None:
         # Where one statement is the whole commit, it has no middle, and so no failpoint there.
-        if session._is_open and "checkpoints" in _CHANGE.findall(sql):
+        assert session._is_open
+        if "checkpoints" in _CHANGE.findall(sql):
             self.meet("insert", "after")
 
     def _before_commit(self) -> None:
         self._kinds = _kinds(self._changed)
+        self._changed.clear()
         for kind in self._kinds:
             self.meet(kind, "before")
 
@@ -160,12 +177,7 @@ def _kinds(changed: set[str]) -> tuple[Kind, ...]:
     return tuple(kinds)
 
 
-def keep_company() -> None:
-    """From now on put another operation before every batch of this process' writer.
-
-    What would be one statement that commits by itself is a part of a transaction then, as it is
-    beside a heartbeat, or beside what another run needs.
-    """
+def _keep_company() -> None:
     alone = GroupCommitWriter._transact
 
     def in_company(writer: GroupCommitWriter, batch: Sequence[Operation]) -> list[Any]:

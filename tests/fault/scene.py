@@ -9,7 +9,6 @@ from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
 from functools import partial
 from typing import Any, TypeVar
 
@@ -134,43 +133,6 @@ class Scene:
             return is_lease_over(self.url, run_id) or None
 
         await self.until(look, f"the end of the lease of {run_id}")
-
-    async def outlast(self, run_id: str) -> None:
-        """Let the lease of a run be over now, although it was a long one."""
-        with connected(self.url) as connection:
-            over = now(connection) - timedelta(seconds=1)
-            connection.execute(
-                sa.update(runs).where(runs.c.run_id == run_id).values(lease_expires_at=over)
-            )
-            connection.commit()
-
-    async def blocked(self) -> None:
-        """Wait until PostgreSQL executes a statement that waits for somebody's row."""
-        query = sa.text(
-            "SELECT count(*) FROM pg_stat_activity "
-            "WHERE datname = current_database() AND wait_event_type = 'Lock'"
-        )
-        with connected(self.url) as connection:
-
-            async def look() -> bool | None:
-                connection.rollback()
-                return bool(connection.execute(query).scalar_one()) or None
-
-            await self.until(look, "a statement to wait in the server")
-
-    async def answered(self) -> None:
-        """Wait until PostgreSQL has executed what `blocked` has seen."""
-        query = sa.text(
-            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() "
-            "AND state = 'active' AND query LIKE 'WITH given%'"
-        )
-        with connected(self.url) as connection:
-
-            async def look() -> bool | None:
-                connection.rollback()
-                return connection.execute(query).scalar_one() == 0 or None
-
-            await self.until(look, "a statement to be executed")
 
     def entered(self, run_id: str) -> Counter[str]:
         """Count the executions of each node of a run that began."""

@@ -291,8 +291,8 @@ async def stoppable(scene: Scene, *, deaf: bool, company: bool) -> list[Place]:
         place
         for place in found
         if (place.moment == "after" and place.kind not in inside)
-        # What is put alone is decided on before its transaction begins.
-        or (not company and (place.kind, place.moment) == ("insert", "before"))
+        # What is put alone, and beside no heartbeat, is decided on before its transaction begins.
+        or (deaf and not company and (place.kind, place.moment) == ("insert", "before"))
     ]
 
 

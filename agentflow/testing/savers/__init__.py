@@ -47,7 +47,7 @@ pytest.register_assert_rewrite(
             "order",
             "parity",
             "writes",
-        )  # fmt: skip
+        )
     )
 )
 

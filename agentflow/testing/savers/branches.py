@@ -4,8 +4,6 @@ Except for races: where two invocations of one thread both win on the memory sav
 `ConflictError`.
 """
 
-# ruff: noqa: PLR2004 -- the numbers are the scenario
-
 from __future__ import annotations
 
 import asyncio

@@ -203,7 +203,8 @@ class ContractSuite(Suite):
             "metadata": {"run_id": "r", "score": 0.5, "user": "by metadata", "list": [1]},
         }
         own: Any = {"source": "loop", "step": 3, "parents": {"": "p"}, "extra": {"a": (1,)}}
-        saver.put(config, checkpoint("c1", {}), {**own, "score": "own first"}, {})
+        details: Any = {**own, "score": "own first"}
+        saver.put(config, checkpoint("c1", {}), details, {})
         expected = {**own, "score": "own first", "run_id": "r", "user": "by metadata"}
         assert load(saver).metadata == expected
 
@@ -238,7 +239,7 @@ class ContractSuite(Suite):
         texts = {f"text {size}": "x" * size for size in SIZES}
         lists = {f"list {size}": ["y" * (size // 2)] * 2 for size in SIZES}
         values: dict[str, Any] = {**texts, **lists}
-        versions = dict.fromkeys(values, "1")
+        versions: dict[str, str | int | float] = dict.fromkeys(values, "1")
         saver.put(at(), checkpoint("c1", dict(versions), **values), {}, versions)
         saver.put(at("c1"), checkpoint("c2", dict(versions), **values), {}, {})
         for reader in (saver, another):

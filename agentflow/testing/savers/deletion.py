@@ -3,8 +3,6 @@
 Delta channels have a suite of their own, as they need more than what is left shows.
 """
 
-# ruff: noqa: PLR2004 -- the numbers are the scenario
-
 from __future__ import annotations
 
 from typing import Any
@@ -37,7 +35,7 @@ def put_runs(saver: AnySaver, *runs: str, thread: str = "t", ns: str = "") -> No
         name = f"c{number}"
         words, details = WORDS[: number + 1], {"run_id": run}
         place = {"thread": thread, "ns": ns}
-        put(saver, name, parent, changed=words, metadata=details, **place)  # type: ignore[arg-type]  # both are text
+        put(saver, name, parent, changed=words, metadata=details, **place)
         saver.put_writes(at(name, thread=thread, ns=ns), [("x", name)], f"task of {name}")
         parent = name
 

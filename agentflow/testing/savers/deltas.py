@@ -4,8 +4,6 @@ What a checkpoint shows of such a channel is made from the nearest stored value 
 writes since then. So whatever is deleted, the values of what is left must stay what they were.
 """
 
-# ruff: noqa: PLR2004 -- the numbers are the scenario
-
 from __future__ import annotations
 
 import asyncio
@@ -157,7 +155,7 @@ class DeltaChannelSuite(Suite):
             assert all(ours == theirs for ours, theirs in histories(reader))
 
     def test_history_of_what_is_not_there_is_empty(self, saver: AnySaver) -> None:
-        nothing = {"log": {"writes": []}}
+        nothing: Any = {"log": {"writes": []}}
         assert saver.get_delta_channel_history(config=at(), channels=["log"]) == nothing
         put(saver, "c1")
         for config in (at("none"), at(ns="child"), at("c1")):
@@ -272,7 +270,7 @@ class DeltaChannelSuite(Suite):
         run(graph, {"log": ["input"]}, of_run("r0"))
         history = list(graph.get_state_history(CONFIG))
         for number, place in enumerate((1, 2, 3, 4), start=1):
-            config = {**history[place].config, "metadata": {"run_id": f"r{number}"}}
+            config = of_run(f"r{number}", history[place].config)
             run(graph, None, config)
         before = states(graph)
         for doomed in ("r2", "r4", "r0", "r1"):

@@ -1,7 +1,5 @@
 """One head for each namespace: what may follow it, who has lost a race, and what "newest" means."""
 
-# ruff: noqa: PLR2004 -- the numbers are the scenario
-
 from __future__ import annotations
 
 import threading
@@ -228,7 +226,7 @@ class HeadsSuite(Suite):
     def test_child_namespace_takes_the_last_put_of_one_attempt_only(
         self, saver: AnySaver, another: AnySaver
     ) -> None:
-        """Parallel calls of one subgraph share its namespace; the last put wins, as in LangGraph."""
+        """Parallel calls of one subgraph share its namespace; there the last put wins."""
         put(saver, "d1", ns="child")
         put(saver, "d2", "d1", ns="child")
         put(saver, "d3", "d1", ns="child")

@@ -228,10 +228,11 @@ class History:
         live = self.lives[writer]
         head = next(reversed(self.model), None)
         name, parent = f"c{next(self.serial):03}", live.config
-        if step.is_again and live.is_own and live.last == head and head is not None:
-            # What it has come from may be gone meanwhile.
-            if self.model[head].parent in {*self.model, None}:
-                name, parent = head, live.parent
+        is_own_head = live.is_own and live.last == head
+        # What it has come from may be gone meanwhile.
+        is_whole = head is not None and self.model[head].parent in {*self.model, None}
+        if step.is_again and is_own_head and is_whole and head is not None:
+            name, parent = head, live.parent
         changed = self.edit(live, step.edits)
         self.put(saver, step, name, parent, live, changed)
         for channel in LISTS:
@@ -257,7 +258,7 @@ class History:
         live.versions |= dict.fromkeys(changed, f"v{next(self.serial):03}")
         return changed
 
-    def edited(
+    def edited(  # noqa: C901, PLR0912 -- one case for each kind of edit
         self, items: list[Any], edit: Edit, added: list[Any], lengths: list[int]
     ) -> list[Any]:
         """Return the list as it is afterwards."""
@@ -345,7 +346,7 @@ class History:
         written = [(task, channel, dumped(value)) for channel, value in batch]
         asyncio.run(superstep())
         if is_written:
-            self.model[parent_id].writes += written
+            self.model[str(parent_id)].writes += written
         before = self.model.get(name)
         values = {channel: dumped(value) for channel, value in live.values.items()}
         self.model[name] = Stored(parent_id, run, values, before.writes if before else [])
@@ -389,7 +390,9 @@ class HistoriesSuite(Suite):
 
     @pytest.mark.parametrize("verifies", [False, True])
     def test_random_history_keeps_every_value_and_write(
-        self, saver: AnySaver, verifies: bool
+        self,
+        saver: AnySaver,
+        verifies: bool,  # noqa: FBT001 -- pytest names it
     ) -> None:
         numbers = count()
 

@@ -3,8 +3,6 @@
 For savers with agentflow's own `flush`.
 """
 
-# ruff: noqa: PLR2004 -- the numbers are the scenario
-
 from __future__ import annotations
 
 import asyncio
@@ -77,7 +75,7 @@ class OrderSuite(Suite):
 
     def test_value_is_what_it_was_when_the_call_was_made(self, saver: Saver) -> None:
         put(saver, "c1")
-        value = {"list": [1]}
+        value: dict[str, list[Any]] = {"list": [1]}
 
         async def superstep() -> None:
             write = saver.aput_writes(at("c1"), [("x", value)], "a")

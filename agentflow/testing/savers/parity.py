@@ -94,7 +94,7 @@ async def play(calls: Calls) -> None:
         await calls.load(config)
         await calls.note("get", config)
         await calls.note("get_delta_channel_history", config={**at(), **config}, channels=["x"])
-    for config, options in (
+    listings: tuple[tuple[RunnableConfig | None, dict[str, Any]], ...] = (
         (None, {}),
         (t, {}),
         (t, {"limit": 2}),
@@ -103,8 +103,9 @@ async def play(calls: Calls) -> None:
         (t, {"filter": {"run_id": "d", "step": 1}}),
         (at(), {"before": at("c3")}),
         (at("c1"), {}),
-    ):
-        await calls.list(config, **options)
+    )
+    for narrowed, options in listings:
+        await calls.list(narrowed, **options)
     await calls.note("copy_thread", "t", "u")
     await calls.note("copy_thread", "t", "u")
     await calls.note("delete_for_runs", ["d", "none"])

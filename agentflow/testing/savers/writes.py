@@ -1,7 +1,5 @@
 """LangGraph's contract for pending writes: their order, their keys, and to what they belong."""
 
-# ruff: noqa: PLR2004 -- the numbers are the scenario
-
 from __future__ import annotations
 
 import asyncio
