@@ -35,7 +35,7 @@ from agentflow.errors import (
     UnknownVersionError,
 )
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "codec-v1.jsonl"
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 class Colour(enum.Enum):
@@ -410,12 +410,28 @@ def test_field_that_was_added_gets_its_default_and_a_lost_one_is_an_error(
 
 def test_stored_bytes_of_version_one_are_still_read() -> None:
     """The file is never edited: what was written once has to be read for ever."""
-    lines = [json.loads(line) for line in GOLDEN.read_text().splitlines()]
-    assert {line["name"] for line in lines} == set(VALUES)
+    read_golden("codec-v1.jsonl", VALUES)
+
+
+def test_stored_bytes_of_version_two_are_still_read() -> None:
+    """As above; this version compresses."""
+    stored = read_golden("codec-v2.jsonl", {**VALUES, "long text": LONG_TEXT})
+    assert len(stored["long text"]) < len(LONG_TEXT) / 4
+
+
+LONG_TEXT = "All happy families are alike. " * 100
+
+
+def read_golden(name: str, expected: dict[str, Any]) -> dict[str, bytes]:
+    """Hold what a golden file has against the values that it was made from."""
+    lines = [json.loads(line) for line in (GOLDEN / name).read_text().splitlines()]
+    stored = {line["name"]: bytes.fromhex(line["bytes"]) for line in lines}
+    assert stored.keys() == expected.keys()
     for line in lines:
-        value = CODEC.loads(bytes.fromhex(line["bytes"]))
-        assert same(value, VALUES[line["name"]]), line["name"]
+        value = CODEC.loads(stored[line["name"]])
+        assert same(value, expected[line["name"]]), line["name"]
         assert repr(value) == line["repr"], line["name"]
+    return stored
 
 
 def test_fresh_process_reads_dataclasses_models_enums_and_messages(tmp_path: Path) -> None:
