@@ -124,6 +124,12 @@ def cut_block(block: bytes, length: int) -> bytes | None:
     return ormsgpack.packb(elements[:length]) if len(elements) > length else None
 
 
+def slice_block(block: bytes, begin: int, length: int) -> bytes:
+    """Return some elements of a serialized list as one."""
+    elements = ormsgpack.unpackb(block, ext_hook=ormsgpack.Ext)
+    return ormsgpack.packb(elements[begin : begin + length])
+
+
 def _common(old: list[Any], new: list[Any]) -> int:
     """Count how many elements the lists have in common at their start."""
     if len(new) >= len(old) and all(map(operator.is_, old, new)):

@@ -11,9 +11,18 @@ from typing import Any
 
 from langgraph.checkpoint.base import writes_sort_key
 
-from agentflow.checkpoint.records import Call, Place, Record, references, unpack_writes
+from agentflow.checkpoint.records import (
+    Call,
+    Place,
+    Record,
+    Written,
+    pack_writes,
+    references,
+    unpack_writes,
+)
 from agentflow.checkpoint.rows import WHOLE, FoundCheckpoint, Rows, ValueRow
 from agentflow.codec import Codec, unseal
+from agentflow.delta import slice_block
 from agentflow.errors import HashMismatchError
 
 Write = tuple[str, str, Any]
@@ -95,3 +104,34 @@ def _shared(codec: Codec, row: ValueRow | None, written: list[int], where: str) 
         if len(elements) == length:
             return elements
     raise HashMismatchError(where, "its value is gone")
+
+
+def inlined(rows: Rows, codec: Codec, thread: int, sealed: bytes, place: Place) -> bytes:
+    """Return writes with what they share with values in them, for a row of their own.
+
+    What is shared is there as long as the checkpoint that carries the writes, and no longer.
+    """
+    calls = unpack_writes(codec, sealed, place)
+    shared = {(thread, series, start) for series, start, _ in references(calls)}
+    if not shared:
+        return sealed
+    stretches = rows.list_stretches(shared)
+
+    def own(written: Written) -> bytes:
+        if isinstance(written, bytes):
+            return written
+        series, start, length = written
+        where = place.of("writes")
+        row = stretches.get((thread, series, start))
+        if row is None:
+            raise HashMismatchError(where, "a value is gone")
+        block = unseal(row.data, where=where)
+        return block if length == WHOLE else slice_block(block, start - row.start, length)
+
+    return pack_writes(
+        codec,
+        [
+            (task_id, path, [(index, channel, own(written)) for index, channel, written in items])
+            for task_id, path, items in calls
+        ],
+    )

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from langgraph.constants import START
 
+from agentflow.checkpoint.pending import inlined
 from agentflow.checkpoint.records import (
     Call,
     Place,
@@ -346,9 +347,9 @@ class ThreadPlan:
             draft.parent_writes = found.row.parent_writes
         elif found.row.parent_writes is not None and found.row.parent_id is not None:
             # It is not the next one after its parent any more.
-            parent = (put.ns, found.row.parent_id)
-            row = WritesRow(self._before.number, *parent, self._next(), found.row.parent_writes)
-            self._moved.append(row)
+            number, carried = self._before.number, found.row.parent_writes
+            data = inlined(self._rows, put.codec, number, carried, Place(*put.key[1:]))
+            self._moved.append(WritesRow(number, put.ns, found.row.parent_id, self._next(), data))
 
     def _lay_out(self, put: PlannedCheckpoint, head: Head | None) -> Layout | None:
         """Say where each channel's value is kept; `None` if what the put builds on is gone."""

@@ -8,6 +8,7 @@ from typing import Literal
 
 from agentflow.checkpoint.deltas import delta_channels, read_history
 from agentflow.checkpoint.encoding import Encoder
+from agentflow.checkpoint.pending import inlined
 from agentflow.checkpoint.planning import fence
 from agentflow.checkpoint.records import Place, Record, references, unpack_record, unpack_writes
 from agentflow.checkpoint.rows import (
@@ -176,12 +177,13 @@ def _keep(
         # What a deleted checkpoint carries of one that stays goes into the log.
         parent = (row.ns, row.parent_id or "")
         if row.parent_writes is not None and parent in kept:
-            change.writes.append(
-                WritesRow(state.number, row.ns, parent[1], row.seq, row.parent_writes)
+            data = inlined(
+                rows, encoder.codec, state.number, row.parent_writes, _place(thread, row)
             )
+            change.writes.append(WritesRow(state.number, row.ns, parent[1], row.seq, data))
     rows.apply([change])
     kept |= {(row.ns, row.checkpoint_id): row for row in change.repeated}
-    needed = _needed(rows, encoder, thread, change.after, kept)
+    needed = _needed(encoder, thread, kept)
     cut = ThreadChange(
         change.after, change.after, replaced=_cut(rows, encoder, change.after, needed)
     )
@@ -207,10 +209,8 @@ def _cut(
 
 
 def _needed(
-    rows: Rows,
     encoder: Encoder,
     thread: ThreadKey,
-    state: ThreadState,
     kept: Mapping[tuple[str, str], CheckpointRow],
 ) -> dict[int, int]:
     """Say how far each series of values is needed by what is kept."""
@@ -225,13 +225,6 @@ def _needed(
         if row.parent_writes is not None:
             own = unpack_writes(encoder.codec, row.parent_writes, _place(thread, row))
             for series, start, length in references(own):
-                need(series, _ALL if length == WHOLE else start + length)
-    for entry in _scan(rows, state, WritesRow):
-        if (entry.ns, entry.checkpoint_id) in kept:
-            place = Place(thread[1], entry.ns)
-            for series, start, length in references(
-                unpack_writes(encoder.codec, entry.data, place)
-            ):
                 need(series, _ALL if length == WHOLE else start + length)
     return needed
 

@@ -65,21 +65,23 @@ class TestSqlite(SaverSuite):
         return open_checkpointer(self.url, verify_deltas=verify_deltas)
 
 
+@pytest.fixture(scope="module")
+def shared_url(postgres_server: PostgresServer, postgres_template: str) -> Iterator[str]:
+    """The URL of a PostgreSQL database for many tests."""
+    name = postgres_server.create_database(template=postgres_template)
+    yield postgres_server.url(name)
+    postgres_server.drop_database(name)
+
+
 @pytest.mark.postgres
 class TestPostgres(SaverSuite):
     """One database for all tests, each of which is a tenant: making databases takes longer."""
 
     tenants = count()
 
-    @pytest.fixture(scope="class")
-    def class_url(self, postgres_server: PostgresServer, postgres_template: str) -> Iterator[str]:
-        name = postgres_server.create_database(template=postgres_template)
-        yield postgres_server.url(name)
-        postgres_server.drop_database(name)
-
     @pytest.fixture(autouse=True)
-    def _tenant(self, class_url: str, postgres_server: PostgresServer) -> Iterator[None]:
-        self.url, self.tenant = class_url, f"tenant {next(self.tenants)}"
+    def _tenant(self, shared_url: str, postgres_server: PostgresServer) -> Iterator[None]:
+        self.url, self.tenant = shared_url, f"tenant {next(self.tenants)}"
         with no_leaked_connections(postgres_server.port):
             yield
 

@@ -331,15 +331,11 @@ class History:
         async def superstep() -> None:
             if is_written and step.writes == "before":
                 await saver.aput_writes(parent, batch, task)
-            early = (
-                saver.aput_writes(parent, batch, task)
-                if is_written and step.writes == "together"
-                else None
-            )
+            together = []
+            if is_written and step.writes == "together":
+                together.append(saver.aput_writes(parent, batch, task))
             metadata: Any = {"step": 1, "run_id": run}
-            await saver.aput(parent, made, metadata, versions)
-            if early is not None:
-                await early
+            await asyncio.gather(*together, saver.aput(parent, made, metadata, versions))
             if is_written and step.writes == "after":
                 await saver.aput_writes(parent, batch, task)
 
