@@ -20,6 +20,7 @@ from collections.abc import (
     Sequence,
 )
 from concurrent.futures import Future, wait
+from itertools import count
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast, get_args
 
@@ -288,7 +289,12 @@ class Saver(BaseCheckpointSaver[str]):
     def _copy_thread(self, source_thread_id: str, target_thread_id: str) -> Future[Any]:
         source, target = self._thread_key(source_thread_id), self._thread_key(target_thread_id)
         lease = self._lease
-        return self._intake.verb(target, lambda rows: copy_thread(rows, source, target, lease))
+        calls = count()
+
+        def run(rows: Rows) -> Any:
+            return copy_thread(rows, source, target, lease, is_again=next(calls) > 0)
+
+        return self._intake.verb(target, run)
 
     def prune(self, thread_ids: Sequence[str], *, strategy: str = "keep_latest") -> None:
         """Delete old checkpoints of some threads; of all of them, or of none.

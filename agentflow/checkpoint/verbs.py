@@ -107,9 +107,17 @@ def prune_threads(
 
 
 def copy_thread(
-    rows: Rows, source: ThreadKey, target: ThreadKey, lease: Lease | None
+    rows: Rows, source: ThreadKey, target: ThreadKey, lease: Lease | None, *, is_again: bool
 ) -> Rejected | None:
-    """Copy all checkpoints of a thread, with their ids and writes, to a thread that has none."""
+    """Copy all checkpoints of a thread, with their ids and writes, to a thread that has none.
+
+    Args:
+        rows: Where they are.
+        source: The thread to copy.
+        target: The thread to make.
+        lease: Under which it is written.
+        is_again: Whether this call was sent before, and may have been committed.
+    """
     if rows.find_checkpoint((*source, ""), None) is None:
         return None
     states = _lock_all(rows, [source, target])
@@ -117,7 +125,10 @@ def copy_thread(
     refused = fence(target[1], lease, state)
     if refused is not None:
         return Rejected(refused)
-    if rows.scan(state, CheckpointRow, None):
+    if there := rows.scan(state, CheckpointRow, None):
+        expected = rows.scan(states[source], CheckpointRow, None)
+        if is_again and [row[1:] for row in there] == [row[1:] for row in expected]:
+            return None
         return Rejected(ConflictError(f"thread {target[1]!r} has checkpoints; delete it first"))
     original, number = states[source], state.number
     after = replace(state, seq=max(state.seq + 1, original.seq))

@@ -41,11 +41,13 @@ class Connections:
         """The writer's, kept from batch to batch."""
         self._session: Session | None = None
         self._errors: tuple[type[Exception], ...] = (self.engine.dialect.loaded_dbapi.Error,)
+        self._all_errors: tuple[type[Exception], ...] = (sa.exc.DBAPIError, *self._errors)
 
     @contextmanager
     def writing(self) -> Iterator[Session]:
         """Open a transaction that will write."""
         is_committing = False
+        session: Session | None = None
         try:
             with self.engine.connect().execution_options(agentflow_write=True) as connection:
                 transaction = connection.begin()
@@ -59,12 +61,17 @@ class Connections:
                     session.close()
                 is_committing = True
                 transaction.commit()
-        except sa.exc.DBAPIError as exc:
+        except self._all_errors as exc:
+            # Of the bare driver's statements the errors come as they are.
+            original = exc.orig if isinstance(exc, sa.exc.DBAPIError) else exc
+            is_broken = isinstance(exc, sa.exc.DBAPIError) and exc.connection_invalidated
+            if session is not None and self.dialect != "sqlite":
+                is_broken = is_broken or session.is_broken
             broken: Outcome | None = None
-            if exc.connection_invalidated:
+            if is_broken:
                 # Without the commit the server has rolled back what it was sent.
                 broken = "unknown" if is_committing else "unreachable"
-            error = unavailable(self.url, exc.orig, broken) if exc.orig is not None else None
+            error = unavailable(self.url, original, broken) if original is not None else None
             if error is None:
                 raise
             raise error from exc

@@ -42,6 +42,11 @@ class Session:
         assert self._connection is not None
         return self._connection
 
+    @property
+    def is_broken(self) -> bool:
+        """Whether the connection to a server is gone."""
+        return bool(self._raw.closed)
+
     def close(self) -> None:
         """End the session; the connection stays open."""
         self._cursor.close()

@@ -9,7 +9,7 @@ from agentflow import errors
 
 EXPORTS = {
     "agentflow": {"AgentFlow", "RetryPolicy", "request_approval"},
-    "agentflow.checkpoint": {"Saver", "open_checkpointer"},
+    "agentflow.checkpoint": {"Save", "Saver", "open_checkpointer"},
     "agentflow.nodes": {"approval_node", "llm_node", "tool_node"},
 }
 

@@ -65,7 +65,7 @@ def engine(database_url: str) -> Iterator[Engine]:
 async def fill(saver: Saver) -> None:
     """Put three checkpoints, with writes in each of the places where writes are kept."""
     log = [f"{number}: {TEXT}" for number in range(4)]
-    start = changed(saver, empty_checkpoint(), log=log, value={"text": TEXT * 8}, small=1)
+    start = changed(saver, empty_checkpoint(), log=log, value={"text": TEXT * 20}, small=1)
     more = changed(saver, start[0], log=[*log, TEXT * 4])
     again = changed(saver, more[0], small=2)
     first = await saver.aput(THREAD, *start)
@@ -74,7 +74,7 @@ async def fill(saver: Saver) -> None:
     await together(
         saver,
         # With what supersedes its checkpoint; of the first write only where the list has it.
-        lambda: saver.aput_writes(first, [("log", [TEXT * 4]), ("branch", None)], "two"),
+        lambda: saver.aput_writes(first, [("log", [TEXT * 4]), ("more", TEXT * 20)], "two"),
         lambda: saver.aput(first, *more),
     )
     await together(
@@ -83,7 +83,7 @@ async def fill(saver: Saver) -> None:
         lambda: saver.aput(second, *again),
         lambda: saver.aput_writes(head, [("small", 3)], "three"),
     )
-    await saver.aput_writes(head, [("log", ["in the log"])], "four")
+    await saver.aput_writes(head, [("more", TEXT * 20)], "four")
 
 
 async def fill_and_prune(saver: Saver) -> None:
