@@ -381,7 +381,7 @@ class History:
 class HistoriesSuite(Suite):
     """Random histories, byte by byte."""
 
-    examples = 40
+    examples = 15
     """How many histories each test plays."""
 
     @pytest.mark.parametrize("verifies", [False, True])

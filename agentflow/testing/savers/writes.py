@@ -221,6 +221,23 @@ class WritesSuite(Suite):
             put(saver, name, "d1", ns="child")
             assert writes_at(saver, "d1", ns="child") == [("task", "x", 1)], name
 
+    def test_writes_survive_parallel_calls_in_one_commit(self, saver: AnySaver) -> None:
+        put(saver, "d1", ns="child")
+        place = at("d1", ns="child")
+
+        async def superstep() -> None:
+            write = saver.aput_writes(place, [("x", 1)], "task")
+            puts = []
+            for name in ("d2", "d3", "d2", "d4", "d3"):
+                made = checkpoint(name, {"x": name}, x=name)
+                puts.append(asyncio.ensure_future(saver.aput(place, made, {}, {"x": name})))
+                await asyncio.sleep(0)
+            await asyncio.gather(write, *puts)
+
+        asyncio.run(superstep())
+        assert writes_at(saver, "d1", ns="child") == [("task", "x", 1)]
+        assert sorted(ids(saver.list(at(ns="child")))) == ["d1", "d2", "d3", "d4"]
+
     def test_thousands_of_writes_on_one_checkpoint(self, saver: AnySaver) -> None:
         """The functional API binds every result of a task to the checkpoint of its input."""
         put(saver, "c1")
