@@ -1,10 +1,11 @@
 """The envelope around every stored payload: version, serializer, compression, length and hash.
 
 Layout, big-endian: `version` (1 byte), `flags` (1 byte), `serializer` (1 byte), `key id` (1 byte),
-`length` of the serialized bytes (8 bytes), SHA-256 over those twelve bytes and the serialized bytes
-(32 bytes), then the serialized bytes, compressed with Zstandard where the flag says so. The hash
-covers what was serialized, not how it is compressed. A value is trusted only after its length and
-hash were checked. Version 1 had no compression; key ids are zero in both.
+`length` of the serialized bytes (8 bytes), SHA-256 over those twelve bytes and all that follows (32
+bytes), then the serialized bytes, compressed with Zstandard where the flag says so. The hash covers
+what is stored, since not every bit of a compressed value changes what comes out of it. A value is
+trusted, and decompressed, only after its hash was checked. Version 1 had no compression; key ids
+are zero in both.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ def seal(body: bytes, *, compress: bool = True) -> bytes:
         if len(smaller) < len(body):
             flags, stored = _COMPRESSED, smaller
     header = _HEADER.pack(VERSION, flags, _MSGPACK, 0, len(body))
-    return b"".join((header, _digest(header, body), stored))
+    return b"".join((header, _digest(header, stored), stored))
 
 
 def unseal(data: bytes, *, where: str = "") -> bytes:
@@ -138,12 +139,12 @@ def unseal(data: bytes, *, where: str = "") -> bytes:
     if flags & ~_KNOWN_FLAGS.get(version, 0) or (serializer, key_id) != (_MSGPACK, 0):
         raise HashMismatchError(where, f"its header is not one that version {version} writes")
     body = data[_PREFIX:]
+    if _digest(data[: _HEADER.size], body) != data[_HEADER.size : _PREFIX]:
+        raise HashMismatchError(where)
     if flags & _COMPRESSED:
         body = _decompressed(body, length, where)
     if len(body) != length:
         raise HashMismatchError(where, "its length does not match")
-    if _digest(data[: _HEADER.size], body) != data[_HEADER.size : _PREFIX]:
-        raise HashMismatchError(where)
     return body
 
 
