@@ -165,6 +165,8 @@ class _Draft:
     seq: int
     layout: Layout
     parent_writes: bytes | None = None
+    superseded: list[PlannedWrites] = field(default_factory=list)
+    """What `parent_writes` was made of, if it comes from this very batch."""
     calls: list[Call] = field(default_factory=list)
     """Writes bound to it."""
     was_there: bool = False
@@ -306,6 +308,7 @@ class ThreadPlan:
         superseded = self._pending.pop((put.ns, put.parent_id or ""), None) if follows else None
         draft = _Draft(put, head.seq if is_again and head is not None else seq, layout)
         if superseded:
+            draft.superseded = superseded
             draft.parent_writes = _pack(superseded, self._blocks)
         if is_again:
             self._keep_writes(draft, is_head=True)
@@ -320,8 +323,7 @@ class ThreadPlan:
     def _come_again(self, draft: _Draft) -> None:
         """Look what a branch is made from, and whether it is there already."""
         put = draft.put
-        found = self._rows.find_checkpoint(put.key, put.checkpoint_id)
-        if isinstance(found, FoundCheckpoint) and found.row.attempt == put.attempt and put.ns:
+        if put.ns:
             # Of parallel calls of a subgraph, each may put its last checkpoint again.
             self._keep_writes(draft, is_head=False)
         if put.seen is not None and put.seen.checkpoint_id != put.parent_id:
@@ -332,24 +334,37 @@ class ThreadPlan:
     def _keep_writes(self, draft: _Draft, *, is_head: bool) -> None:
         """Keep the writes that the same checkpoint already had or carried."""
         put = draft.put
-        before = self._drafts.get((put.ns, put.checkpoint_id))
-        if before is not None and is_head:
-            draft.calls, draft.parent_writes = before.calls, before.parent_writes
-            draft.was_there, draft.base = before.was_there, before.base
+        before = self._drafts.get((put.ns, put.checkpoint_id)) or self._stored_draft(put)
+        if before is None:
             return
-        draft.was_there = True
-        found = self._rows.find_checkpoint(put.key, put.checkpoint_id)
-        if not isinstance(found, FoundCheckpoint):
-            return
-        draft.calls = unpack_record(put.codec, found.row, Place(*put.key[1:])).calls
-        draft.base = found.row.base
+        draft.calls, draft.was_there, draft.base = before.calls, before.was_there, before.base
         if is_head:
-            draft.parent_writes = found.row.parent_writes
-        elif found.row.parent_writes is not None and found.row.parent_id is not None:
+            draft.parent_writes, draft.superseded = before.parent_writes, before.superseded
+        elif before.parent_writes is not None and before.put.parent_id is not None:
             # It is not the next one after its parent any more.
-            number, carried = self._before.number, found.row.parent_writes
-            data = inlined(self._rows, put.codec, number, carried, Place(*put.key[1:]))
-            self._moved.append(WritesRow(number, put.ns, found.row.parent_id, self._next(), data))
+            parent = (put.ns, before.put.parent_id)
+            if before.superseded:
+                self._pending.setdefault(parent, [])[:0] = before.superseded
+                return
+            number, place = self._before.number, Place(*put.key[1:])
+            data = inlined(self._rows, put.codec, number, before.parent_writes, place)
+            self._moved.append(WritesRow(number, *parent, self._next(), data))
+
+    def _stored_draft(self, put: PlannedCheckpoint) -> _Draft | None:
+        """Return what is stored of the same checkpoint of the same attempt."""
+        found = self._rows.find_checkpoint(put.key, put.checkpoint_id)
+        if not isinstance(found, FoundCheckpoint) or found.row.attempt != put.attempt:
+            return None
+        row = found.row
+        return _Draft(
+            replace(put, parent_id=row.parent_id),
+            row.seq,
+            {},
+            parent_writes=row.parent_writes,
+            calls=unpack_record(put.codec, row, Place(*put.key[1:])).calls,
+            was_there=True,
+            base=row.base,
+        )
 
     def _lay_out(self, put: PlannedCheckpoint, head: Head | None) -> Layout | None:
         """Say where each channel's value is kept; `None` if what the put builds on is gone."""
