@@ -37,6 +37,11 @@ _MSGPACK = 1
 _COMPRESSED = 1
 _KNOWN_FLAGS = {1: 0, 2: _COMPRESSED}
 _LEVEL, _FAST_LEVEL = 3, 1
+_WINDOW = 22
+"""How far back repetitions of large values are found, as a power of two.
+
+An input stands beside the writes that are made of it, which often repeat it.
+"""
 _FAST_FROM = 64 * 1024
 
 
@@ -45,8 +50,12 @@ class _Zstd(threading.local):
 
     def __init__(self) -> None:
         self._careful, self._fast = (
-            zstandard.ZstdCompressor(level=level, write_content_size=False, write_checksum=False)
-            for level in (_LEVEL, _FAST_LEVEL)
+            zstandard.ZstdCompressor(
+                compression_params=zstandard.ZstdCompressionParameters.from_level(
+                    level, write_content_size=False, write_checksum=False, **options
+                )
+            )
+            for level, options in ((_LEVEL, {}), (_FAST_LEVEL, {"window_log": _WINDOW}))
         )
         self.decompress = zstandard.ZstdDecompressor().decompress
 

@@ -21,7 +21,7 @@ from benchmarks import graphs
 from benchmarks.graphs import Builder, Chat, Graph, PlainChat
 from benchmarks.lab import Lab, folder_size, interleave
 from benchmarks.results import Result, Row, medians, milliseconds
-from benchmarks.savers import OURS, SQLITE, open_sqlite_saver
+from benchmarks.savers import BARE, OURS, SQLITE, open_bare_saver, open_sqlite_saver
 from benchmarks.texts import MESSAGE_SIZE, make_messages
 
 _MESSAGES = 200
@@ -94,6 +94,7 @@ async def long_chat(lab: Lab) -> Result:
         subjects: dict[str, Callable[[], Awaitable[dict[str, float]]]] = {
             "engine": functools.partial(_time_long_chat, texts, schema, None),
             OURS: functools.partial(_long_chat_on_disk, texts, schema, lab),
+            BARE: functools.partial(_bare_long_chat, texts, schema, lab),
         }
         await _long_chat_on_disk(texts[: _EARLY.stop], schema, lab)  # the warm-up
         rounds = await interleave(subjects, min(lab.rounds, _LONG_ROUNDS), warm_up=False)
@@ -185,6 +186,11 @@ async def _long_chat_on_disk(texts: list[str], schema: type[Any], lab: Lab) -> d
     return figures
 
 
+async def _bare_long_chat(texts: list[str], schema: type[Any], lab: Lab) -> dict[str, float]:
+    async with open_bare_saver(lab.sqlite_path()) as saver:
+        return await _time_long_chat(texts, schema, saver)
+
+
 async def _time_long_chat(
     texts: list[str],
     schema: type[Any],
@@ -208,9 +214,12 @@ async def _time_long_chat(
 
 
 def _long_chat_rows(reducer: str, middle: Mapping[str, float]) -> list[Row]:
-    early, late = (
-        middle[f"{OURS}, {when} seconds"] - middle[f"engine, {when} seconds"]
-        for when in ("early", "late")
+    (early, late), (bare_early, bare_late) = (
+        [
+            middle[f"{saver}, {when} seconds"] - middle[f"engine, {when} seconds"]
+            for when in ("early", "late")
+        ]
+        for saver in (OURS, BARE)
     )
     early_bytes, late_bytes = (middle[f"{OURS}, {when} bytes"] for when in ("early", "late"))
     return [
@@ -222,6 +231,11 @@ def _long_chat_rows(reducer: str, middle: Mapping[str, float]) -> list[Row]:
             ratio=late / early,
             required=1.5,
             aim=1.2,
+        ),
+        Row(
+            workload=f"Chat to 5,000 messages by {reducer}: time added by {BARE}",
+            figure=f"{milliseconds(bare_late)}; around message 50: {milliseconds(bare_early)}",
+            ratio=bare_late / bare_early,
         ),
         Row(
             workload=f"Chat to 5,000 messages by {reducer}: bytes a step at the end",

@@ -22,11 +22,13 @@ from benchmarks.graphs import Graph
 from benchmarks.lab import Lab, interleave
 from benchmarks.results import Figures, Result, Row, medians, milliseconds
 from benchmarks.savers import (
+    BARE,
     MEMORY,
     OURS,
     PIPELINE,
     POOL,
     SQLITE,
+    open_bare_saver,
     open_pipeline_saver,
     open_pool_saver,
     open_sqlite_saver,
@@ -49,12 +51,14 @@ async def sqlite_alone(lab: Lab) -> Result:
         savers: dict[str, Saver] = {
             OURS: await stack.enter_async_context(open_checkpointer(lab.sqlite_url())),
             SQLITE: await stack.enter_async_context(open_sqlite_saver(lab.sqlite_path())),
+            BARE: await stack.enter_async_context(open_bare_saver(lab.sqlite_path())),
         }
         commits = stack.enter_context(sqlite_commits(lab.sqlite_path()))
         figures = await _measure_alone(lab, savers, commits)
     rows = [
         _beside_floor(name, figures, required=1.5, aim=1.25),
         _beside(name, figures, SQLITE, required=0.55, aim=0.45),
+        _beside(name, figures, BARE),
     ]
     return Result(rows=rows, figures={"seconds a step": figures})
 
@@ -89,6 +93,7 @@ async def concurrent(lab: Lab) -> Result:
             MEMORY: InMemorySaver(),
             postgres: await enter(open_checkpointer(lab.postgres_url())),
             POOL: await enter(open_pool_saver(lab.postgres_url())),
+            BARE: await enter(open_bare_saver(lab.sqlite_path())),
         }
         builder = graphs.counter(_STEPS_OF_RUN)
         subjects = {
@@ -98,7 +103,9 @@ async def concurrent(lab: Lab) -> Result:
         figures = await interleave(subjects, lab.rounds)
     middle = medians(figures)
 
-    def row(ours: str, other: str, *, required: float, aim: float) -> Row:
+    def row(
+        ours: str, other: str, *, required: float | None = None, aim: float | None = None
+    ) -> Row:
         return Row(
             workload=f"{_RUNS} runs of {_STEPS_OF_RUN} steps at once: {ours}",
             figure=f"{middle[ours]:,.0f} steps/s; {other}: {middle[other]:,.0f}",
@@ -111,6 +118,7 @@ async def concurrent(lab: Lab) -> Result:
     rows = [
         row(sqlite, MEMORY, required=0.75, aim=0.85),
         row(sqlite, SQLITE, required=2.5, aim=3.0),
+        row(sqlite, BARE),
         row(postgres, MEMORY, required=0.65, aim=0.8),
         row(postgres, POOL, required=2.0, aim=2.5),
     ]
@@ -204,7 +212,14 @@ def _beside_floor(workload: str, figures: Figures, *, required: float, aim: floa
     )
 
 
-def _beside(workload: str, figures: Figures, other: str, *, required: float, aim: float) -> Row:
+def _beside(
+    workload: str,
+    figures: Figures,
+    other: str,
+    *,
+    required: float | None = None,
+    aim: float | None = None,
+) -> Row:
     middle = medians(figures)
     return Row(
         workload=workload,

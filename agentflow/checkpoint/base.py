@@ -19,7 +19,6 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from concurrent.futures import Future, wait
 from itertools import count
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast, get_args
@@ -53,6 +52,7 @@ from agentflow.checkpoint.verbs import (
 )
 from agentflow.codec import Codec
 from agentflow.database import Database
+from agentflow.database.futures import Future
 from agentflow.database.session import Session
 from agentflow.errors import InvalidInputError
 from agentflow.types import FencingToken, Lease
@@ -238,13 +238,13 @@ class Saver(BaseCheckpointSaver[str]):
         """Delete a thread; see `delete_thread`."""
         await self._database.settled(self._delete_thread(thread_id))
 
-    def _delete_thread(self, thread_id: str) -> Future[Any]:
+    def _delete_thread(self, thread_id: str) -> Future:
         thread = self._thread_key(thread_id)
         lease = self._lease
         future = self._intake.verb(thread, lambda rows: delete_thread(rows, thread, lease))
 
-        def forget(done: Future[Any]) -> None:
-            if not done.cancelled() and done.exception() is None:
+        def forget(done: Future) -> None:
+            if done.exception() is None:
                 self._intake.forget_thread(thread)
 
         future.add_done_callback(forget)
@@ -264,7 +264,7 @@ class Saver(BaseCheckpointSaver[str]):
         """Delete the checkpoints of runs; see `delete_for_runs`."""
         await self._database.settled(self._delete_for_runs(run_ids))
 
-    def _delete_for_runs(self, run_ids: Sequence[str]) -> Future[Any]:
+    def _delete_for_runs(self, run_ids: Sequence[str]) -> Future:
         tenant, encoder, lease = self._tenant, self._encoder, self._lease
         doomed = {column_text(run_id) for run_id in run_ids}
         return self._intake.verb(
@@ -286,7 +286,7 @@ class Saver(BaseCheckpointSaver[str]):
         """Copy a thread; see `copy_thread`."""
         await self._database.settled(self._copy_thread(source_thread_id, target_thread_id))
 
-    def _copy_thread(self, source_thread_id: str, target_thread_id: str) -> Future[Any]:
+    def _copy_thread(self, source_thread_id: str, target_thread_id: str) -> Future:
         source, target = self._thread_key(source_thread_id), self._thread_key(target_thread_id)
         lease = self._lease
         calls = count()
@@ -314,7 +314,7 @@ class Saver(BaseCheckpointSaver[str]):
         """Delete old checkpoints; see `prune`."""
         await self._database.settled(self._prune(thread_ids, strategy))
 
-    def _prune(self, thread_ids: Sequence[str], strategy: str) -> Future[Any]:
+    def _prune(self, thread_ids: Sequence[str], strategy: str) -> Future:
         if strategy not in get_args(PruneStrategy):
             raise InvalidInputError("strategy", (f"must be one of {get_args(PruneStrategy)}",))
         threads = [self._thread_key(thread_id) for thread_id in dict.fromkeys(thread_ids)]
@@ -484,12 +484,13 @@ class Saver(BaseCheckpointSaver[str]):
 
     def _wait_for(self, thread: ThreadKey) -> None:
         self._intake.store_held(self._encoder, thread)
-        wait(self._intake.pending(thread))
+        for pending in self._intake.pending(thread):
+            pending.wait()
 
     async def _await(self, thread: ThreadKey) -> None:
         self._intake.store_held(self._encoder, thread)
         for pending in self._intake.pending(thread):
-            await asyncio.wait([asyncio.wrap_future(pending)])
+            await self._database.ended(pending)
 
     def _accept_writes(
         self,
@@ -497,7 +498,7 @@ class Saver(BaseCheckpointSaver[str]):
         writes: Sequence[tuple[str, Any]],
         task_id: str,
         task_path: str,
-    ) -> Future[Any]:
+    ) -> Future:
         key = self._head_key(config)
         if not config["configurable"].get("checkpoint_id"):
             raise InvalidInputError("config", ("configurable.checkpoint_id: is missing",))
@@ -511,7 +512,7 @@ class Saver(BaseCheckpointSaver[str]):
         checkpoint: Checkpoint,
         metadata: CheckpointMetadata,
         new_versions: ChannelVersions,
-    ) -> tuple[RunnableConfig, Future[Any]]:
+    ) -> tuple[RunnableConfig, Future]:
         key = self._head_key(config)
         check_ids(checkpoint_id=checkpoint["id"])
         future = self._intake.checkpoint(

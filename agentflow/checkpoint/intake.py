@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -27,6 +26,7 @@ from agentflow.checkpoint.policy import SavePolicy
 from agentflow.checkpoint.rows import HeadKey, Rows, ThreadKey
 from agentflow.checkpoint.stamps import read_seen
 from agentflow.database import Database
+from agentflow.database.futures import Future
 from agentflow.errors import AgentflowError
 from agentflow.telemetry import CHECKPOINT_BYTES, fail_span, start_checkpoint_span
 from agentflow.types import Lease, new_id
@@ -62,7 +62,7 @@ class Intake:
         self._lock = threading.Lock()
         # The last operation on each checkpoint that is not durable yet, or has failed. What is
         # bound to a checkpoint, or follows from it, comes after it and fails with it.
-        self._tails: dict[_Place, Future[Any]] = {}
+        self._tails: dict[_Place, Future] = {}
         self._held: dict[tuple[HeadKey, Lease | None], _Held] = {}
         # The checkpoints after which a marked node has begun.
         self._marked: dict[tuple[HeadKey, Lease | None], str] = {}
@@ -78,7 +78,7 @@ class Intake:
         writes: Sequence[tuple[str, Any]],
         task_id: str,
         task_path: str,
-    ) -> Future[Any]:
+    ) -> Future:
         """Accept the writes of one task."""
 
         def make() -> PlannedWrites:
@@ -104,7 +104,7 @@ class Intake:
         checkpoint: Checkpoint,
         metadata: CheckpointMetadata,
         new_versions: ChannelVersions,
-    ) -> Future[Any]:
+    ) -> Future:
         """Accept a checkpoint."""
         attempt = str(lease.token) if lease else self._instance
         changed = dict(new_versions)
@@ -137,7 +137,7 @@ class Intake:
         checkpoint_id: str,
         metadata: CheckpointMetadata,
         make: Callable[[], PlannedCheckpoint],
-    ) -> Future[Any]:
+    ) -> Future:
         span = start_checkpoint_span(
             thread_id=key[1], ns=key[2], checkpoint_id=checkpoint_id, step=metadata.get("step")
         )
@@ -178,7 +178,7 @@ class Intake:
         config: RunnableConfig,
         checkpoint_id: str,
         make: Callable[[], Planned],
-    ) -> Future[Any]:
+    ) -> Future:
         """Queue an operation behind the last one of the same invocation in this namespace.
 
         An invocation that loaded something is known by its load, so that of two that race the
@@ -192,8 +192,8 @@ class Intake:
             planned = make()
         except AgentflowError as exc:
             # Refused at the door; what follows must fail too, as if the database had refused.
-            future: Future[Any] = Future()
-            future.set_exception(exc)
+            future = Future()
+            future.settle(error=exc)
             with self._lock:
                 self._tails[place] = future
         else:
@@ -205,9 +205,9 @@ class Intake:
         future.add_done_callback(partial(self._end, place))
         return future
 
-    def _end(self, place: _Place, done: Future[Any]) -> None:
+    def _end(self, place: _Place, done: Future) -> None:
         """Drop an operation that succeeded; remember one that failed, for those that follow it."""
-        has_failed = done.cancelled() or done.exception() is not None
+        has_failed = done.exception() is not None
         with self._lock:
             if self._tails.get(place) is not done:
                 return
@@ -217,7 +217,7 @@ class Intake:
                 oldest = next((p for p, tail in self._tails.items() if tail.done()), place)
                 del self._tails[oldest]
 
-    def verb(self, thread: ThreadKey | None, function: Callable[[Rows], Any]) -> Future[Any]:
+    def verb(self, thread: ThreadKey | None, function: Callable[[Rows], Any]) -> Future:
         """Run a verb with the writer; the states of what it changes are read again afterwards.
 
         Args:
@@ -231,7 +231,7 @@ class Intake:
 
         return self._database.submit(Verb(run))
 
-    def accepted(self, thread: ThreadKey, lease: Lease | None) -> list[Future[Any]]:
+    def accepted(self, thread: ThreadKey, lease: Lease | None) -> list[Future]:
         """Return what was accepted for a thread under a lease and is not durable, or has failed."""
         with self._lock:
             return [
@@ -240,7 +240,7 @@ class Intake:
                 if key[:2] == thread and held_by == lease
             ]
 
-    def pending(self, thread: ThreadKey) -> list[Future[Any]]:
+    def pending(self, thread: ThreadKey) -> list[Future]:
         """Return what was accepted for a thread, by whomever, and is still on its way."""
         if not self._tails:
             return []
@@ -283,13 +283,13 @@ def _id_of(config: RunnableConfig) -> str | None:
     return config["configurable"].get("checkpoint_id") or None
 
 
-def _done() -> Future[Any]:
-    future: Future[Any] = Future()
-    future.set_result(None)
+def _done() -> Future:
+    future = Future()
+    future.settle()
     return future
 
 
-def _end_span(span: Span, done: Future[Any]) -> None:
-    if not done.cancelled() and (error := done.exception()) is not None:
+def _end_span(span: Span, done: Future) -> None:
+    if (error := done.exception()) is not None:
         fail_span(span, type(error).__name__)
     span.end()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
 from typing import Any
 
 from agentflow.checkpoint.batch import After, Batch, ThreadStates
 from agentflow.checkpoint.planning import Planned, PlannedCheckpoint, conflict
 from agentflow.checkpoint.rows import Rows
 from agentflow.checkpoint.sql import open_rows
+from agentflow.database.futures import Future
 from agentflow.database.session import Session
 from agentflow.database.writer import Operation, Rejected
 
@@ -26,7 +26,7 @@ class Put(Operation):
         self.states = states
         self.size = size
         self.is_patient = not isinstance(planned, PlannedCheckpoint)
-        self.previous: Future[Any] | None = None
+        self.previous: Future | None = None
         """The operation of the same invocation before this one."""
 
     @classmethod
@@ -57,16 +57,13 @@ class Put(Operation):
         return [None if error is None else Rejected(error) for error in batch.outcomes]
 
 
-def _outcome(previous: Future[Any] | None, places: Mapping[Future[Any], int]) -> After:
+def _outcome(previous: Future | None, places: Mapping[Future, int]) -> After:
     """Say what a put depends on: one of the same batch, or something that is over."""
     if previous is None:
         return None
     if previous in places:
         return places[previous]
-    if not previous.done() or previous.cancelled():
-        return None
-    error = previous.exception()
-    return error if isinstance(error, Exception) else None
+    return previous.exception() if previous.done() else None
 
 
 class Verb(Operation):

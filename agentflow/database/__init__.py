@@ -13,7 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -24,6 +24,7 @@ from agentflow.config import Settings
 from agentflow.database import migrate
 from agentflow.database.connections import Connections
 from agentflow.database.engine import READERS, parse_url, snapshot, translated
+from agentflow.database.futures import Future
 from agentflow.database.session import Session
 from agentflow.database.writer import Call, GroupCommitWriter, Operation
 from agentflow.errors import StoreUnavailableError
@@ -77,7 +78,7 @@ class Database:
             self._connections.abandon()
             self._open()
 
-    def submit(self, operation: Operation) -> Future[Any]:
+    def submit(self, operation: Operation) -> Future:
         """Queue an operation with the writer; the future ends when it is durable, or has failed."""
         self._check_fork()
         return self._writer.submit(operation)
@@ -166,8 +167,17 @@ class Database:
             self._readers.shutdown()
         self._connections.dispose()
 
-    async def settled(self, future: Future[Any]) -> Any:
-        """Wait for a writer's future from an event loop; cancelling the waiter leaves it alone."""
+    async def settled(self, future: Future) -> Any:
+        """Wait for a writer's future from an event loop; cancelling the waiter leaves it alone.
+
+        Raises:
+            Exception: The error with which it ended.
+        """
+        await self.ended(future)
+        return future.result()
+
+    async def ended(self, future: Future) -> None:
+        """Wait for the end of a writer's future, whatever it is."""
         if not future.done():
             loop = asyncio.get_running_loop()
             waker = self._wakers.get(loop)
@@ -176,7 +186,6 @@ class Database:
             waiter: asyncio.Future[None] = loop.create_future()
             future.add_done_callback(lambda _: waker.add(waiter))
             await waiter
-        return future.result()
 
 
 class _Query(Operation):

@@ -7,8 +7,9 @@ known of the outcome.
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
@@ -16,11 +17,21 @@ from sqlalchemy.engine import URL
 from sqlalchemy.pool import PoolProxiedConnection
 
 from agentflow.config import Settings
-from agentflow.database.engine import display_url, is_memory, make_engine, translated, unavailable
+from agentflow.database.engine import (
+    display_url,
+    grow_wal,
+    is_memory,
+    make_engine,
+    translated,
+    unavailable,
+)
 from agentflow.database.session import Session
 from agentflow.errors import Outcome, StoreUnavailableError
 
 T = TypeVar("T")
+
+GROW_WAL_AFTER = 32
+"""So many batches tell a process that writes a lot from one that writes a little and ends."""
 
 
 class Connections:
@@ -40,6 +51,7 @@ class Connections:
         self._own: PoolProxiedConnection | None = None
         """The writer's, kept from batch to batch."""
         self._session: Session | None = None
+        self._batches = 0
         self._errors: tuple[type[Exception], ...] = (self.engine.dialect.loaded_dbapi.Error,)
         self._all_errors: tuple[type[Exception], ...] = (sa.exc.DBAPIError, *self._errors)
 
@@ -81,6 +93,11 @@ class Connections:
         if self._own is None or self._session is None:
             self._own = self._connect()
             self._session = Session(_driver(self._own), self.dialect)
+        self._batches += 1
+        if self._batches == GROW_WAL_AFTER and self.dialect == "sqlite" and not self.is_memory:
+            # Nothing depends on it; a full disk or a lock will show where something does.
+            with suppress(sqlite3.Error, OSError):
+                grow_wal(_driver(self._own))
         try:
             return function(self._session)
         except self._errors as exc:

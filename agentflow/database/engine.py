@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
@@ -27,6 +28,9 @@ SUPPORTED = ("memory://", "sqlite:///file", "postgresql://")
 READERS = 4
 _CONNECT_TIMEOUT = 10
 _WAL_RETRY = 0.005
+_WAL_SIZE = 1000 * 4096
+_PADDING = 6_200_000
+"""Bytes that overflow SQLite's page cache of 2 MB by a little more than the log's usual size."""
 
 
 def parse_url(url: str) -> URL:
@@ -162,6 +166,26 @@ def _enable_wal(cursor: sqlite3.Cursor, timeout: timedelta) -> None:
             time.sleep(_WAL_RETRY)
         else:
             return
+
+
+def grow_wal(connection: sqlite3.Connection) -> None:
+    """Make the write-ahead log of a file as long as it will get, in one go.
+
+    A commit that makes its file longer waits for the file system's own journal as well, and takes
+    about twice as long as one that writes over what is there. SQLite starts the log again from its
+    beginning once it has some 1000 pages. A transaction that is too large for the page cache and is
+    rolled back leaves so many in it, and nothing in the database.
+    """
+    ((_, _, file),) = connection.execute("PRAGMA database_list").fetchall()[:1]
+    log = Path(f"{file}-wal")
+    if not log.exists() or log.stat().st_size >= _WAL_SIZE:
+        return
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        connection.execute("CREATE TABLE agentflow_padding (data BLOB)")
+        connection.execute("INSERT INTO agentflow_padding VALUES (zeroblob(?))", (_PADDING,))
+    finally:
+        connection.execute("ROLLBACK")
 
 
 def _sqlite_engine(url: URL, settings: Settings) -> Engine:

@@ -35,6 +35,12 @@ class Session:
         self.dialect = dialect
         self._is_open = connection is not None
         self._after_commit: list[Callable[[], None]] = []
+        self._done: set[tuple[str, ...]] = set()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether what is run is part of a transaction."""
+        return self._is_open
 
     @property
     def connection(self) -> Connection:
@@ -62,6 +68,13 @@ class Session:
         if not self._is_open:
             failpoint("database.before_commit")
         return self.fetch(sql, parameters)
+
+    def once(self, statements: tuple[str, ...]) -> None:
+        """Run statements that prepare the connection, unless this session has."""
+        if statements not in self._done:
+            for statement in statements:
+                self._cursor.execute(statement)
+            self._done.add(statements)
 
     def execute(self, sql: str, parameters: Parameters = ()) -> int:
         """Run a statement and return how many rows it has touched."""

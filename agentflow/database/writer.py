@@ -17,7 +17,6 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
@@ -25,6 +24,7 @@ from sqlalchemy.engine import Connection
 
 from agentflow.database.connections import Connections
 from agentflow.database.engine import translated
+from agentflow.database.futures import Future
 from agentflow.database.session import Session
 from agentflow.errors import StoreUnavailableError
 from agentflow.failpoints import failpoint
@@ -68,7 +68,7 @@ class Operation(ABC):
 
     def __init__(self) -> None:
         """Start with an open future."""
-        self.future: Future[Any] = Future()
+        self.future = Future()
 
     def explain(self, error: Exception) -> Exception:
         """Return what to tell the caller about an error of the database's."""
@@ -133,7 +133,7 @@ class GroupCommitWriter:
         self._closing = threading.Event()
         self._was_reached = False
 
-    def submit(self, operation: Operation) -> Future[Any]:
+    def submit(self, operation: Operation) -> Future:
         """Queue an operation; its future ends when it is durable, or has failed."""
         with self._lock:
             if self._closing.is_set():
@@ -317,12 +317,10 @@ def _neighbours(batch: Sequence[Operation]) -> list[tuple[type[Operation], list[
 
 
 def _settle(operation: Operation, outcome: Any) -> None:
-    if not operation.future.set_running_or_notify_cancel():
-        return
     if isinstance(outcome, Rejected):
-        operation.future.set_exception(outcome.error)
+        operation.future.settle(error=outcome.error)
     else:
-        operation.future.set_result(outcome)
+        operation.future.settle(outcome)
 
 
 def _as_exception(exc: BaseException) -> Exception:

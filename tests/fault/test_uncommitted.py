@@ -12,7 +12,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal, cast
@@ -27,6 +26,7 @@ from agentflow.config import load_settings
 from agentflow.database import Database
 from agentflow.database.connections import Connections
 from agentflow.database.engine import now, parse_url
+from agentflow.database.futures import Future
 from agentflow.database.session import Session
 from agentflow.database.tables import checkpoints, runs, threads, values, writes
 from agentflow.database.writer import Operation, Rejected
@@ -158,15 +158,15 @@ class _InSession:
     def __init__(self, session: Session) -> None:
         self._session = session
 
-    def submit(self, operation: Operation) -> Future[Any]:
+    def submit(self, operation: Operation) -> Future:
         (outcome,) = type(operation).run(self._session, [operation])
         if isinstance(outcome, Rejected):
-            operation.future.set_exception(outcome.error)
+            operation.future.settle(error=outcome.error)
         else:
-            operation.future.set_result(outcome)
+            operation.future.settle(outcome)
         return operation.future
 
-    async def settled(self, future: Future[Any]) -> Any:
+    async def settled(self, future: Future) -> Any:
         return future.result()
 
 

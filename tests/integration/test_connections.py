@@ -19,10 +19,11 @@ from typing import Any
 
 import psycopg
 import pytest
-from langgraph.checkpoint.base import CheckpointTuple
+from langgraph.checkpoint.base import CheckpointTuple, empty_checkpoint
 from langgraph.checkpoint.memory import InMemorySaver
 
 from agentflow.checkpoint import Saver, open_checkpointer
+from agentflow.database.connections import GROW_WAL_AFTER
 from agentflow.errors import StoreUnavailableError
 from tests.fault.forkserver import ForkServer
 from tests.fault.savers import (
@@ -480,3 +481,14 @@ def test_processes_that_write_one_file_at_once_never_find_it_locked(
         for thread in itertools.chain(*threads):
             assert books[thread].step == 9
             assert_kept(saver, thread, books[thread])
+
+
+async def test_log_of_a_busy_file_is_long_before_it_is_full(tmp_path: Path) -> None:
+    async def log_size(steps: int) -> int:
+        async with open_checkpointer(f"sqlite:///{tmp_path}/a.db") as saver:
+            for number in range(steps):
+                await saver.aput(at(f"{steps}-{number}"), empty_checkpoint(), {}, {})
+            return (tmp_path / "a.db-wal").stat().st_size
+
+    few, many = await log_size(GROW_WAL_AFTER // 2), await log_size(GROW_WAL_AFTER)
+    assert few < 1000 * 4096 <= many

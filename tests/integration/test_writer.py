@@ -5,8 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from concurrent.futures import wait
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from sqlalchemy.engine import Connection
 
 from agentflow.config import Settings
 from agentflow.database import Database
+from agentflow.database.futures import Future
 from agentflow.database.tables import leases
 from agentflow.database.writer import Call, Rejected
 from agentflow.errors import StoreUnavailableError
@@ -51,6 +51,12 @@ def names(database: Database) -> list[str]:
     return list(database.read_now(lambda c: c.execute(query).scalars().all()))
 
 
+def wait(futures: Iterable[Future]) -> None:
+    """Wait until all have ended."""
+    for future in futures:
+        future.wait(timeout=30)
+
+
 def held(database: Database) -> threading.Event:
     """Keep the writer busy until the event is set, so that what follows is one batch."""
     entered, go_on = threading.Event(), threading.Event()
@@ -84,7 +90,7 @@ def test_what_is_queued_together_is_committed_together_in_order(database: Databa
 
     def run() -> None:
         go_on.set()
-        wait(futures, timeout=30)
+        wait(futures)
 
     assert commits(run) <= 2, "one for what held the writer, one for all the others"
     assert order == [f"{i:02}" for i in range(20)] == names(database)
@@ -100,7 +106,7 @@ def test_operation_that_raises_fails_alone(database: Database) -> None:
         database.submit(insert("c")),
     ]
     go_on.set()
-    wait(futures, timeout=30)
+    wait(futures)
     assert isinstance(futures[1].exception(), KeyError)
     assert isinstance(futures[3].exception(), sa.exc.IntegrityError)
     assert [futures[i].result() for i in (0, 2, 4)] == ["a", "b", "c"]
@@ -115,7 +121,7 @@ def test_operation_that_refuses_costs_the_others_nothing(database: Database) -> 
 
     def run() -> None:
         go_on.set()
-        wait([*good, lost], timeout=30)
+        wait([*good, lost])
 
     assert commits(run) <= 2
     with pytest.raises(ValueError, match="lost a race"):
@@ -146,8 +152,7 @@ def test_even_an_exit_in_an_operation_leaves_nobody_waiting(
     go_on = held(database)
     futures = [database.submit(Call(leave)), database.submit(insert("a"))]
     go_on.set()
-    done, waiting = wait(futures, timeout=30)
-    assert (len(done), len(waiting)) == (2, 0)
+    wait(futures)
     assert "the writer failed" in caplog.text
     assert database.submit(insert("b")).result(timeout=30) == "b"
 
@@ -169,12 +174,31 @@ def test_closing_writes_what_is_queued_and_refuses_what_comes_later(database_url
     again.close()
 
 
-def test_cancelled_future_does_not_stop_the_others(database: Database) -> None:
+def test_callback_that_raises_does_not_stop_the_others(
+    database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
     go_on = held(database)
-    cancelled, kept = database.submit(insert("a")), database.submit(insert("b"))
-    assert cancelled.cancel()
+    first, second = database.submit(insert("a")), database.submit(insert("b"))
+    called: list[Future] = []
+
+    def fail(_: Future) -> None:
+        raise ValueError
+
+    first.add_done_callback(fail)
+    first.add_done_callback(called.append)
     go_on.set()
-    assert kept.result(timeout=30) == "b"
+    wait([first, second])
+    assert called == [first]
+    assert "a callback of a future failed" in caplog.text
+
+
+def test_future_that_has_not_ended_in_time_says_so(database: Database) -> None:
+    go_on = held(database)
+    waiting = database.submit(insert("a"))
+    with pytest.raises(TimeoutError):
+        waiting.result(timeout=0.01)
+    go_on.set()
+    assert waiting.result(timeout=30) == "a"
 
 
 FORK = """
