@@ -28,8 +28,8 @@ Kind = Literal["claim", "thread", "run", "writes", "checkpoint", "insert", "node
 """What a commit changed: `thread` is acquiring or releasing it, `run` a transition of the run.
 
 `insert` is no commit but the middle of one: before a checkpoint is decided on, and after the
-statement that writes it. PostgreSQL commits by that statement, so there the moment after it exists
-only in company: where the batch holds something else as well, and is a transaction.
+statement that writes it. What is put alone is committed by that statement, so the moment after it
+exists only in company: where the batch holds something else as well, and is a transaction.
 """
 Moment = Literal["before", "after"]
 
@@ -136,9 +136,10 @@ class Sabotage:
             self._changed.update(_CHANGE.findall(statement))
 
     def _planned(self, refused: Exception | None, _plan: ThreadPlan, put: Planned) -> None:
-        # Writes that become durable together with a checkpoint may have no row of their own.
-        if refused is None and isinstance(put, PlannedWrites):
-            self._changed.add("writes")
+        # One statement may name no table of its own: SQLite's triggers find the right ones. Writes
+        # that become durable together with a checkpoint may have no row of their own.
+        if refused is None:
+            self._changed.add("writes" if isinstance(put, PlannedWrites) else "checkpoints")
 
     def _executed(self, _rows: Any, session: Session, sql: str, *_: Any) -> None:
         # Where one statement is the whole commit, it has no middle, and so no failpoint there.

@@ -237,7 +237,8 @@ async def test_worker_stopped_inside_a_node_finishes_it_in_vain(scene: Scene) ->
     assert read_everything(scene.url, ["run"]) == before
     assert scene.entered("run") == {"a": 1, "b": 2, "c": 1, "d": 1}
     saved = read_thread_rows(scene.url, checkpoints, ["run"])
-    assert Counter(c.attempt for c in saved) == {"1": 3, "2": 3}, "b, c and d are the successor's"
+    assert len(saved) == 6
+    assert Counter(c.attempt for c in saved)["1"] == 3, "b, c and d are the successor's"
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
@@ -247,8 +248,8 @@ async def test_statement_that_ran_but_was_not_committed_when_the_claim_arrived(
     """On Postgres the claim gets through and the transaction is gone; SQLite lets it commit first.
 
     A SQLite file stays locked while its writer is stopped, so there the claim comes after SIGCONT.
-    The worker is in company: alone, a put is one statement of Postgres that commits by itself. What
-    becomes of that one when its worker is stopped meanwhile stands in `test_uncommitted`.
+    The worker is in company: alone, a put is one statement that commits by itself. What becomes of
+    that one when its worker is stopped meanwhile stands in `test_uncommitted`.
     """
     middle = Place("insert", 4, moment)
     (zombie,) = await scene.stop_each(
@@ -270,7 +271,8 @@ async def test_statement_that_ran_but_was_not_committed_when_the_claim_arrived(
         await outlived(scene, [zombie])
         assert read_everything(scene.url, [run_id]) == before
         saved = read_thread_rows(scene.url, checkpoints, [run_id])
-        assert Counter(row.attempt for row in saved) == {"1": 3, "2": 3}
+        assert len(saved) == 6
+        assert Counter(row.attempt for row in saved)["1"] == 3, "all others are a successor's"
     assert_sound(scene.url, [run_id])
     assert max(scene.entered(run_id).values()) <= 2
     tally(zombies=1)
