@@ -90,8 +90,8 @@ async def test_second_run_of_a_thread_killed_before_its_first_checkpoint_runs_it
 async def survey(scene: Scene, graph: str, *, company: bool = False) -> list[Place]:
     """Run the twin, which nobody kills, and return every place that it passed.
 
-    A put that is alone in its batch is one statement, which commits by itself: there is no moment at
-    which it was executed and not committed. In company there is.
+    A put that is alone in its batch is one statement, which commits by itself: there is no moment
+    at which it was executed and not committed. In company there is.
     """
     await scene.app.submit(graph, INPUT, run_id="twin", queue="twin")
     twin = scene.worker(queues=["twin"], reports=True, company=company)
