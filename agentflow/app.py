@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, cast
 
 from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.graph import StateGraph
 from langgraph.pregel import Pregel
 from langgraph.types import StateSnapshot
 
+from agentflow.checkpoint import Retention, Saver, SweepReport, open_checkpointer
 from agentflow.config import Settings, load_settings
 from agentflow.drive import AttemptControl, Driver, RegisteredGraph
 from agentflow.errors import (
@@ -24,6 +27,7 @@ from agentflow.errors import (
 )
 from agentflow.inputs import check_input, check_options
 from agentflow.interrupts import parse_decision, validate
+from agentflow.keys import KeyRing
 from agentflow.lease import LeaseKeeper
 from agentflow.retry import LangGraphRetryPolicy, RetryPolicy
 from agentflow.serializer import AllowList
@@ -46,10 +50,26 @@ from agentflow.types import (
 )
 from agentflow.worker import Changes, Worker
 
+if TYPE_CHECKING:
+    from agentflow.codec import Redact
+
 _EVENT_PAGE = 100
+_PASSES = 3
+"""How often everything is looked through for what is sealed by an old key."""
 
 Until = Literal["ended", "parked"]
+Progress = Callable[[str, int, int], None]
 _Status = TypeVar("_Status", RunStatus, WaitStatus)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rotation:
+    """What `AgentFlow.rotate_keys` has done."""
+
+    sealed: int
+    """How many rows and payloads were sealed by the current key."""
+    is_complete: bool
+    """Whether nothing is left. If not, some process still seals by an old key."""
 
 
 class AgentFlow:
@@ -75,6 +95,8 @@ class AgentFlow:
         clock: Clock | None = None,
         tenant: str = "",
         allow: AllowList = "imported",
+        keys: KeyRing | None = None,
+        redact: Redact | None = None,
     ) -> None:
         """Set where runs and checkpoints live.
 
@@ -86,13 +108,16 @@ class AgentFlow:
             clock: The clock of timers and deadlines.
             tenant: Keeps the runs and threads of different tenants apart.
             allow: Which classes may be stored; see `open_checkpointer`.
+            keys: Encrypts everything that is stored; without it the environment's
+                `AGENTFLOW_KEYS`, if there is one.
+            redact: Changes values before they are stored; see `open_checkpointer`. The places in
+                what is stored of runs are named by table and column, such as `runs.input`.
 
         Raises:
             UnsupportedUrlError: A URL's scheme is unknown.
-            MissingDriverError: A database's driver is not installed.
+            MissingDriverError: A database's driver, or `cryptography`, is not installed.
         """
         # Imported with the first object: SQLAlchemy takes longer to import than all else here.
-        from agentflow.checkpoint import Saver, open_checkpointer
         from agentflow.codec import Codec
         from agentflow.database import Database
         from agentflow.storage.sql import SqlRunStore
@@ -100,9 +125,16 @@ class AgentFlow:
         self._settings: Settings = load_settings()
         self.url = url or self._settings.db_url
         self.tenant = tenant
-        self._options = {"checkpoints": checkpoints, "clock": clock, "allow": allow}
+        self._options = {
+            "checkpoints": checkpoints,
+            "clock": clock,
+            "allow": allow,
+            "keys": keys,
+            "redact": redact,
+        }
         self._clock = clock or SystemClock()
-        codec = Codec(allow=allow)
+        self._keys = keys or self._settings.keys
+        codec = Codec(allow=allow, keys=self._keys, redact=redact)
         database = Database(self.url, self._settings)
         self._store: RunStore = SqlRunStore(database, codec=codec, owns_database=True)
         self._owned_saver: Saver | None = None
@@ -111,7 +143,7 @@ class AgentFlow:
             self._saver = Saver(database, codec=codec, tenant=tenant)
         elif isinstance(checkpoints, str):
             self._saver = self._owned_saver = open_checkpointer(
-                checkpoints, allow=allow, tenant=tenant
+                checkpoints, keys=keys, allow=allow, tenant=tenant, redact=redact
             )
         else:
             self._saver = checkpoints
@@ -135,6 +167,7 @@ class AgentFlow:
         queue: str = "default",
         context: Callable[[Run], Any] | None = None,
         input_schema: Any = None,
+        retention: Retention | None = None,
     ) -> None:
         """Make a graph known under a name and version.
 
@@ -147,6 +180,7 @@ class AgentFlow:
             queue: Where runs are queued unless `submit` says otherwise.
             context: Makes the graph's context for each attempt, from the run; may be `async`.
             input_schema: A type that inputs must fit, instead of the graph's own input schema.
+            retention: How long `sweep` keeps the threads whose newest run is one of this graph's.
 
         Raises:
             InvalidInputError: The name and version are taken by another graph.
@@ -167,6 +201,7 @@ class AgentFlow:
             retry=RetryPolicy.of(retry),
             context=context,
             input_schema=input_schema,
+            retention=retention,
         )
 
     async def submit(
@@ -399,6 +434,86 @@ class AgentFlow:
             {"configurable": {"thread_id": run.thread_id}}, subgraphs=True
         )
 
+    async def rotate_keys(self, progress: Progress | None = None) -> Rotation:
+        """Seal by the current key everything, of all tenants, that is not; also plaintext.
+
+        It may be killed at any point and started again: what is done stays done. Meanwhile runs go
+        on, in processes that have both keys.
+
+        Args:
+            progress: Called now and then with what is looked through (`runs` or `checkpoints`),
+                the rows looked through so far, and how many of them were sealed.
+
+        Raises:
+            InvalidInputError: There are no keys.
+            UnknownKeyError: Something is sealed by a key that is not here.
+            UnencryptedValueError: Something is not encrypted, and the ring does not accept that.
+            HashMismatchError: Something is damaged; what comes before it is done.
+        """
+        # As in `__init__`.
+        from agentflow.checkpoint import Saver
+        from agentflow.checkpoint.rotation import rotate_checkpoints
+
+        if self._keys is None:
+            raise InvalidInputError("key ring", ("there are no keys; set AGENTFLOW_KEYS",))
+        tell = progress or _silent
+        sealed = 0
+        for _ in range(_PASSES):
+            before = sealed
+            sealed += await self._store.rotate_keys(partial(tell, "runs"))
+            # A checkpointer of the caller's own may do without keys.
+            if isinstance(self._saver, Saver) and self._saver.keys is not None:
+                sealed += await rotate_checkpoints(self._saver, partial(tell, "checkpoints"))
+            if sealed == before:
+                return Rotation(sealed=sealed, is_complete=True)
+        return Rotation(sealed=sealed, is_complete=False)
+
+    async def sweep(
+        self, retention: Retention | None = None, *, dry_run: bool = False
+    ) -> SweepReport:
+        """Delete checkpoints and threads that need not be kept any longer.
+
+        Threads with a run that has not ended are let be, and those that have work left. It goes in
+        small batches while runs go on, and may be interrupted and called again at any time. Runs
+        and their events are not deleted.
+
+        Args:
+            retention: What is kept of the threads of graphs that were registered without a
+                `retention`; `None` keeps all of them.
+            dry_run: Only say what would go.
+
+        Raises:
+            InvalidInputError: The app was given a checkpointer that cannot be swept.
+        """
+        if not isinstance(self._saver, Saver):
+            raise InvalidInputError(
+                "checkpoints", ("must be opened by open_checkpointer to be swept",)
+            )
+
+        async def choose(thread_ids: Sequence[str]) -> dict[str, Retention]:
+            kept = {name: await self._retention(name, retention) for name in thread_ids}
+            return {name: each for name, each in kept.items() if each is not None}
+
+        return await self._saver.asweep(choose, dry_run=dry_run, clock=self._clock)
+
+    async def _retention(self, thread_id: str, default: Retention | None) -> Retention | None:
+        """Say how long a thread is kept; `None` if it is to be let be."""
+
+        async def newest(status: RunStatus | None) -> Run | None:
+            page = await self._store.list_runs(
+                self.tenant, status=status, graph=None, thread_id=thread_id, limit=1, cursor=None
+            )
+            return page.items[0] if page.items else None
+
+        for status in RunStatus:
+            if not status.is_ended and await newest(status) is not None:
+                return None
+        run = await newest(None)
+        registered = None if run is None else self._graphs.get((run.graph, run.version))
+        if registered is None or registered.retention is None:
+            return default
+        return registered.retention
+
     async def aclose(self) -> None:
         """Write what is queued and close all connections."""
         if self._owned_saver is not None:
@@ -575,6 +690,10 @@ class RunHandle:
     def __repr__(self) -> str:
         """Show the id."""
         return f"RunHandle({self.id!r})"
+
+
+def _silent(what: str, seen: int, sealed: int) -> None:
+    del what, seen, sealed
 
 
 def _member(kind: type[_Status], value: _Status | str | None) -> _Status | None:

@@ -1,24 +1,36 @@
-"""The envelope around every stored payload: version, serializer, compression, length and hash.
+"""The envelope around every stored payload: version, compression, key, length and hash.
 
-Layout, big-endian: `version` (1 byte), `flags` (1 byte), `serializer` (1 byte), `key id` (1 byte),
-`length` of the serialized bytes (8 bytes), SHA-256 over those twelve bytes and all that follows (32
-bytes), then the serialized bytes, compressed with Zstandard where the flag says so. The hash covers
-what is stored, since not every bit of a compressed value changes what comes out of it. A value is
-trusted, and decompressed, only after its hash was checked. Version 1 had no compression; key ids
-are zero in both.
+Layout of version 2, big-endian: `version` (1 byte), `flags` (1 byte), `serializer` (1 byte), the
+length of the key's name (1 byte), the `length` of the serialized bytes (8 bytes), the key's name.
+Without encryption follow SHA-256 over all of this, a *context* and all that comes after (32 bytes),
+and the serialized bytes, compressed with Zstandard where the flag says so. With encryption follows
+what `keys` makes of the compressed bytes, bound to the same header and context.
+
+The context says where the value belongs: what is moved to another place does not open there. The
+hash covers what is stored, since not every bit of a compressed value changes what comes out of it.
+A value is trusted, and decompressed, only after that. Version 1 had neither context, compression
+nor encryption.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import struct
 import threading
-from collections.abc import Collection
-from typing import Any, Literal
+from collections.abc import Callable, Collection
+from typing import Any, Literal, NamedTuple
 
+import ormsgpack
 import zstandard
 
-from agentflow.errors import HashMismatchError, UnknownVersionError
+from agentflow.errors import (
+    HashMismatchError,
+    UnencryptedValueError,
+    UnknownKeyError,
+    UnknownVersionError,
+)
+from agentflow.keys import Key, KeyRing
 from agentflow.serializer import AllowList, Serializer
 
 VERSION = 2
@@ -32,10 +44,9 @@ MAX_EXPANSION = 100_000
 """How many times its stored size a value may have; Zstandard itself reaches no more."""
 
 _HEADER = struct.Struct(">BBBBQ")
-_PREFIX = _HEADER.size + DIGEST_SIZE
 _MSGPACK = 1
-_COMPRESSED = 1
-_KNOWN_FLAGS = {1: 0, 2: _COMPRESSED}
+_COMPRESSED, _ENCRYPTED = 1, 2
+_KNOWN_FLAGS = {1: 0, 2: _COMPRESSED | _ENCRYPTED}
 _LEVEL, _FAST_LEVEL = 3, 1
 _WINDOW = 22
 """How far back repetitions of large values are found, as a power of two.
@@ -66,6 +77,9 @@ class _Zstd(threading.local):
 
 _zstd = _Zstd()
 
+Redact = Callable[[str, Any], Any]
+"""Given a place, such as `runs.input` or `channel:messages`, and a value: what is stored of it."""
+
 
 class Codec:
     """Values to stored bytes and back."""
@@ -76,43 +90,64 @@ class Codec:
         allow: AllowList = "imported",
         unknown: Literal["refuse", "plain"] = "refuse",
         compress: bool = True,
+        keys: KeyRing | None = None,
+        redact: Redact | None = None,
     ) -> None:
-        """Set which classes may be stored and built (see `Serializer`), and whether to compress."""
+        """Set how values are stored.
+
+        Args:
+            allow: Which classes may be stored and built; see `Serializer`.
+            unknown: What becomes of other classes when they are read.
+            compress: Whether values are compressed.
+            keys: With them everything is encrypted.
+            redact: Changes values before they are stored; called by those who know their place.
+        """
         self._serializer = Serializer(allow=allow, unknown=unknown)
         self._compress = compress
+        self._keys = keys
+        self.redact = redact
+
+    @property
+    def keys(self) -> KeyRing | None:
+        """The keys, if what is stored is encrypted."""
+        return self._keys
 
     def with_allowed(self, extra: Collection[type | str]) -> Codec:
         """Return a codec that allows `extra` as well."""
-        clone = Codec.__new__(Codec)
+        clone = copy.copy(self)
         clone._serializer = self._serializer.with_allowed(extra)
-        clone._compress = self._compress
         return clone
 
     def readable_anywhere(self) -> Codec:
         """Return a codec that shows classes not known here as typed plain data."""
-        return Codec(allow=self._serializer.allow, unknown="plain", compress=self._compress)
+        clone = copy.copy(self)
+        clone._serializer = Serializer(allow=self._serializer.allow, unknown="plain")
+        return clone
 
-    def dumps(self, value: Any, *, where: str = "") -> bytes:
+    def dumps(self, value: Any, *, context: bytes = b"", where: str = "") -> bytes:
         """Encode a value into an envelope.
 
         Args:
             value: What to store.
+            context: Where it belongs; see `context_of`.
             where: The place of the value, for messages: a channel or a column, never content.
 
         Raises:
             SerializationError: Some part of it could not be loaded back.
         """
-        return self.seal(self._serializer.dumps(value, where=where))
+        return self.seal(self._serializer.dumps(value, where=where), context)
 
-    def loads(self, data: bytes, *, where: str = "") -> Any:
+    def loads(self, data: bytes, *, context: bytes = b"", where: str = "") -> Any:
         """Verify an envelope and decode its value.
 
         Raises:
-            HashMismatchError: The bytes are not what was stored.
+            HashMismatchError: The bytes are not what was stored in this context.
             UnknownVersionError: A newer program stored it.
+            UnknownKeyError: It is encrypted under a key that is not here.
+            UnencryptedValueError: It is not encrypted, and has to be.
             BlockedTypeError: It holds a class that may not be built here.
         """
-        return self._serializer.loads(unseal(data, where=where), where=where)
+        return self._serializer.loads(self.unseal(data, context, where=where), where=where)
 
     def serialize(self, value: Any, *, where: str = "") -> bytes:
         """Encode a value without an envelope, as a part of what will be sealed as a whole."""
@@ -122,44 +157,119 @@ class Codec:
         """Decode a part of what was in an envelope."""
         return self._serializer.loads(data, where=where)
 
-    def seal(self, body: bytes) -> bytes:
+    def seal(self, body: bytes, context: bytes = b"") -> bytes:
         """Put serialized bytes into an envelope."""
-        return seal(body, compress=self._compress)
+        flags, stored = 0, body
+        if self._compress and len(body) >= COMPRESS_FROM:
+            smaller = _zstd.compress(body)
+            if len(smaller) < len(body):
+                flags, stored = _COMPRESSED, smaller
+        if self._keys is None:
+            header = _HEADER.pack(VERSION, flags, _MSGPACK, 0, len(body))
+            return b"".join((header, _digest(header, context, stored), stored))
+        key = self._keys.current
+        header = _HEADER.pack(VERSION, flags | _ENCRYPTED, _MSGPACK, len(key.id), len(body))
+        header += key.id
+        return header + key.seal(stored, header + context)
+
+    def unseal(self, data: bytes, context: bytes = b"", *, where: str = "") -> bytes:
+        """Verify an envelope and return the serialized bytes in it; see `loads`."""
+        header = _read_header(data, where)
+        if not header.flags & _ENCRYPTED:
+            if self._keys is not None and not self._keys.accept_plaintext:
+                raise UnencryptedValueError(where)
+            body = _verified(data, header, context, where)
+        else:
+            key = self._key(header.key, where)
+            sealed = data[header.end :]
+            opened = key.open(sealed, data[: header.end] + context)
+            if opened is None:
+                raise HashMismatchError(where, f"the key {key.name!r} has not sealed it here")
+            body = opened
+        if header.flags & _COMPRESSED:
+            body = _decompressed(body, header.length, where)
+        if len(body) != header.length:
+            raise HashMismatchError(where, "its length does not match")
+        return body
+
+    def hash_like(self, sealed: bytes, data: bytes, *, where: str = "") -> bytes:
+        """Hash plaintext as what goes with `sealed`: under its key, if it is encrypted.
+
+        Without the key such a hash does not tell whether a guess at the plaintext is right.
+        """
+        name = _read_header(sealed, where).key
+        return self._key(name, where).digest(data) if name else hashlib.sha256(data).digest()
+
+    def hash(self, data: bytes) -> bytes:
+        """Hash plaintext as what goes with what is sealed now."""
+        if self._keys is None:
+            return hashlib.sha256(data).digest()
+        return self._keys.current.digest(data)
+
+    def is_current(self, sealed: bytes) -> bool:
+        """Whether something is sealed as it would be now: by the current key, if there is one."""
+        name = _read_header(sealed, "").key
+        return name == (self._keys.current.name if self._keys is not None else "")
+
+    def _key(self, name: str, where: str) -> Key:
+        key = self._keys.find(name) if self._keys is not None else None
+        if key is None:
+            raise UnknownKeyError(name, where)
+        return key
 
 
-def seal(body: bytes, *, compress: bool = True) -> bytes:
-    """Put serialized bytes into an envelope."""
-    flags, stored = 0, body
-    if compress and len(body) >= COMPRESS_FROM:
-        smaller = _zstd.compress(body)
-        if len(smaller) < len(body):
-            flags, stored = _COMPRESSED, smaller
-    header = _HEADER.pack(VERSION, flags, _MSGPACK, 0, len(body))
-    return b"".join((header, _digest(header, stored), stored))
+def context_of(*parts: str | int | bool | bytes | None) -> bytes:
+    """Write down where a value belongs, so that no two places are written alike."""
+    return ormsgpack.packb(parts)
 
 
-def unseal(data: bytes, *, where: str = "") -> bytes:
-    """Verify an envelope and return the serialized bytes in it."""
-    if len(data) < _PREFIX:
+def digest_of(body: bytes) -> bytes:
+    """Return the SHA-256 of serialized bytes."""
+    return hashlib.sha256(body).digest()
+
+
+def envelope_of_version_1(body: bytes) -> bytes:
+    """Return the bytes that version 1 made of serialized ones, for what was hashed with them."""
+    header = _HEADER.pack(1, 0, _MSGPACK, 0, len(body))
+    return b"".join((header, digest_of(header + body), body))
+
+
+class _Header(NamedTuple):
+    version: int
+    flags: int
+    key: str
+    length: int
+    end: int
+    """Where what it describes begins."""
+
+
+def _read_header(data: bytes, where: str) -> _Header:
+    if len(data) < _HEADER.size:
         raise HashMismatchError(where, "it is cut short")
-    version, flags, serializer, key_id, length = _HEADER.unpack_from(data)
+    version, flags, serializer, name_size, length = _HEADER.unpack_from(data)
     if version > VERSION:
         raise UnknownVersionError(version, VERSION, where)
-    if flags & ~_KNOWN_FLAGS.get(version, 0) or (serializer, key_id) != (_MSGPACK, 0):
+    is_encrypted = bool(flags & _ENCRYPTED)
+    known = not flags & ~_KNOWN_FLAGS.get(version, 0) and serializer == _MSGPACK
+    if not known or is_encrypted != bool(name_size):
         raise HashMismatchError(where, f"its header is not one that version {version} writes")
-    body = data[_PREFIX:]
-    if _digest(data[: _HEADER.size], body) != data[_HEADER.size : _PREFIX]:
+    end = _HEADER.size + name_size
+    try:
+        name = data[_HEADER.size : end].decode("ascii")
+    except UnicodeDecodeError:
+        raise HashMismatchError(where, "its header names no key") from None
+    return _Header(version, flags, name, length, end)
+
+
+def _verified(data: bytes, header: _Header, context: bytes, where: str) -> bytes:
+    digest, body = data[header.end : header.end + DIGEST_SIZE], data[header.end + DIGEST_SIZE :]
+    head = data[: header.end]
+    expected = (
+        _digest(head, context, body) if header.version > 1 else hashlib.sha256(head + body).digest()
+    )
+    if digest != expected:
         raise HashMismatchError(where)
-    if flags & _COMPRESSED:
-        body = _decompressed(body, length, where)
-    if len(body) != length:
-        raise HashMismatchError(where, "its length does not match")
     return body
-
-
-def digest_of(sealed: bytes) -> bytes:
-    """Return the hash in an envelope's header."""
-    return sealed[_HEADER.size : _PREFIX]
 
 
 def _decompressed(stored: bytes, length: int, where: str) -> bytes:
@@ -171,7 +281,9 @@ def _decompressed(stored: bytes, length: int, where: str) -> bytes:
         raise HashMismatchError(where, "it cannot be decompressed") from exc
 
 
-def _digest(header: bytes, body: bytes) -> bytes:
+def _digest(header: bytes, context: bytes, body: bytes) -> bytes:
     sha = hashlib.sha256(header)
+    sha.update(len(context).to_bytes(8, "big"))
+    sha.update(context)
     sha.update(body)
     return sha.digest()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from agentflow.errors import InvalidInputError
+from agentflow.keys import KeyRing
 
 DEFAULT_URL = "sqlite:///agentflow.db"
 
@@ -25,6 +26,11 @@ class Settings:
     store_timeout: timedelta = timedelta(seconds=30)
     """How long to wait for a locked or unreachable database (`AGENTFLOW_STORE_TIMEOUT`)."""
 
+    keys: KeyRing | None = None
+    """With them everything that is stored is encrypted (`AGENTFLOW_KEYS`, as `name=base64` pairs
+    separated by commas; the first one seals). With `AGENTFLOW_ACCEPT_PLAINTEXT=1` what was stored
+    before is still read."""
+
     @property
     def heartbeat(self) -> timedelta:
         """How often a lease is extended: three times within its length, with slack."""
@@ -35,7 +41,8 @@ def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
     """Read the settings from the environment.
 
     Raises:
-        InvalidInputError: A variable does not hold a positive number of seconds.
+        InvalidInputError: A variable does not hold what it has to.
+        MissingDriverError: There are keys, and the package `cryptography` is not installed.
     """
     env = os.environ if environ is None else environ
     defaults = Settings()
@@ -44,7 +51,16 @@ def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
         lease=_seconds(env, "AGENTFLOW_LEASE", defaults.lease),
         poll_interval=_seconds(env, "AGENTFLOW_POLL_INTERVAL", defaults.poll_interval),
         store_timeout=_seconds(env, "AGENTFLOW_STORE_TIMEOUT", defaults.store_timeout),
+        keys=_keys(env),
     )
+
+
+def _keys(env: Mapping[str, str]) -> KeyRing | None:
+    text = env.get("AGENTFLOW_KEYS")
+    accepts = env.get("AGENTFLOW_ACCEPT_PLAINTEXT") or "0"
+    if accepts not in {"0", "1"}:
+        raise InvalidInputError("setting", ("AGENTFLOW_ACCEPT_PLAINTEXT: must be 0 or 1",))
+    return KeyRing.from_text(text, accept_plaintext=accepts == "1") if text else None
 
 
 def _seconds(env: Mapping[str, str], name: str, default: timedelta) -> timedelta:

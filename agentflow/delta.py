@@ -8,15 +8,17 @@ list has doubled. Pure: nothing here knows where values are stored.
 
 from __future__ import annotations
 
+import hashlib
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import ormsgpack
-import xxhash
 
 Dumps = Callable[[Any], bytes]
+Hasher = Any
+"""SHA-256 over the bytes of elements, one after the other; `hashlib` names no type."""
 
 TAIL = 8
 """How many of the last stored elements are compared by their bytes each time."""
@@ -36,8 +38,8 @@ class KnownList:
     """The elements themselves, in a list of our own."""
     tail: list[bytes | None]
     """The bytes of the last elements, `None` for those that cannot change."""
-    hasher: xxhash.xxh3_128 | None
-    """Over the bytes of all elements; `None` after the list was cut back."""
+    hasher: Hasher
+    """Over the bytes of all elements."""
     checked: int
     """How long the list was when all of it was compared last."""
     parts: int
@@ -54,16 +56,18 @@ class Grown:
     """The further elements, serialized as one list."""
     count: int
     """How long the list is now."""
+    digest: bytes
+    """Of the bytes of all its elements."""
 
 
 def whole(items: list[Any], block: bytes, dumps: Dumps) -> KnownList:
     """Remember a list of which `block` is the serialized form."""
-    hasher = xxhash.xxh3_128()
+    hasher = new_hasher()
     hash_block(hasher, block, len(items))
     return loaded(items, hasher, 1, dumps)
 
 
-def loaded(items: list[Any], hasher: xxhash.xxh3_128 | None, parts: int, dumps: Dumps) -> KnownList:
+def loaded(items: list[Any], hasher: Hasher, parts: int, dumps: Dumps) -> KnownList:
     """Remember a list that was read from `parts` stretches; `hasher` has gone over its bytes."""
     return KnownList(
         items=list(items),
@@ -74,7 +78,12 @@ def loaded(items: list[Any], hasher: xxhash.xxh3_128 | None, parts: int, dumps: 
     )
 
 
-def hash_block(hasher: xxhash.xxh3_128, block: bytes, count: int) -> None:
+def new_hasher() -> Hasher:
+    """Begin to hash a list, which does not depend on how it is cut into stretches."""
+    return hashlib.sha256()
+
+
+def hash_block(hasher: Hasher, block: bytes, count: int) -> None:
     """Go on hashing with a stretch of `count` elements."""
     hasher.update(memoryview(block)[_header_size(count) :])
 
@@ -91,15 +100,17 @@ def grown(
     if is_cut and known.parts >= MAX_PARTS:
         return None
     checked = known.checked
-    if verify or length >= 2 * checked:
-        if is_cut or not _is_unchanged(known, items[:kept], dumps):
+    if is_cut or verify or length >= 2 * checked:
+        if not _is_unchanged(known, dumps):
             return None
         checked = max(checked, length)
     block = dumps(items[kept:])
-    hasher = None if is_cut else known.hasher
-    if hasher is not None:
-        hasher = hasher.copy()
-        hash_block(hasher, block, length - kept)
+    if is_cut:
+        hasher = new_hasher()
+        hash_block(hasher, dumps(items[:kept]), kept)
+    else:
+        hasher = known.hasher.copy()
+    hash_block(hasher, block, length - kept)
     after = KnownList(
         items=list(items),
         tail=_next_tail(known, items, kept, block, dumps),
@@ -107,7 +118,7 @@ def grown(
         checked=checked,
         parts=known.parts + is_cut,
     )
-    return Grown(kept, block, length), after
+    return Grown(kept, block, length, hasher.digest()), after
 
 
 def joined(blocks: list[bytes], lengths: list[int]) -> bytes:
@@ -118,10 +129,23 @@ def joined(blocks: list[bytes], lengths: list[int]) -> bytes:
 
 def cut_block(block: bytes, length: int) -> bytes | None:
     """Cut a serialized list to its first elements; `None` if it is no list, or no longer anyway."""
-    if block[0] & 0xF0 != 0x90 and block[0] not in {0xDC, 0xDD}:  # noqa: PLR2004 -- as below
+    if not is_list(block):
         return None
     elements = ormsgpack.unpackb(block, ext_hook=ormsgpack.Ext)
     return ormsgpack.packb(elements[:length]) if len(elements) > length else None
+
+
+def is_list(block: bytes) -> bool:
+    """Whether a serialized value is a list."""
+    return block[0] & 0xF0 == 0x90 or block[0] in {0xDC, 0xDD}  # noqa: PLR2004 -- as below
+
+
+def count_block(block: bytes) -> int:
+    """Return how many elements a serialized list has."""
+    first = block[0]
+    if first & 0xF0 == 0x90:  # noqa: PLR2004 -- the three forms of an array in MessagePack
+        return first & 0x0F
+    return int.from_bytes(block[1 : 3 if first == 0xDC else 5], "big")  # noqa: PLR2004
 
 
 def slice_block(block: bytes, begin: int, length: int) -> bytes:
@@ -152,11 +176,10 @@ def _unedited(known: KnownList, items: list[Any], common: int, dumps: Dumps) -> 
     return common
 
 
-def _is_unchanged(known: KnownList, kept: list[Any], dumps: Dumps) -> bool:
-    if known.hasher is None:
-        return False
-    body = memoryview(dumps(kept))[_header_size(len(kept)) :]
-    return xxhash.xxh3_128_digest(body) == known.hasher.digest()
+def _is_unchanged(known: KnownList, dumps: Dumps) -> bool:
+    hasher = new_hasher()
+    hash_block(hasher, dumps(known.items), len(known.items))
+    return bool(hasher.digest() == known.hasher.digest())
 
 
 def _next_tail(

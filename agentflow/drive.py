@@ -32,7 +32,7 @@ from langgraph.types import Command, Interrupt, StateSnapshot
 from opentelemetry.trace import Span
 
 from agentflow import upstream
-from agentflow.checkpoint import Saver
+from agentflow.checkpoint import Retention, Saver
 from agentflow.errors import (
     AttemptsExhaustedError,
     FencedError,
@@ -83,6 +83,8 @@ class RegisteredGraph:
     retry: RetryPolicy
     context: Callable[[Run], Any] | None
     input_schema: Any
+    retention: Retention | None = None
+    """How long the threads of its runs are kept, if not as all others."""
 
     async def make_context(self, run: Run) -> Any:
         """Rebuild what cannot be stored, for one attempt."""

@@ -21,7 +21,10 @@ The tree::
     │   └── StoreUnavailableError
     ├── CodecError
     │   ├── UnknownVersionError
+    │   ├── UnknownKeyError
+    │   ├── UnencryptedValueError
     │   ├── HashMismatchError
+    │   ├── MissingBlobError
     │   ├── SerializationError
     │   └── BlockedTypeError
     ├── InputError
@@ -357,6 +360,56 @@ class HashMismatchError(CodecError):
         return (
             f"stored value{_at(self.where)} is damaged: {self.reason}; nothing was executed, "
             "restore it from a backup"
+        )
+
+
+class MissingBlobError(CodecError):
+    """What a stored value refers to is not there any more."""
+
+    def __init__(self, where: str = "") -> None:
+        """Name the place of the value."""
+        AgentflowError.__init__(self, where)
+        self.where = where
+
+    def __str__(self) -> str:
+        """Say what to do about it."""
+        return (
+            f"stored value{_at(self.where)} is incomplete: a part of it was deleted; nothing was "
+            "executed, restore it from a backup"
+        )
+
+
+class UnknownKeyError(CodecError):
+    """A stored value is encrypted under a key that this program was not given."""
+
+    def __init__(self, key: str, where: str = "") -> None:
+        """Name the key and the place of the value."""
+        AgentflowError.__init__(self, key, where)
+        self.key = key
+        self.where = where
+
+    def __str__(self) -> str:
+        """Say where it has to go."""
+        return (
+            f"stored value{_at(self.where)} is encrypted under the key {self.key!r}, which is not "
+            "here; give it to the key ring (AGENTFLOW_KEYS)"
+        )
+
+
+class UnencryptedValueError(CodecError):
+    """A stored value is not encrypted although everything has to be."""
+
+    def __init__(self, where: str = "") -> None:
+        """Name the place of the value."""
+        AgentflowError.__init__(self, where)
+        self.where = where
+
+    def __str__(self) -> str:
+        """Say how to go on if it is from before."""
+        return (
+            f"stored value{_at(self.where)} is not encrypted, and was refused; if it was stored "
+            "before encryption was switched on, accept plaintext until `agentflow keys rotate` "
+            "has encrypted everything"
         )
 
 

@@ -126,6 +126,13 @@ class _Text:
         self.raw = raw
 
 
+class _Unknown(dict[str, Any]):
+    """An object of a class that is not known here, which may be a key or stand in a set."""
+
+    def __hash__(self) -> int:  # type: ignore[override]  # nobody changes it
+        return hash((self["type"], repr(self["value"])))
+
+
 class _RefusedError(Exception):
     """A value that cannot be stored; found again with its path by `_explain`."""
 
@@ -359,7 +366,7 @@ class _Reading:
         name, *state = value
         cls = self._serializer.find_class(name, self._where)
         if cls is None:
-            return {"type": name, "value": state[0]}
+            return _Unknown(type=name, value=state[0])
         try:
             return builder(cls, *state)
         except (TypeError, ValueError, AttributeError) as exc:

@@ -26,7 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure what was asked for, and write the page and the raw figures."""
     given = sys.argv[1:] if arguments is None else arguments
     options = _parse(given)
-    names = [name for name in WORKLOADS if name in (options.only or WORKLOADS)]
+    usual = [name for name, workload in WORKLOADS.items() if not workload.is_long]
+    names = [name for name in WORKLOADS if name in (options.only or usual)]
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="agentflow-bench-")))
         needs_postgres = any(WORKLOADS[name].needs_postgres for name in names)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
-from benchmarks import growth, speed
+from benchmarks import growth, retention, speed, verification
 from benchmarks.lab import Lab
 from benchmarks.results import Result
 
@@ -16,6 +16,8 @@ class Workload:
 
     measure: Callable[[Lab], Awaitable[Result]]
     needs_postgres: bool = False
+    is_long: bool = False
+    """Whether it is measured only if it is asked for by name."""
 
 
 WORKLOADS: Mapping[str, Workload] = {
@@ -27,5 +29,8 @@ WORKLOADS: Mapping[str, Workload] = {
     "fresh-savers": Workload(growth.fresh_savers),
     "static-value": Workload(speed.static_value, needs_postgres=True),
     "load-head": Workload(growth.load_head),
+    "prune": Workload(retention.prune),
+    "prune-million": Workload(retention.prune_million, is_long=True),
     "sync-api": Workload(speed.sync_api, needs_postgres=True),
+    "verify": Workload(verification.verify),
 }

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from agentflow.checkpoint.base import Saver
 from agentflow.checkpoint.policy import Save
-from agentflow.codec import Codec
+from agentflow.checkpoint.retention import Retention, SweepReport, SweptThread
+from agentflow.codec import Codec, Redact
 from agentflow.config import load_settings
 from agentflow.database import Database
+from agentflow.keys import KeyRing
 from agentflow.serializer import AllowList
 
-__all__ = ["Save", "Saver", "open_checkpointer"]
+__all__ = ["Retention", "Save", "Saver", "SweepReport", "SweptThread", "open_checkpointer"]
 
 
 def open_checkpointer(
     url: str,
     *,
+    keys: KeyRing | None = None,
     allow: AllowList = "imported",
     compress: bool = True,
     save: Save = "every_step",
     verify_deltas: bool = False,
     tenant: str = "",
+    redact: Redact | None = None,
 ) -> Saver:
     """Open a checkpointer on the database at `url`.
 
@@ -28,22 +32,30 @@ def open_checkpointer(
 
     Args:
         url: `memory://`, `sqlite:///file` or `postgresql://user@host/database`.
+        keys: Encrypts everything that is stored; without it the environment's `AGENTFLOW_KEYS`, if
+            there is one.
         allow: Which classes of your own may be stored: `"imported"`, those whose modules are
             imported when they are loaded; or exactly the given ones, as classes or as
             `"module:Name"`.
         compress: Whether values are compressed.
         save: When the state of a running graph is stored: after `"every_step"`; before and after
-            the nodes with the given names; or on `"exit"`. It is always stored when the graph is
-            interrupted, when a node fails and when the graph ends. A crash runs again what came
-            after the last stored state; see `Save`. Graphs with a `DeltaChannel` need every step.
+            the nodes with the given names; or on `"exit"`. It is always stored when a node
+            interrupts or fails and when the graph ends, but not at a breakpoint, nor when a call is
+            cancelled or its stream left: await `saver.flush(thread_id)` then. A crash runs again
+            what came after the last stored state; see `Save`. Graphs with a `DeltaChannel` need
+            every step.
         verify_deltas: A list that grows is stored by what was added. An element that was edited in
             place is noticed among the last eight at once, and elsewhere when the list has doubled;
             with this, everywhere at once, at the cost of comparing the whole list each time.
         tenant: Keeps the threads of different tenants in one database apart.
+        redact: Called with a place, such as `channel:messages` or `metadata`, and the value that is
+            about to be stored there; what it returns is stored instead. That is also what the graph
+            gets when it is resumed, so it has to be of the same kind. The value itself is the
+            graph's own, and must not be changed.
 
     Raises:
         UnsupportedUrlError: The URL's scheme is unknown.
-        MissingDriverError: The database's driver is not installed.
+        MissingDriverError: The database's driver, or `cryptography` for keys, is not installed.
         InvalidInputError: `save` is not one of the above.
 
     Example:
@@ -53,10 +65,11 @@ def open_checkpointer(
             graph.invoke({"question": "…"}, {"configurable": {"thread_id": "1"}})
         ```
     """
-    database = Database(url, load_settings())
+    settings = load_settings()
+    database = Database(url, settings)
     return Saver(
         database,
-        codec=Codec(allow=allow, compress=compress),
+        codec=Codec(allow=allow, compress=compress, keys=keys or settings.keys, redact=redact),
         tenant=tenant,
         owns_database=True,
         verify_deltas=verify_deltas,

@@ -12,6 +12,7 @@ import copy
 import random
 from collections.abc import (
     AsyncIterator,
+    Awaitable,
     Callable,
     Collection,
     Coroutine,
@@ -19,9 +20,10 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
+from functools import partial
 from itertools import count
 from types import TracebackType
-from typing import Any, Self, TypeVar, cast, get_args
+from typing import Any, Literal, Self, TypeVar, cast, get_args
 
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import (
@@ -32,32 +34,39 @@ from langgraph.checkpoint.base import (
     CheckpointTuple,
     DeltaChannelHistory,
 )
+from sqlalchemy.engine import Connection
 
+from agentflow.checkpoint.audit import Audited, Scope, audit_group
 from agentflow.checkpoint.deltas import read_history
 from agentflow.checkpoint.encoding import Encoder
 from agentflow.checkpoint.intake import Intake
 from agentflow.checkpoint.loading import Listing, Reader
 from agentflow.checkpoint.policy import Save, SavePolicy
+from agentflow.checkpoint.pruning import (
+    Ask,
+    Change,
+    Read,
+    Selection,
+    Steps,
+    check_leases,
+    delete,
+    prune,
+)
 from agentflow.checkpoint.records import column_text
+from agentflow.checkpoint.retention import Chooser, Retention, SweepReport, sweep
 from agentflow.checkpoint.rows import FoundCheckpoint, HeadKey, Rows, ThreadKey
 from agentflow.checkpoint.sql import open_rows
-from agentflow.checkpoint.verbs import (
-    PruneStrategy,
-    acquire_thread,
-    copy_thread,
-    delete_runs,
-    delete_thread,
-    prune_threads,
-    release_thread,
-)
+from agentflow.checkpoint.verbs import acquire_thread, copy_thread, release_thread
 from agentflow.codec import Codec
 from agentflow.database import Database
 from agentflow.database.futures import Future
 from agentflow.database.session import Session
-from agentflow.errors import InvalidInputError
-from agentflow.types import FencingToken, Lease
+from agentflow.errors import AgentflowError, InvalidInputError
+from agentflow.keys import KeyRing
+from agentflow.types import Clock, FencingToken, Lease, SystemClock
 
 T = TypeVar("T")
+PruneStrategy = Literal["keep_latest", "delete"]
 _WIDTH = 12
 """Digits of a new thread's versions, which are compared as text."""
 MAX_ID = 1000
@@ -97,8 +106,12 @@ class Saver(BaseCheckpointSaver[str]):
             owns_database: Whether closing the saver closes the database.
             verify_deltas: Whether growing lists are compared as a whole at each checkpoint.
             save: When the state of a running graph is stored.
+
+        Raises:
+            InvalidInputError: The tenant's name cannot be stored, or `save` is unknown.
         """
         super().__init__()
+        check_ids(tenant=tenant)
         self._database = database
         self._owns_database = owns_database
         self._tenant = tenant
@@ -109,8 +122,18 @@ class Saver(BaseCheckpointSaver[str]):
 
     def _use(self, codec: Codec) -> None:
         self._codec = codec
-        self._encoder = Encoder(codec, self._intake.known, verify_deltas=self._verify_deltas)
+        self._encoder = Encoder(
+            codec,
+            self._intake.known,
+            verify_deltas=self._verify_deltas,
+            is_marked=self._intake.is_marked,
+        )
         self._reader = Reader(self._encoder, self._intake.states)
+
+    @property
+    def keys(self) -> KeyRing | None:
+        """The keys, if what is saved is encrypted."""
+        return self._codec.keys
 
     def with_lease(self, lease: Lease) -> Saver:
         """Return a copy whose writes are made under `lease`."""
@@ -125,6 +148,55 @@ class Saver(BaseCheckpointSaver[str]):
         clone._use(self._codec.with_allowed(extra))
         return clone
 
+    def for_tenant(self, tenant: str) -> Saver:
+        """Return a copy that keeps the threads of another tenant."""
+        check_ids(tenant=tenant)
+        clone = copy.copy(self)
+        clone._tenant = tenant
+        return clone
+
+    def readable_anywhere(self) -> Saver:
+        """Return a copy that loads classes not known here as typed plain data, to look at them."""
+        clone = copy.copy(self)
+        clone._use(self._codec.readable_anywhere())
+        return clone
+
+    async def verify(
+        self,
+        *,
+        tenant: str | None = None,
+        thread_id: str | None = None,
+        advance: Callable[[int], None] | None = None,
+    ) -> AsyncIterator[Audited]:
+        """Verify all that is stored, of all tenants; yields what has come of each few threads.
+
+        Every row, hash, chain and value is read and compared, and nothing is changed. Each thread
+        is seen as it is at one moment.
+
+        Args:
+            tenant: Narrows to a tenant.
+            thread_id: Narrows to threads of this id.
+            advance: Told of numbers of checkpoints, from another thread, as they are verified.
+        """
+        scope = Scope(tenant=tenant, thread_id=thread_id)
+        after: int | None = 0
+        while after is not None:
+            run = partial(_audit, self._codec, scope, after, advance or _ignore)
+            audited = await self._database.read(run)
+            yield audited
+            after = audited.after
+
+    async def count(self, *, tenant: str | None = None, thread_id: str | None = None) -> int:
+        """Count the checkpoints of all tenants, or as narrowed."""
+        return await self._database.query(
+            on_rows(lambda rows: rows.count_checkpoints(tenant, thread_id))
+        )
+
+    async def count_by_namespace(self, thread_id: str) -> dict[str, int]:
+        """Count the checkpoints of a thread; there is nothing for one that is unknown."""
+        thread = self._thread_key(thread_id)
+        return await self._database.query(on_rows(lambda rows: rows.count_by_namespace(thread)))
+
     async def acquire(self, lease: Lease) -> FencingToken:
         """Take the lease's thread: only writes under its token are accepted from now on.
 
@@ -133,12 +205,14 @@ class Saver(BaseCheckpointSaver[str]):
             again with a token above it.
         """
         thread = self._thread_key(lease.thread_id)
+        self._intake.store_held(thread)
         acquired = self._intake.verb(thread, lambda rows: acquire_thread(rows, thread, lease))
         return FencingToken(await self._database.settled(acquired))
 
     async def release(self, lease: Lease) -> None:
         """Give the thread back, if it is still held under the lease's token."""
         thread = self._thread_key(lease.thread_id)
+        self._intake.store_held(thread)
         released = self._intake.verb(thread, lambda rows: release_thread(rows, thread, lease))
         await self._database.settled(released)
         self._intake.forget_lease(thread, lease)
@@ -150,7 +224,7 @@ class Saver(BaseCheckpointSaver[str]):
             AgentflowError: One of those operations failed; the first failure is raised.
         """
         thread = self._thread_key(thread_id)
-        self._intake.store_held(self._encoder, thread)
+        self._intake.store_held(thread)
         for future in self._intake.accepted(thread, self._lease):
             await self._database.settled(future)
 
@@ -232,44 +306,44 @@ class Saver(BaseCheckpointSaver[str]):
         Raises:
             FencedError: A run holds the thread.
         """
-        self._delete_thread(thread_id).result()
+        self._run(self._delete_thread(thread_id))
 
     async def adelete_thread(self, thread_id: str) -> None:
         """Delete a thread; see `delete_thread`."""
-        await self._database.settled(self._delete_thread(thread_id))
+        await self._arun(self._delete_thread(thread_id))
 
-    def _delete_thread(self, thread_id: str) -> Future:
+    def _delete_thread(self, thread_id: str) -> Steps[None]:
         thread = self._thread_key(thread_id)
-        lease = self._lease
-        future = self._intake.verb(thread, lambda rows: delete_thread(rows, thread, lease))
 
-        def forget(done: Future) -> None:
-            if done.exception() is None:
-                self._intake.forget_thread(thread)
+        def steps() -> Steps[None]:
+            yield from delete(thread, self._lease, lambda: self._intake.forget_thread(thread))
 
-        future.add_done_callback(forget)
-        return future
+        return steps()
 
     def delete_for_runs(self, run_ids: Sequence[str]) -> None:
         """Delete the checkpoints whose metadata has one of these run ids, with their writes.
 
-        All of them are deleted, or none. What stays can be loaded and continued as before.
+        They go in batches, each of which leaves the threads whole: what stays can be loaded and
+        continued as before at any moment. If the call is interrupted, another one goes on with it.
 
         Raises:
-            FencedError: A run holds one of the threads.
+            FencedError: A run holds one of the threads. If it held it from the beginning, nothing
+                is deleted.
         """
-        self._delete_for_runs(run_ids).result()
+        self._run(self._delete_for_runs(run_ids))
 
     async def adelete_for_runs(self, run_ids: Sequence[str]) -> None:
         """Delete the checkpoints of runs; see `delete_for_runs`."""
-        await self._database.settled(self._delete_for_runs(run_ids))
+        await self._arun(self._delete_for_runs(run_ids))
 
-    def _delete_for_runs(self, run_ids: Sequence[str]) -> Future:
-        tenant, encoder, lease = self._tenant, self._encoder, self._lease
-        doomed = {column_text(run_id) for run_id in run_ids}
-        return self._intake.verb(
-            None, lambda rows: delete_runs(rows, encoder, tenant, doomed, lease)
-        )
+    def _delete_for_runs(self, run_ids: Sequence[str]) -> Steps[None]:
+        self._intake.store_held()
+        doomed = frozenset(column_text(run_id) for run_id in run_ids)
+        selection = Selection(run_ids=doomed)
+        threads = yield Read(lambda rows: rows.list_threads_of_runs(self._tenant, doomed))
+        yield from check_leases(threads, self._lease)
+        for thread in threads:
+            yield from prune(self._encoder, thread, selection, self._lease)
 
     def copy_thread(self, source_thread_id: str, target_thread_id: str) -> None:
         """Copy a thread with all its checkpoints, their ids and their writes.
@@ -288,16 +362,21 @@ class Saver(BaseCheckpointSaver[str]):
 
     def _copy_thread(self, source_thread_id: str, target_thread_id: str) -> Future:
         source, target = self._thread_key(source_thread_id), self._thread_key(target_thread_id)
-        lease = self._lease
+        lease, codec = self._lease, self._codec
+        self._intake.store_held(source)
         calls = count()
 
         def run(rows: Rows) -> Any:
-            return copy_thread(rows, source, target, lease, is_again=next(calls) > 0)
+            return copy_thread(rows, codec, source, target, lease, is_again=next(calls) > 0)
 
         return self._intake.verb(target, run)
 
     def prune(self, thread_ids: Sequence[str], *, strategy: str = "keep_latest") -> None:
-        """Delete old checkpoints of some threads; of all of them, or of none.
+        """Delete old checkpoints of some threads.
+
+        They go in batches, each of which leaves its thread whole: what is there can be loaded and
+        continued at any moment, graphs may run meanwhile, and what they put is kept. If the call is
+        interrupted, another one goes on with it. A thread that is deleted is gone at once.
 
         Args:
             thread_ids: Unknown ones are passed over.
@@ -305,24 +384,129 @@ class Saver(BaseCheckpointSaver[str]):
                 `delete` keeps nothing. Delta channels of what is kept keep their values.
 
         Raises:
-            FencedError: A run holds one of the threads.
+            FencedError: A run holds one of the threads. If it held it from the beginning, nothing
+                is deleted.
             InvalidInputError: The strategy is unknown.
         """
-        self._prune(thread_ids, strategy).result()
+        self._run(self._prune(thread_ids, strategy))
 
     async def aprune(self, thread_ids: Sequence[str], *, strategy: str = "keep_latest") -> None:
         """Delete old checkpoints; see `prune`."""
-        await self._database.settled(self._prune(thread_ids, strategy))
+        await self._arun(self._prune(thread_ids, strategy))
 
-    def _prune(self, thread_ids: Sequence[str], strategy: str) -> Future:
+    def _prune(self, thread_ids: Sequence[str], strategy: str) -> Steps[None]:
         if strategy not in get_args(PruneStrategy):
             raise InvalidInputError("strategy", (f"must be one of {get_args(PruneStrategy)}",))
-        threads = [self._thread_key(thread_id) for thread_id in dict.fromkeys(thread_ids)]
-        chosen = cast("PruneStrategy", strategy)
-        encoder, lease = self._encoder, self._lease
-        return self._intake.verb(
-            None, lambda rows: prune_threads(rows, encoder, threads, chosen, lease)
+        given = [self._thread_key(thread_id) for thread_id in dict.fromkeys(thread_ids)]
+        for thread in given:
+            self._intake.store_held(thread)
+        threads = yield Read(
+            lambda rows: [key for key in given if rows.find_checkpoint((*key, ""), None)]
         )
+        yield from check_leases(threads, self._lease)
+        for thread in threads:
+            if strategy == "delete":
+                yield from delete(thread, self._lease)
+            else:
+                yield from prune(self._encoder, thread, Selection(keep_last=1), self._lease)
+
+    def sweep(
+        self,
+        retention: Retention,
+        *,
+        dry_run: bool = False,
+        thread_ids: Sequence[str] | None = None,
+        clock: Clock | None = None,
+    ) -> SweepReport:
+        """Delete what need not be kept any longer, of all threads of the tenant.
+
+        Threads with work left, and those that runs hold, are let be. It goes in small batches while
+        graphs run, and may be interrupted and called again at any time.
+
+        Args:
+            retention: What is kept.
+            dry_run: Only say what would go.
+            thread_ids: Sweep only these.
+            clock: Tells the age of threads; the machine's by default.
+        """
+
+        def answer(asked: Ask) -> Mapping[str, Retention]:
+            return dict.fromkeys(asked.thread_ids, retention)
+
+        return self._run(self._sweep(thread_ids, clock, dry_run=dry_run), answer)
+
+    async def asweep(
+        self,
+        retention: Retention | Chooser,
+        *,
+        dry_run: bool = False,
+        thread_ids: Sequence[str] | None = None,
+        clock: Clock | None = None,
+    ) -> SweepReport:
+        """Delete what need not be kept any longer; see `sweep`.
+
+        Instead of one `Retention` for all, it takes a function that gets some thread ids and
+        returns what is kept of each; those that it leaves out are let be.
+        """
+
+        async def answer(asked: Ask) -> Mapping[str, Retention]:
+            if isinstance(retention, Retention):
+                return dict.fromkeys(asked.thread_ids, retention)
+            return await retention(asked.thread_ids)
+
+        return await self._arun(self._sweep(thread_ids, clock, dry_run=dry_run), answer)
+
+    def _sweep(
+        self, thread_ids: Sequence[str] | None, clock: Clock | None, *, dry_run: bool
+    ) -> Steps[SweepReport]:
+        for thread_id in thread_ids or ():
+            check_ids(thread_id=thread_id)
+        now = (clock or SystemClock()).now()
+        return sweep(self._encoder, self._tenant, thread_ids, now, dry_run=dry_run)
+
+    def _run(self, steps: Steps[T], answer: Callable[[Ask], Any] | None = None) -> T:
+        """Run steps, and wait for each of them."""
+        go_on: Callable[[], Any] = partial(next, steps)
+        while True:
+            try:
+                step = go_on()
+            except StopIteration as stop:
+                return cast("T", stop.value)
+            try:
+                if isinstance(step, Read):
+                    outcome = self._database.query_now(on_rows(step.function))
+                elif isinstance(step, Change):
+                    outcome = self._intake.step(step.thread, step.function).result()
+                else:
+                    assert answer is not None
+                    outcome = answer(step)
+            except AgentflowError as exc:
+                go_on = partial(steps.throw, exc)
+            else:
+                go_on = partial(steps.send, outcome)
+
+    async def _arun(
+        self, steps: Steps[T], answer: Callable[[Ask], Awaitable[Any]] | None = None
+    ) -> T:
+        go_on: Callable[[], Any] = partial(next, steps)
+        while True:
+            try:
+                step = go_on()
+            except StopIteration as stop:
+                return cast("T", stop.value)
+            try:
+                if isinstance(step, Read):
+                    outcome = await self._database.query(on_rows(step.function))
+                elif isinstance(step, Change):
+                    future = self._intake.step(step.thread, step.function)
+                    outcome = await self._database.settled(future)
+                else:
+                    assert answer is not None
+                    outcome = await answer(step)
+            except AgentflowError as exc:
+                go_on = partial(steps.throw, exc)
+            else:
+                go_on = partial(steps.send, outcome)
 
     def get_delta_channel_history(
         self, *, config: RunnableConfig, channels: Sequence[str]
@@ -395,8 +579,7 @@ class Saver(BaseCheckpointSaver[str]):
         """
         _check_places(config, before)
         listing = Listing(self._reader, self._tenant, config, filter, before, limit)
-        if listing.thread_id is not None:
-            self._wait_for(self._thread_key(listing.thread_id))
+        self._wait_for(self._thread_key(listing.thread_id) if listing.thread_id else None)
         while not listing.is_done:
             yield from self._database.query_now(on_rows(listing.read))
 
@@ -411,8 +594,7 @@ class Saver(BaseCheckpointSaver[str]):
         """List checkpoints, newest first; see `list`."""
         _check_places(config, before)
         listing = Listing(self._reader, self._tenant, config, filter, before, limit)
-        if listing.thread_id is not None:
-            await self._await(self._thread_key(listing.thread_id))
+        await self._await(self._thread_key(listing.thread_id) if listing.thread_id else None)
         while not listing.is_done:
             for item in await self._database.query(on_rows(listing.read)):
                 yield item
@@ -422,17 +604,21 @@ class Saver(BaseCheckpointSaver[str]):
 
         Text with a random tail, so that two branches never share a version. Numbers that came from
         another saver are continued as numbers.
+
+        Raises:
+            InvalidInputError: `current` is no version of LangGraph's.
         """
         del channel
-        if isinstance(current, int):
+        if isinstance(current, int | float):
             return current + 1  # type: ignore[return-value]  # a thread keeps its kind of version
-        number = 0 if current is None else int(current.partition(".")[0])
-        width = _WIDTH if current is None else len(current.partition(".")[0])
-        return f"{number + 1:0{width}}.{random.getrandbits(32):08x}"
+        digits = "0" * _WIDTH if current is None else current.partition(".")[0]
+        if not digits.isdecimal():
+            raise InvalidInputError("version", (f"{current!r}: begins with no number",))
+        return f"{int(digits) + 1:0{len(digits)}}.{random.getrandbits(32):08x}"
 
     def close(self) -> None:
         """Make everything accepted durable and close what this saver opened."""
-        self._intake.store_held(self._encoder)
+        self._intake.store_held()
         if self._owns_database:
             self._database.close()
 
@@ -478,30 +664,36 @@ class Saver(BaseCheckpointSaver[str]):
         thread_id, ns = str(thread_id), configurable.get("checkpoint_ns") or ""
         checkpoint_id = configurable.get("checkpoint_id") or ""
         together = f"{thread_id}{ns}{checkpoint_id}"
-        if not together.isascii() or "\x00" in together or len(together) > MAX_ID:
+        is_text = isinstance(ns, str) and isinstance(checkpoint_id, str)
+        if not is_text or not together.isascii() or "\x00" in together or len(together) > MAX_ID:
             check_ids(thread_id=thread_id, checkpoint_ns=ns, checkpoint_id=checkpoint_id)
         return (self._tenant, thread_id, ns)
 
-    def _wait_for(self, thread: ThreadKey) -> None:
-        self._intake.store_held(self._encoder, thread)
-        for pending in self._intake.pending(thread):
+    def _wait_for(self, thread: ThreadKey | None) -> None:
+        for pending in self._pending(thread):
             pending.wait()
 
-    async def _await(self, thread: ThreadKey) -> None:
-        self._intake.store_held(self._encoder, thread)
-        for pending in self._intake.pending(thread):
+    async def _await(self, thread: ThreadKey | None) -> None:
+        for pending in self._pending(thread):
             await self._database.ended(pending)
+
+    def _pending(self, thread: ThreadKey | None) -> Sequence[Future]:
+        """Return what a reader of a thread has to wait for; `None` stands for all threads."""
+        stored = self._intake.store_held(thread)
+        return self._intake.pending(thread) if thread is not None else stored
 
     def _accept_writes(
         self,
         config: RunnableConfig,
         writes: Sequence[tuple[str, Any]],
-        task_id: str,
-        task_path: str,
+        task_id: Any,
+        task_path: Any,
     ) -> Future:
         key = self._head_key(config)
         if not config["configurable"].get("checkpoint_id"):
             raise InvalidInputError("config", ("configurable.checkpoint_id: is missing",))
+        if not isinstance(task_id, str) or not isinstance(task_path, str):
+            raise InvalidInputError("writes", ("task_id and task_path: must be text",))
         return self._intake.writes(
             self._encoder, key, self._lease, config, writes, task_id, task_path
         )
@@ -539,7 +731,7 @@ class Saver(BaseCheckpointSaver[str]):
         return found
 
 
-def check_ids(**texts: str) -> None:
+def check_ids(**texts: Any) -> None:
     """Refuse ids that not every database can keep and index.
 
     Raises:
@@ -547,6 +739,9 @@ def check_ids(**texts: str) -> None:
     """
     bad = []
     for name, text in texts.items():
+        if not isinstance(text, str):
+            bad.append(f"{name}: is no text")
+            continue
         if text.isascii() and "\x00" not in text and len(text) <= MAX_ID:
             continue
         try:
@@ -567,6 +762,20 @@ def _check_places(*configs: RunnableConfig | None) -> None:
         named = (config or {}).get("configurable", {})
         names = ("thread_id", "checkpoint_ns", "checkpoint_id")
         check_ids(**{name: str(named[name]) for name in names if named.get(name)})
+
+
+def _audit(
+    codec: Codec, scope: Scope, after: int, advance: Callable[[int], None], connection: Connection
+) -> Audited:
+    session = Session.inside(connection)
+    try:
+        return audit_group(open_rows(session), codec, scope, after, advance)
+    finally:
+        session.close()
+
+
+def _ignore(_: int) -> None:
+    """Tell nobody."""
 
 
 def on_rows(function: Callable[[Rows], T]) -> Callable[[Session], T]:

@@ -188,6 +188,6 @@ def _with_heads(
 ) -> ThreadState:
     heads: dict[str, Head | None] = dict.fromkeys(namespaces)
     for row in rows:
-        layout = unpack_record(codec, row, Place(key[1], row.ns)).layout
-        heads[row.ns] = Head(row.checkpoint_id, row.seq, row.attempt, layout)
+        layout = unpack_record(codec, row, Place(*key, row.ns)).layout
+        heads[row.ns] = Head(row.checkpoint_id, row.seq, row.attempt, layout, row.hash)
     return replace(state, heads=heads)

@@ -15,7 +15,7 @@ from langgraph.checkpoint.base import DeltaChannelHistory
 from agentflow.checkpoint.encoding import Encoder, open_record
 from agentflow.checkpoint.pending import Write, load_writes
 from agentflow.checkpoint.records import Place, Record
-from agentflow.checkpoint.rows import FoundCheckpoint, HeadKey, Rows, Stored
+from agentflow.checkpoint.rows import FoundCheckpoint, HeadKey, Held, Rows
 
 _PAGE = 200
 _COUNTERS: Final = "counters_since_delta_snapshot"
@@ -39,12 +39,12 @@ def read_history(
 
     The writes of the checkpoint itself are not part of it: they belong to its next superstep.
     """
-    collected = _Collected(rows, encoder, Place(*key[1:]), channels)
+    collected = _Collected(rows, encoder, Place(*key), channels)
     for number, ancestor in enumerate(_line(rows, encoder, key, checkpoint_id)):
         if number:
             collected.add(ancestor)
         if ancestor.found.row.base is not None:
-            collected.add_base(ancestor.found.row.base)
+            collected.add_base(ancestor.found.row.checkpoint_id, ancestor.found.row.base)
             break
         if not collected.missing:
             break
@@ -70,11 +70,13 @@ class _Collected:
         for channel in tuple(self.missing):
             held = ancestor.record.layout.get(channel)
             if held is not None and held.stored is not None:
-                self._seeds[channel] = self._value(ancestor.found, held.stored, channel)
+                self._seeds[channel] = self._value(ancestor.found, held, channel)
                 self.missing.discard(channel)
 
-    def add_base(self, base: bytes) -> None:
-        before = self._encoder.codec.loads(base, where=self._place.of("the base"))
+    def add_base(self, checkpoint_id: str, base: bytes) -> None:
+        context = self._place.context_of_base(checkpoint_id)
+        where = self._place.of("the base")
+        before = self._encoder.codec.loads(base, context=context, where=where)
         for channel in self.missing & before.keys():
             self._writes[channel] += reversed(before[channel]["writes"])
             if "seed" in before[channel]:
@@ -88,12 +90,11 @@ class _Collected:
                 found[channel]["seed"] = self._seeds[channel]
         return found
 
-    def _value(self, found: FoundCheckpoint, stored: Stored, channel: str) -> Any:
+    def _value(self, found: FoundCheckpoint, held: Held, channel: str) -> Any:
         thread = found.row.thread
-        parts = () if isinstance(stored, bytes) else stored
+        parts = held.stored if isinstance(held.stored, tuple) else ()
         stretches = self._rows.list_values((thread, part) for part in parts)
-        where = self._place.of_channel(channel)
-        return self._encoder.read_value(thread, stored, stretches, where)[0]
+        return self._encoder.read_value(thread, self._place, channel, held, stretches)[0]
 
 
 def _line(rows: Rows, encoder: Encoder, key: HeadKey, checkpoint_id: str) -> Iterator[_Ancestor]:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
-import xxhash
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import (
     WRITES_IDX_MAP,
@@ -23,7 +22,7 @@ from langgraph.checkpoint.base import (
 )
 from langgraph.checkpoint.serde.types import ERROR
 
-from agentflow.checkpoint.pending import Write
+from agentflow.checkpoint.pending import Write, open_value
 from agentflow.checkpoint.planning import (
     INLINE,
     GrownList,
@@ -39,24 +38,33 @@ from agentflow.checkpoint.rows import (
     WHOLE,
     FoundCheckpoint,
     HeadKey,
+    Held,
     Layout,
     Part,
-    Stored,
     ThreadKey,
+    ValueRow,
 )
 from agentflow.checkpoint.stamps import KEY, Stamp, read_seen
-from agentflow.codec import Codec, unseal
-from agentflow.delta import KnownList, grown, hash_block, whole
+from agentflow.codec import Codec, digest_of
+from agentflow.delta import (
+    KnownList,
+    count_block,
+    cut_block,
+    grown,
+    hash_block,
+    new_hasher,
+    whole,
+)
 from agentflow.delta import loaded as remembered
-from agentflow.errors import HashMismatchError, SerializationError
+from agentflow.errors import HashMismatchError, MissingBlobError, SerializationError
 from agentflow.types import Lease, new_id
 
-# LangGraph's engine marks the configuration of what it runs with keys of its own.
-_ENGINE = "__pregel_"
+_REPLAY = "__pregel_replay_state"
+_MAX_STEP = 2**31
 _KNOWN_LIMIT = 1024
 _KNOWN_ELEMENTS = 2_000_000
 
-Stretches = Mapping[tuple[int, int], Sequence[bytes]]
+Stretches = Mapping[tuple[int, int], Sequence[ValueRow]]
 """The sealed stretches of values, by thread number and series."""
 
 
@@ -116,12 +124,28 @@ class KnownLists:
 class Encoder:
     """Makes puts out of LangGraph's calls, and LangGraph's tuples out of rows."""
 
-    def __init__(self, codec: Codec, known: KnownLists, *, verify_deltas: bool) -> None:
-        """Serialize with `codec`; `verify_deltas` compares growing lists as a whole each time."""
+    def __init__(
+        self,
+        codec: Codec,
+        known: KnownLists,
+        *,
+        verify_deltas: bool,
+        is_marked: Callable[[Checkpoint], bool],
+    ) -> None:
+        """Serialize with `codec`.
+
+        Args:
+            codec: How values are stored.
+            known: The lists that may grow.
+            verify_deltas: Whether growing lists are compared as a whole each time.
+            is_marked: Whether a node comes next after which the state has to be stored.
+        """
         self.codec = codec
         self._serialize = codec.serialize
+        self._redact = codec.redact
         self._known = known
         self._verify = verify_deltas
+        self._is_marked = is_marked
 
     def writes(
         self,
@@ -136,7 +160,8 @@ class Encoder:
         serialize = self._serialize
         items: list[tuple[int, str, Written]] = []
         size = 0
-        for position, (channel, value) in enumerate(writes):
+        for position, (channel, given) in enumerate(writes):
+            value = given if self._redact is None else self._redact(f"channel:{channel}", given)
             try:
                 written = serialize(value)
             except SerializationError:
@@ -154,7 +179,7 @@ class Encoder:
 
     def _of_channel(self, channel: str, value: Any, key: HeadKey) -> bytes:
         """Serialize a value, and name its channel if that fails."""
-        return self.codec.serialize(value, where=Place(*key[1:]).of_channel(channel))
+        return self.codec.serialize(value, where=Place(*key).of_channel(channel))
 
     def checkpoint(
         self,
@@ -173,6 +198,8 @@ class Encoder:
         body: dict[str, Any] = dict(checkpoint)
         del body["channel_values"], body["id"]
         merged: Any = get_checkpoint_metadata(config, metadata)
+        if self._redact is not None:
+            merged = self._redact("metadata", merged)
         run_id = merged.get("run_id")
         head = self._head(body, merged, key)
         source = parent_id or (seen.checkpoint_id if seen else None)
@@ -186,17 +213,17 @@ class Encoder:
             parent_id=parent_id,
             attempt=attempt,
             run_id=None if run_id is None else column_text(run_id),
-            step=metadata.get("step"),
+            step=_column_step(metadata.get("step")),
             head=head,
             # Copied: the engine goes on counting in the same dictionary.
             versions=dict(checkpoint["channel_versions"]),
             changed=frozenset(new_versions),
             values=values,
+            kept=frozenset(checkpoint["channel_values"]) - frozenset(new_versions),
             lists=lists,
             source=source,
             seen=seen,
-            # It matters only where nothing was loaded.
-            is_invocation=seen is None and any(map(_is_engines, configurable)),
+            found_nothing=seen is None and _looked(config),
             size=len(head) + sum(map(size_of, values.values())),
         )
 
@@ -204,7 +231,7 @@ class Encoder:
         try:
             return self._serialize([body, metadata])
         except SerializationError:
-            place = Place(*key[1:])
+            place = Place(*key)
             self.codec.serialize(body, where=place.of("the checkpoint itself"))
             self.codec.serialize(metadata, where=place.of("the metadata"))
             raise
@@ -229,6 +256,8 @@ class Encoder:
             if channel not in present or channel not in versions:
                 continue
             value = present[channel]
+            if self._redact is not None:
+                value = self._redact(f"channel:{channel}", value)
             try:
                 if type(value) is not list:
                     values[channel] = self._serialize(value)
@@ -260,33 +289,35 @@ class Encoder:
         block = dumps(items)
         if len(block) <= INLINE:
             return block, None
-        return WholeList(block, len(items)), whole(items, block, dumps)
+        after = whole(items, block, dumps)
+        return WholeList(block, len(items), after.hasher.digest()), after
 
     def read(self, found: FoundCheckpoint, parts: Loaded) -> CheckpointTuple:
         """Decode a stored checkpoint, and stamp it with what the reader saw."""
         row = found.row
-        place = Place(found.thread_id, row.ns)
+        place = Place(found.tenant, found.thread_id, row.ns)
         values = self._read_values(found, parts, place)
+        body, metadata = parts.record.body, parts.record.metadata
+        checkpoint = cast("Checkpoint", {**body, "id": row.checkpoint_id, "channel_values": values})
+        step = metadata.get("step")
+        seen = Seen(
+            ns=row.ns,
+            head_seq=found.head_seq,
+            checkpoint_id=row.checkpoint_id,
+            load_id=new_id(),
+            step=step if isinstance(step, int) else None,
+            is_marked=self._is_marked(checkpoint),
+        )
         configurable = {
             "thread_id": found.thread_id,
             "checkpoint_ns": row.ns,
-            KEY: Stamp(
-                Seen(
-                    ns=row.ns,
-                    head_seq=found.head_seq,
-                    checkpoint_id=row.checkpoint_id,
-                    load_id=new_id(),
-                )
-            ),
+            KEY: Stamp(seen),
         }
         parent = row.parent_id
-        body = parts.record.body
         return CheckpointTuple(
             config={"configurable": {**configurable, "checkpoint_id": row.checkpoint_id}},
-            checkpoint=cast(
-                "Checkpoint", {**body, "id": row.checkpoint_id, "channel_values": values}
-            ),
-            metadata=cast("CheckpointMetadata", parts.record.metadata),
+            checkpoint=checkpoint,
+            metadata=cast("CheckpointMetadata", metadata),
             parent_config=(
                 {"configurable": {**configurable, "checkpoint_id": parent}} if parent else None
             ),
@@ -296,54 +327,70 @@ class Encoder:
     def _read_values(self, found: FoundCheckpoint, loaded: Loaded, place: Place) -> dict[str, Any]:
         values: dict[str, Any] = {}
         lists: Lists = {}
-        for channel, (version, stored) in loaded.record.layout.items():
-            if stored is None:
+        for channel, held in loaded.record.layout.items():
+            if held.stored is None:
                 continue
-            where = place.of_channel(channel)
             values[channel], known = self.read_value(
-                found.row.thread, stored, loaded.stretches, where
+                found.row.thread, place, channel, held, loaded.stretches
             )
             if known is not None:
-                lists[channel] = (version, known)
+                lists[channel] = (held.version, known)
         if lists and found.row.seq == found.head_seq:
             key = (found.tenant, found.thread_id, found.row.ns)
             self._known.remember(key, found.row.checkpoint_id, lists)
         return values
 
     def read_value(
-        self, thread: int, stored: Stored, stretches: Stretches, where: str
+        self, thread: int, place: Place, channel: str, held: Held, stretches: Stretches
     ) -> tuple[Any, KnownList | None]:
-        """Decode a stored value, and note a list, so that its successor only adds."""
+        """Decode a stored value, and note a list, so that its successor only adds.
+
+        Raises:
+            HashMismatchError: It is not what its checkpoint was hashed with.
+            MissingBlobError: Not all of it is there.
+        """
+        where = place.of_channel(channel)
+        stored = held.stored
+        assert stored is not None
         if isinstance(stored, bytes):
             return self.codec.deserialize(stored, where=where), None
-        sealed = [stretches.get((thread, part.series), ()) for part in stored]
+        rows = [stretches.get((thread, part.series), ()) for part in stored]
         if stored[0].length != WHOLE:
-            return self._join(stored, sealed, where)
-        if not sealed[0]:
-            raise missing_part(where)
-        return self.codec.deserialize(unseal(sealed[0][0], where=where), where=where), None
+            value, known = self._join(place, stored, rows, where)
+            digest = known.hasher.digest()
+        else:
+            if not rows[0]:
+                raise MissingBlobError(where)
+            block = open_value(self.codec, place, rows[0][0], where)
+            value, known = self.codec.deserialize(block, where=where), None
+            digest = digest_of(block)
+        if digest != held.digest:
+            raise HashMismatchError(where)
+        return value, known
 
     def _join(
-        self, parts: Sequence[Part], sealed: Sequence[Sequence[bytes]], where: str
+        self, place: Place, parts: Sequence[Part], rows: Sequence[Sequence[ValueRow]], where: str
     ) -> tuple[list[Any], KnownList]:
         """Put a list together from its stretches."""
         joined: list[Any] = []
-        hasher: xxhash.xxh3_128 | None = xxhash.xxh3_128()
-        for part, stretches in zip(parts, sealed, strict=True):
-            wanted = len(joined) + part.length
-            for stretch in stretches:
-                if len(joined) >= wanted:
+        hasher = new_hasher()
+        for part, stretches in zip(parts, rows, strict=True):
+            taken = 0
+            for row in stretches:
+                if taken >= part.length:
                     break
-                block = unseal(stretch, where=where)
+                if row.start != taken:
+                    raise MissingBlobError(where)
+                block = open_value(self.codec, place, row, where)
+                if taken + count_block(block) > part.length:
+                    # The series goes on without this list, in the same stretch.
+                    block = cut_block(block, part.length - taken) or block
                 elements = self.codec.deserialize(block, where=where)
+                hash_block(hasher, block, len(elements))
                 joined += elements
-                if hasher is not None:
-                    hash_block(hasher, block, len(elements))
-            if len(joined) < wanted:
-                raise missing_part(where)
-            if len(joined) > wanted:
-                del joined[wanted:]
-                hasher = None
+                taken += len(elements)
+            if taken < part.length:
+                raise MissingBlobError(where)
 
         def dumps(value: Any) -> bytes:
             return self.codec.serialize(value, where=where)
@@ -361,12 +408,7 @@ class Loaded(NamedTuple):
 
 def open_record(codec: Codec, found: FoundCheckpoint) -> Record:
     """Verify and open a checkpoint's row."""
-    return unpack_record(codec, found.row, Place(found.thread_id, found.row.ns))
-
-
-def missing_part(where: str) -> HashMismatchError:
-    """Make the error of a value that is not stored as a whole any more."""
-    return HashMismatchError(where, "a part of its value is gone")
+    return unpack_record(codec, found.row, Place(found.tenant, found.thread_id, found.row.ns))
 
 
 def is_complete(found: FoundCheckpoint, layout: Layout, stretches: Stretches) -> bool:
@@ -378,7 +420,7 @@ def parts_of(found: FoundCheckpoint, layout: Layout) -> list[tuple[int, Part]]:
     """List where a checkpoint's values are kept, but for those in its row."""
     return [
         (found.row.thread, part)
-        for _, stored in layout.values()
+        for _, stored, _ in layout.values()
         if stored is not None and not isinstance(stored, bytes)
         for part in stored
     ]
@@ -392,8 +434,19 @@ def safe_repr(error: BaseException) -> str:
         return f"{type(error).__name__}(<no text: its repr raises>)"
 
 
-def _is_engines(name: str) -> bool:
-    return name.startswith(_ENGINE)
+def _looked(config: RunnableConfig) -> bool:
+    """Whether a put comes from a graph, which looks for the newest checkpoint first.
+
+    LangGraph completes the configuration of whatever it does for a graph. Within a replay it looks
+    for what a subgraph had at that time, and what the namespace has had since does not matter.
+    """
+    return "recursion_limit" in config and not config["configurable"].get(_REPLAY)
+
+
+def _column_step(step: Any) -> int | None:
+    """Return a step from metadata as a column has it; what is no step is in the metadata only."""
+    is_step = isinstance(step, int) and not isinstance(step, bool) and abs(step) < _MAX_STEP
+    return step if is_step else None
 
 
 def _storable(channel: str, value: Any) -> Any:

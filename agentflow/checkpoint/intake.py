@@ -2,16 +2,21 @@
 
 Puts enter the database's queue in the order in which they were made. One that follows another, of
 the same invocation, fails if that one has failed. Under a sparse policy the newest checkpoint of an
-invocation waits here until it is due, with the writes that belong to it.
+invocation waits here until it is due, with the writes that belong to it; whatever follows it brings
+what it would have brought.
 """
 
 from __future__ import annotations
 
+import atexit
+import os
 import threading
+import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import ChannelVersions, Checkpoint, CheckpointMetadata
@@ -31,23 +36,43 @@ from agentflow.errors import AgentflowError
 from agentflow.telemetry import CHECKPOINT_BYTES, fail_span, start_checkpoint_span
 from agentflow.types import Lease, new_id
 
+T = TypeVar("T")
+P = TypeVar("P", bound=Planned)
+_ENGINE = "__pregel_"
+"""With this begin LangGraph's own keys."""
+_RUNTIME = f"{_ENGINE}runtime"
+
 _Place = tuple[HeadKey, Lease | None, str | None]
 """Namespace, lease, and the invocation's load or else the checkpoint."""
 _ROW_SIZE = 300
 """Bytes that a row needs beside its payload, roughly."""
 _FAILED_LIMIT = 1000
 """How many failed invocations are remembered."""
+_CARRIED_LIMIT = 1000
+_MARKED_LIMIT = 10_000
+"""How many checkpoints are remembered that were held back, or after which a marked node began."""
+
+_Spot = tuple[HeadKey, Lease | None, str]
+"""Namespace, lease and checkpoint; ids of checkpoints are never those of another invocation."""
+
+
+class _Carried(NamedTuple):
+    """What follows a checkpoint that was not stored has to bring in its stead."""
+
+    since: str | None
+    """The last stored checkpoint of the invocation."""
+    changed: ChannelVersions
+    """The channels that have changed since then."""
 
 
 @dataclass(slots=True)
 class _Held:
     """A checkpoint that is not due yet."""
 
+    encoder: Encoder
     config: RunnableConfig
     """Where the last stored checkpoint of the invocation is."""
     planned: PlannedCheckpoint
-    changed: dict[str, Any]
-    """The channels that have changed since the last stored checkpoint."""
     writes: list[PlannedWrites] = field(default_factory=list)
 
 
@@ -58,16 +83,35 @@ class Intake:
         """Queue with `database` what `policy` says."""
         self._database = database
         self._policy = policy
-        self._instance = new_id()[-16:]
+        self.states = ThreadStates()
+        self.known = KnownLists()
+        self._reset()
+        if not policy.saves_all:
+            atexit.register(_store_at_exit, weakref.ref(self))
+
+    def _reset(self) -> None:
+        self._pid = os.getpid()
+        self._instance = new_id()[-12:]
         self._lock = threading.Lock()
         # The last operation on each checkpoint that is not durable yet, or has failed. What is
         # bound to a checkpoint, or follows from it, comes after it and fails with it.
         self._tails: dict[_Place, Future] = {}
-        self._held: dict[tuple[HeadKey, Lease | None], _Held] = {}
-        # The checkpoints after which a marked node has begun.
-        self._marked: dict[tuple[HeadKey, Lease | None], str] = {}
-        self.states = ThreadStates()
-        self.known = KnownLists()
+        # Taken from the look at what is held back until what became of it is queued, so that
+        # nothing overtakes what it follows.
+        self._holding = threading.RLock()
+        self._held: dict[_Spot, _Held] = {}
+        self._carried: OrderedDict[_Spot, _Carried] = OrderedDict()
+        self._marked: OrderedDict[_Spot, None] = OrderedDict()
+        self._has_writer = False
+
+    def check_fork(self) -> None:
+        """Start afresh in the child of a fork: what was accepted before is its parent's."""
+        if self._pid != os.getpid():
+            self._reset()
+
+    def is_marked(self, checkpoint: Checkpoint) -> bool:
+        """Whether the policy wants to have stored what comes after this checkpoint."""
+        return self._policy.is_marked(checkpoint)
 
     def writes(
         self,
@@ -84,16 +128,25 @@ class Intake:
         def make() -> PlannedWrites:
             return encoder.writes(key, lease, config, writes, task_id, task_path)
 
+        self.check_fork()
         checkpoint_id = config["configurable"]["checkpoint_id"]
-        held = self._held.get((key, lease)) if self._held else None
-        if held is None or held.planned.checkpoint_id != checkpoint_id:
+        if self._policy.saves_all:
             return self._enqueue(key, lease, config, checkpoint_id, make)
-        if not any(channel in {ERROR, INTERRUPT} for channel, _ in writes):
-            held.writes.append(make())
-            return _done()
-        # The run stops here, so that what was held back is stored, and this behind it.
-        self._store_held(encoder, (key, lease))
-        return self._enqueue(key, lease, config, checkpoint_id, make)
+        with self._holding:
+            held = self._held.get((key, lease, checkpoint_id))
+            if held is not None:
+                try:
+                    planned = make()
+                except AgentflowError as exc:
+                    make = partial(_refuse, exc)
+                else:
+                    if not any(channel in {ERROR, INTERRUPT} for channel, _ in writes):
+                        held.writes.append(planned)
+                        return _done()
+                    make = partial(_same, planned)
+                # The run stops here, so that what was held back is stored, and this behind it.
+                self._store_held((key, lease, checkpoint_id))
+            return self._enqueue(key, lease, config, checkpoint_id, make)
 
     def checkpoint(
         self,
@@ -106,27 +159,75 @@ class Intake:
         new_versions: ChannelVersions,
     ) -> Future:
         """Accept a checkpoint."""
-        attempt = str(lease.token) if lease else self._instance
-        changed = dict(new_versions)
-        is_due = True
-        if not self._policy.saves_all:
-            parent_id = _id_of(config)
-            held = self._held.pop((key, lease), None)
-            if held is not None and held.planned.checkpoint_id == parent_id:
-                config, changed = held.config, {**held.changed, **new_versions}
-            marked = self._marked.pop((key, lease), None)
-            was_marked = marked is not None and marked == parent_id
-            is_due = self._policy.is_due(checkpoint, metadata, was_marked=was_marked)
-            if self._policy.is_marked(checkpoint):
-                self._marked[key, lease] = checkpoint["id"]
+        self.check_fork()
+        attempt = str(lease.token) if lease else self._attempt(config, key)
+        if self._policy.saves_all:
 
-        def make() -> PlannedCheckpoint:
-            return encoder.checkpoint(key, lease, attempt, config, checkpoint, metadata, changed)
+            def make() -> PlannedCheckpoint:
+                return encoder.checkpoint(
+                    key, lease, attempt, config, checkpoint, metadata, new_versions
+                )
 
-        if not is_due:
-            self._held[key, lease] = _Held(config, make(), changed)
+            return self._store(encoder, key, lease, config, checkpoint["id"], metadata, make)
+        parent = (key, lease, _id_of(config) or "")
+        spot = (key, lease, checkpoint["id"])
+        with self._holding:
+            is_due = self._is_due(parent, config, checkpoint, metadata)
+            carried = self._carried.get(parent)
+            if carried is not None:
+                config = _at(config, carried.since)
+                new_versions = {**carried.changed, **new_versions}
+            try:
+                planned = encoder.checkpoint(
+                    key, lease, attempt, config, checkpoint, metadata, new_versions
+                )
+            except AgentflowError as exc:
+                # The run stops here, so that what was held back is stored.
+                self._store_held(parent)
+                return self._enqueue(key, lease, config, spot[2], partial(_refuse, exc))
+            self._held.pop(parent, None)
+            if is_due:
+                return self._store(
+                    encoder, *spot[:2], config, spot[2], metadata, partial(_same, planned)
+                )
+            if not self._has_writer:
+                # Starts its thread, since none can be started when the process ends.
+                self.verb(spot[0][:2], lambda _: None)
+                self._has_writer = True
+            self._held[spot] = _Held(encoder, _without_engine(config), planned)
+            _remember(self._carried, spot, _Carried(_id_of(config), new_versions), _CARRIED_LIMIT)
             return _done()
-        return self._store(encoder, key, lease, config, checkpoint["id"], metadata, make)
+
+    def _attempt(self, config: RunnableConfig, key: HeadKey) -> str:
+        """Name the invocation, which parallel calls of its subgraphs share.
+
+        LangGraph hands one object for the control of a run to all of its subgraphs. No two
+        invocations have the same at the same time, and only those can be in each other's way.
+        """
+        control = getattr(config["configurable"].get(_RUNTIME), "control", None)
+        if control is not None:
+            return f"{self._instance}.{id(control):x}"
+        seen = read_seen(config, key[2])
+        return f"{self._instance}.{seen.load_id[-12:]}" if seen else self._instance
+
+    def _is_due(
+        self,
+        parent: _Spot,
+        config: RunnableConfig,
+        checkpoint: Checkpoint,
+        metadata: CheckpointMetadata,
+    ) -> bool:
+        key, lease, parent_id = parent
+        seen = read_seen(config, key[2])
+        was_marked = parent in self._marked
+        self._marked.pop(parent, None)
+        if seen is not None and seen.checkpoint_id == parent_id:
+            was_marked = was_marked or seen.is_marked
+        if self._policy.is_marked(checkpoint):
+            _remember(self._marked, (key, lease, checkpoint["id"]), None, _MARKED_LIMIT)
+        return self._policy.is_due(
+            checkpoint, metadata, was_marked=was_marked, is_last=_is_last(config, metadata, seen)
+        )
 
     def _store(
         self,
@@ -154,22 +255,33 @@ class Intake:
             future.add_done_callback(partial(_end_span, span))
         return future
 
-    def _store_held(self, encoder: Encoder, place: tuple[HeadKey, Lease | None]) -> None:
-        held = self._held.pop(place, None)
+    def _store_held(self, spot: _Spot) -> list[Future]:
+        """Store a checkpoint that is held back, with its writes, if there is one."""
+        held = self._held.pop(spot, None)
         if held is None:
-            return
-        planned = held.planned
-        metadata: CheckpointMetadata = {} if planned.step is None else {"step": planned.step}
-        self._store(encoder, *place, held.config, planned.checkpoint_id, metadata, lambda: planned)
-        of_held = {**held.config["configurable"], "checkpoint_id": planned.checkpoint_id}
-        for writes in held.writes:
-            config: RunnableConfig = {**held.config, "configurable": of_held}
-            self._enqueue(*place, config, planned.checkpoint_id, partial(_same, writes))
+            return []
+        # It is there for whoever follows it.
+        self._carried.pop(spot, None)
+        key, lease, checkpoint_id = spot
+        step = held.planned.step
+        metadata: CheckpointMetadata = {} if step is None else {"step": step}
+        make = partial(_same, held.planned)
+        stored = self._store(held.encoder, key, lease, held.config, checkpoint_id, metadata, make)
+        config = _at(held.config, checkpoint_id)
+        writes = (partial(_same, each) for each in held.writes)
+        return [
+            stored,
+            *(self._enqueue(key, lease, config, checkpoint_id, make) for make in writes),
+        ]
 
-    def store_held(self, encoder: Encoder, thread: ThreadKey | None = None) -> None:
+    def store_held(self, thread: ThreadKey | None = None) -> list[Future]:
         """Store what is held back of a thread, or of all threads."""
-        for place in [p for p in tuple(self._held) if thread is None or p[0][:2] == thread]:
-            self._store_held(encoder, place)
+        self.check_fork()
+        if not self._held:
+            return []
+        with self._holding:
+            spots = [spot for spot in self._held if thread is None or spot[0][:2] == thread]
+            return [future for spot in spots for future in self._store_held(spot)]
 
     def _enqueue(
         self,
@@ -187,7 +299,7 @@ class Intake:
         """
         seen: Seen | None = read_seen(config, key[2])
         after = seen.load_id if seen else _id_of(config)
-        place: _Place = (key, lease, seen.load_id if seen else checkpoint_id)
+        places: list[_Place] = [(key, lease, seen.load_id if seen else checkpoint_id)]
         try:
             planned = make()
         except AgentflowError as exc:
@@ -195,27 +307,44 @@ class Intake:
             future = Future()
             future.settle(error=exc)
             with self._lock:
-                self._tails[place] = future
+                self._tails[places[0]] = future
         else:
+            if seen and isinstance(planned, PlannedCheckpoint):
+                # Subgraphs know what called them by its id.
+                places.append((key, lease, checkpoint_id))
             operation = Put(planned, self.states, size=planned.size + _ROW_SIZE)
             with self._lock:
-                operation.previous = self._tails.get((key, lease, after))
+                previous = self._tails.get((key, lease, after))
+                operation.previous = previous or self._caller(config, key, lease)
                 future = self._database.submit(operation)
-                self._tails[place] = future
-        future.add_done_callback(partial(self._end, place))
+                self._tails.update(dict.fromkeys(places, future))
+        future.add_done_callback(partial(self._end, places))
         return future
 
-    def _end(self, place: _Place, done: Future) -> None:
+    def _caller(self, config: RunnableConfig, key: HeadKey, lease: Lease | None) -> Future | None:
+        """Return the put of the checkpoint from which a subgraph was called.
+
+        It need not be durable yet. If it loses a race, the subgraph must not win one.
+        """
+        calling: dict[str, str] = config["configurable"].get("checkpoint_map") or {}
+        for ns, checkpoint_id in reversed(calling.items()):
+            future = self._tails.get(((*key[:2], ns), lease, checkpoint_id))
+            if ns != key[2] and future is not None:
+                return future
+        return None
+
+    def _end(self, places: Sequence[_Place], done: Future) -> None:
         """Drop an operation that succeeded; remember one that failed, for those that follow it."""
         has_failed = done.exception() is not None
         with self._lock:
-            if self._tails.get(place) is not done:
-                return
-            if not has_failed:
-                del self._tails[place]
-            elif len(self._tails) > _FAILED_LIMIT:
-                oldest = next((p for p, tail in self._tails.items() if tail.done()), place)
-                del self._tails[oldest]
+            for place in places:
+                if self._tails.get(place) is not done:
+                    continue
+                if not has_failed:
+                    del self._tails[place]
+                elif len(self._tails) > _FAILED_LIMIT:
+                    oldest = next((p for p, tail in self._tails.items() if tail.done()), place)
+                    del self._tails[oldest]
 
     def verb(self, thread: ThreadKey | None, function: Callable[[Rows], Any]) -> Future:
         """Run a verb with the writer; the states of what it changes are read again afterwards.
@@ -230,6 +359,21 @@ class Intake:
             return function(rows)
 
         return self._database.submit(Verb(run))
+
+    def step(self, thread: ThreadKey | None, function: Callable[[Rows], Any]) -> Future:
+        """Run a step of something longer with the writer, in a transaction of its own.
+
+        Args:
+            thread: The thread that it changes; `None` if nobody can know the state of what it does.
+            function: The step.
+        """
+
+        def run(rows: Rows) -> Any:
+            if thread is not None:
+                self.states.forget(thread)
+            return function(rows)
+
+        return self._database.submit(Verb(run, is_step=True))
 
     def accepted(self, thread: ThreadKey, lease: Lease | None) -> list[Future]:
         """Return what was accepted for a thread under a lease and is not durable, or has failed."""
@@ -270,17 +414,61 @@ class Intake:
         with self._lock:
             for place in [place for place in self._tails if place[0][:2] == thread]:
                 del self._tails[place]
-            for kept in (self._held, self._marked):
-                for held in [place for place in kept if place[0][:2] == thread]:
-                    del kept[held]
+        with self._holding:
+            kept: dict[_Spot, Any]
+            for kept in (self._held, self._carried, self._marked):
+                for spot in [spot for spot in kept if spot[0][:2] == thread]:
+                    del kept[spot]
 
 
-def _same(planned: PlannedWrites) -> PlannedWrites:
+def _store_at_exit(intake: weakref.ref[Intake]) -> None:
+    """Store what is held back when the process ends without having closed its saver."""
+    alive = intake()
+    for future in alive.store_held() if alive is not None else ():
+        future.wait()
+
+
+def _remember(kept: OrderedDict[_Spot, T], spot: _Spot, value: T, limit: int) -> None:
+    """Keep a value, and drop the oldest one if there are too many."""
+    kept[spot] = value
+    kept.move_to_end(spot)
+    if len(kept) > limit:
+        kept.popitem(last=False)
+
+
+def _is_last(config: RunnableConfig, metadata: CheckpointMetadata, seen: Seen | None) -> bool:
+    """Whether LangGraph stops here, since the invocation has used its steps; it puts nothing then.
+
+    It counts from the step behind the one that was loaded; a new thread begins at -1.
+    """
+    limit, step = config.get("recursion_limit"), metadata.get("step")
+    if limit is None or step is None:
+        return False
+    loaded = -2 if seen is None or seen.step is None else seen.step
+    return step >= loaded + limit + 2
+
+
+def _same(planned: P) -> P:
     return planned
+
+
+def _refuse(error: AgentflowError) -> Any:
+    raise error
 
 
 def _id_of(config: RunnableConfig) -> str | None:
     return config["configurable"].get("checkpoint_id") or None
+
+
+def _at(config: RunnableConfig, checkpoint_id: str | None) -> RunnableConfig:
+    """Return a configuration that names another checkpoint."""
+    return {**config, "configurable": {**config["configurable"], "checkpoint_id": checkpoint_id}}
+
+
+def _without_engine(config: RunnableConfig) -> RunnableConfig:
+    """Return what is needed of a configuration; the engine's keys hold on to the whole state."""
+    configurable = config["configurable"].items()
+    return {"configurable": {k: v for k, v in configurable if not k.startswith(_ENGINE)}}
 
 
 def _done() -> Future:

@@ -14,13 +14,13 @@ from agentflow.checkpoint.encoding import (
     Encoder,
     Loaded,
     is_complete,
-    missing_part,
     open_record,
     parts_of,
 )
 from agentflow.checkpoint.pending import load_writes
 from agentflow.checkpoint.records import column_text
 from agentflow.checkpoint.rows import FoundCheckpoint, Head, HeadKey, Query, Rows
+from agentflow.errors import MissingBlobError
 
 _PAGE = 50
 _ATTEMPTS = 3
@@ -47,7 +47,7 @@ class Reader:
             if item is not None:
                 return item
         # It was there each time, and each time not all of it: nobody is deleting it.
-        raise missing_part(f"checkpoint {checkpoint_id or 'head'!r} of thread {key[1]!r}")
+        raise MissingBlobError(f"checkpoint {checkpoint_id or 'head'!r} of thread {key[1]!r}")
 
     def page(
         self, rows: Rows, query: Query
@@ -72,7 +72,7 @@ class Reader:
                 continue
             row = each.row
             if row.seq == each.head_seq:
-                head = Head(row.checkpoint_id, row.seq, row.attempt, record.layout)
+                head = Head(row.checkpoint_id, row.seq, row.attempt, record.layout, row.hash)
                 state = replace(each.thread, heads={row.ns: head})
                 self.states.observe((each.tenant, each.thread_id), state)
             items.append(self.encoder.read(each, Loaded(record, stretches, own)))

@@ -11,7 +11,7 @@ from agentflow.checkpoint.rows import Rows
 from agentflow.checkpoint.sql import open_rows
 from agentflow.database.futures import Future
 from agentflow.database.session import Session
-from agentflow.database.writer import Operation, Rejected
+from agentflow.database.writer import MAX_BATCH_BYTES, Operation, Rejected
 
 
 class Put(Operation):
@@ -71,10 +71,16 @@ class Verb(Operation):
 
     resendable = True
 
-    def __init__(self, function: Callable[[Rows], Any]) -> None:
-        """Run `function` in a transaction; what it returns is the outcome."""
+    def __init__(self, function: Callable[[Rows], Any], *, is_step: bool = False) -> None:
+        """Run `function` in a transaction; what it returns is the outcome.
+
+        Args:
+            function: What to run.
+            is_step: It does as much as one transaction should, and shares it with no other step.
+        """
         super().__init__()
         self.function = function
+        self.size = MAX_BATCH_BYTES if is_step else 0
 
     @classmethod
     def run(cls, session: Session, operations: Sequence[Verb]) -> list[Any]:

@@ -20,10 +20,10 @@ from agentflow.checkpoint.records import (
     references,
     unpack_writes,
 )
-from agentflow.checkpoint.rows import WHOLE, FoundCheckpoint, Rows, ValueRow
-from agentflow.codec import Codec, unseal
+from agentflow.checkpoint.rows import WHOLE, FoundCheckpoint, Logged, Rows, ValueRow
+from agentflow.codec import Codec
 from agentflow.delta import slice_block
-from agentflow.errors import HashMismatchError
+from agentflow.errors import MissingBlobError
 
 Write = tuple[str, str, Any]
 """Task id, channel and value."""
@@ -55,16 +55,20 @@ def _open(
     codec: Codec,
     found: FoundCheckpoint,
     record: Record,
-    logged: Mapping[tuple[int, str, str], Sequence[tuple[int, bytes]]],
+    logged: Mapping[tuple[int, str, str], Sequence[Logged]],
 ) -> list[Call]:
     """Return the calls in the order in which they became durable."""
     row = found.row
-    place = Place(found.thread_id, row.ns)
-    sealed = sorted(logged.get((row.thread, row.ns, row.checkpoint_id), ()))
-    return [
-        *record.calls,
-        *(call for _, data in sealed for call in unpack_writes(codec, data, place)),
-    ]
+    place = Place(found.tenant, found.thread_id, row.ns)
+    calls = list(record.calls)
+    for seq, carrier, data in sorted(logged.get((row.thread, row.ns, row.checkpoint_id), ())):
+        context = (
+            place.context_of_carried(seq, carrier)
+            if carrier
+            else place.context_of_writes(row.checkpoint_id, seq)
+        )
+        calls += unpack_writes(codec, data, place, context)
+    return calls
 
 
 def _decode(
@@ -78,7 +82,7 @@ def _decode(
         for index, channel, written in items:
             if index < 0 or (task_id, index) not in kept:
                 kept[task_id, index] = (task_path, channel, written)
-    place = Place(found.thread_id, found.row.ns)
+    place = Place(found.tenant, found.thread_id, found.row.ns)
     # Sorted here, since databases collate text differently and the order decides what reducers do.
     order = sorted(kept, key=lambda key: writes_sort_key(kept[key][0], *key))
     writes: list[Write] = []
@@ -88,34 +92,51 @@ def _decode(
         if isinstance(written, bytes):
             value = codec.deserialize(written, where=where)
         else:
-            value = _shared(codec, stretches.get((found.row.thread, *written[:2])), written, where)
+            row = stretches.get((found.row.thread, *written[:2]))
+            value = _shared(codec, place, row, written, where)
         writes.append((key[0], channel, value))
     return writes
 
 
-def _shared(codec: Codec, row: ValueRow | None, written: list[int], where: str) -> Any:
+def open_value(codec: Codec, place: Place, row: ValueRow, where: str) -> bytes:
+    """Verify and open a stretch of a value."""
+    return codec.unseal(row.data, place.context_of_value(row.series, row.start), where=where)
+
+
+def _shared(
+    codec: Codec, place: Place, row: ValueRow | None, written: list[int], where: str
+) -> Any:
     """Take what was written out of the value that has it."""
     _, start, length = written
     if row is not None:
-        value = codec.deserialize(unseal(row.data, where=where), where=where)
+        value = codec.deserialize(open_value(codec, place, row, where), where=where)
         if length == WHOLE:
             return value
         elements = value[start - row.start :][:length]
         if len(elements) == length:
             return elements
-    raise HashMismatchError(where, "its value is gone")
+    raise MissingBlobError(where)
 
 
-def inlined(rows: Rows, codec: Codec, thread: int, sealed: bytes, place: Place) -> bytes:
+def inlined(
+    rows: Rows, codec: Codec, thread: int, place: Place, sealed: bytes, before: bytes, after: bytes
+) -> bytes:
     """Return writes with what they share with values in them, for a row of their own.
 
     What is shared is there as long as the checkpoint that carries the writes, and no longer.
+
+    Args:
+        rows: Where the values are.
+        codec: How they are stored.
+        thread: The thread's number.
+        place: Where the writes belong.
+        sealed: The writes.
+        before: Their context so far.
+        after: Their context from now on.
     """
-    calls = unpack_writes(codec, sealed, place)
+    calls = unpack_writes(codec, sealed, place, before)
     shared = {(thread, series, start) for series, start, _ in references(calls)}
-    if not shared:
-        return sealed
-    stretches = rows.list_stretches(shared)
+    stretches = rows.list_stretches(shared) if shared else {}
 
     def own(written: Written) -> bytes:
         if isinstance(written, bytes):
@@ -124,8 +145,8 @@ def inlined(rows: Rows, codec: Codec, thread: int, sealed: bytes, place: Place) 
         where = place.of("writes")
         row = stretches.get((thread, series, start))
         if row is None:
-            raise HashMismatchError(where, "a value is gone")
-        block = unseal(row.data, where=where)
+            raise MissingBlobError(where)
+        block = open_value(codec, place, row, where)
         return block if length == WHOLE else slice_block(block, start - row.start, length)
 
     return pack_writes(
@@ -134,4 +155,5 @@ def inlined(rows: Rows, codec: Codec, thread: int, sealed: bytes, place: Place) 
             (task_id, path, [(index, channel, own(written)) for index, channel, written in items])
             for task_id, path, items in calls
         ],
+        after,
     )

@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 
 from langgraph.constants import START
 
-from agentflow.checkpoint.pending import inlined
+from agentflow.checkpoint.pending import inlined, open_value
 from agentflow.checkpoint.records import (
     Call,
     Place,
     Written,
+    hash_of,
     pack_record,
     pack_writes,
     unpack_record,
@@ -40,7 +41,7 @@ from agentflow.checkpoint.rows import (
     ValueRow,
     WritesRow,
 )
-from agentflow.codec import Codec, unseal
+from agentflow.codec import Codec, digest_of
 from agentflow.delta import Grown, KnownList, joined
 from agentflow.errors import ConflictError, FencedError
 from agentflow.types import Lease
@@ -62,6 +63,9 @@ class Seen:
     checkpoint_id: str
     load_id: str
     """Names the load, and with it the invocation."""
+    step: int | None
+    is_marked: bool
+    """Whether a node comes next after which the state has to be stored."""
 
 
 class WholeList(NamedTuple):
@@ -69,6 +73,7 @@ class WholeList(NamedTuple):
 
     block: bytes
     length: int
+    digest: bytes
 
 
 class GrownList(NamedTuple):
@@ -124,13 +129,15 @@ class PlannedCheckpoint:
     changed: frozenset[str]
     values: Mapping[str, NewValue]
     """Of the changed channels; one without a value is empty from now on."""
+    kept: frozenset[str]
+    """The other channels that have a value, which something that is stored must have."""
     lists: Mapping[str, tuple[Any, KnownList]]
     """What its successor needs to know of its lists."""
     source: str | None
     """The checkpoint from which lists have grown."""
     seen: Seen | None
-    is_invocation: bool
-    """Whether it comes from a running graph, not from a caller of the saver."""
+    found_nothing: bool
+    """Whether it comes from a graph that looked and found its namespace empty."""
     size: int
     """Bytes of what it brings, before compression."""
     was_sent: bool = False
@@ -164,6 +171,8 @@ class _Draft:
     put: PlannedCheckpoint
     seq: int
     layout: Layout
+    parent_hash: bytes | None = None
+    hash: bytes = b""
     parent_writes: bytes | None = None
     superseded: list[PlannedWrites] = field(default_factory=list)
     """What `parent_writes` was made of, if it comes from this very batch."""
@@ -174,7 +183,7 @@ class _Draft:
     base: bytes | None = None
     """What its delta channels had at its parent, if that was deleted."""
 
-    def row(self, thread: int) -> CheckpointRow:
+    def _columns(self, thread: int = 0) -> CheckpointRow:
         put = self.put
         return CheckpointRow(
             thread,
@@ -185,10 +194,26 @@ class _Draft:
             put.attempt,
             put.run_id,
             put.step,
-            pack_record(put.codec, put.head, self.layout, self.calls),
+            b"",
+            self.hash,
             self.parent_writes,
             self.base,
         )
+
+    def chain(self) -> None:
+        """Compute its hash, once all that it covers is known."""
+        put = self.put
+        covered = hash_of(
+            put.codec, Place(*put.key), self._columns(), put.head, self.layout, self.parent_hash
+        )
+        self.hash = put.codec.hash(covered)
+
+    def row(self, thread: int) -> CheckpointRow:
+        put, row = self.put, self._columns(thread)
+        data = pack_record(
+            put.codec, Place(*put.key), row, put.head, self.layout, self.calls, self.parent_hash
+        )
+        return row._replace(data=data)
 
 
 class ThreadPlan:
@@ -235,7 +260,9 @@ class ThreadPlan:
             if draft is not None and not draft.was_there:
                 draft.calls += [put.call for put in puts]
             else:
-                writes.append(WritesRow(number, *place, self._next(), _pack(puts)))
+                seq = self._next()
+                context = Place(*puts[0].key).context_of_writes(place[1], seq)
+                writes.append(WritesRow(number, *place, seq, _pack(puts, context)))
         heads = self._heads
         if len(heads) > _MAX_HEADS:
             heads = dict(list(heads.items())[-_MAX_HEADS:])
@@ -271,7 +298,7 @@ class ThreadPlan:
         if put.seen is None:
             # A caller who puts by hand, without a parent, starts a new line on purpose. A graph
             # that found the thread empty has lost a race.
-            return put.parent_id is None and not put.is_invocation
+            return put.parent_id is None and not put.found_nothing
         return put.seen.head_seq == head.seq and self._is_branch(put, put.seen, head)
 
     def _is_branch(self, put: PlannedCheckpoint, seen: Seen, head: Head) -> bool:
@@ -287,12 +314,14 @@ class ThreadPlan:
         found = self._rows.find_checkpoint(put.key, put.checkpoint_id)
         if not isinstance(found, FoundCheckpoint) or found.row.attempt != put.attempt:
             return False
-        stored = unpack_record(put.codec, found.row, Place(*put.key[1:]))
+        stored = unpack_record(put.codec, found.row, Place(*put.key))
         is_same: bool = [stored.body, stored.metadata] == put.codec.deserialize(put.head)
         return is_same
 
     def _advance(self, put: PlannedCheckpoint) -> Exception | None:
         head = self._heads[put.ns]
+        if self._is_taken(put, head):
+            return conflict(put.key[1])
         before = len(self._values), len(self._replaced), len(self._dropped)
         self._blocks = {}
         layout = self._lay_out(put, head)
@@ -300,24 +329,70 @@ class ThreadPlan:
             values, replaced, dropped = before
             del self._values[values:], self._replaced[replaced:], self._dropped[dropped:]
             return conflict(put.key[1])
-        seq = self._next()
         is_again = head is not None and head.checkpoint_id == put.checkpoint_id
-        if is_again and head is not None and head.attempt != put.attempt:
-            return conflict(put.key[1])
+        seq = self._next()
         follows = head is not None and not is_again and head.checkpoint_id == put.parent_id
         superseded = self._pending.pop((put.ns, put.parent_id or ""), None) if follows else None
         draft = _Draft(put, head.seq if is_again and head is not None else seq, layout)
         if superseded:
             draft.superseded = superseded
-            draft.parent_writes = _pack(superseded, self._blocks)
+            context = Place(*put.key).context_of_carried(draft.seq, put.checkpoint_id)
+            draft.parent_writes = _pack(superseded, context, self._blocks)
         if is_again:
             self._keep_writes(draft, is_head=True)
         elif head is not None and not follows:
             self._come_again(draft)
+        if draft.parent_hash is None and put.parent_id is not None:
+            draft.parent_hash = self._parent_hash(put, head)
+        draft.chain()
         self._drafts[put.ns, put.checkpoint_id] = draft
         # The newest last, so that the ones forgotten first are the oldest.
         self._heads.pop(put.ns, None)
-        self._heads[put.ns] = Head(put.checkpoint_id, draft.seq, put.attempt, layout)
+        self._heads[put.ns] = Head(put.checkpoint_id, draft.seq, put.attempt, layout, draft.hash)
+        return None
+
+    def _is_taken(self, put: PlannedCheckpoint, head: Head | None) -> bool:
+        """Whether its id names another checkpoint; of those that are stored the database knows."""
+        if head is not None and head.checkpoint_id == put.checkpoint_id:
+            return head.attempt != put.attempt
+        before = self._drafts.get((put.ns, put.checkpoint_id))
+        if before is not None and (not put.ns or before.put.attempt != put.attempt):
+            return True
+        if not put.ns or head is None or put.parent_id == head.checkpoint_id:
+            return False
+        # Parallel calls of a subgraph come back to what is not the head any more.
+        is_there = before is not None or self._stored_draft(put) is not None
+        return is_there and self._is_followed(put)
+
+    def _is_followed(self, put: PlannedCheckpoint) -> bool:
+        """Whether something was made from a checkpoint, which may not change from then on."""
+        parents = (d.put.parent_id for (ns, _), d in self._drafts.items() if ns == put.ns)
+        if put.checkpoint_id in parents:
+            return True
+        query = Query(tenant=put.key[0], thread_id=put.key[1], ns=put.ns)
+        while page := self._rows.list_checkpoints(query):
+            for found in page:
+                if put.checkpoint_id in (found.row.parent_id, found.row.checkpoint_id):
+                    return found.row.parent_id == put.checkpoint_id
+            query = replace(query, after=page[-1].row.seq)
+        return False
+
+    def _parent_hash(self, put: PlannedCheckpoint, head: Head | None) -> bytes | None:
+        """Return the hash of a put's parent; `None` if nobody has ever seen that one."""
+        if head is not None and head.checkpoint_id == put.parent_id:
+            return head.hash
+        before = self._drafts.get((put.ns, put.parent_id or ""))
+        if before is not None:
+            return before.hash
+        found = self._rows.find_checkpoint(put.key, put.parent_id)
+        if isinstance(found, FoundCheckpoint):
+            return found.row.hash
+        if put.seen is None:
+            return None
+        # A copy of what was loaded has the same parent, which may have been deleted.
+        found = self._rows.find_checkpoint(put.key, put.seen.checkpoint_id)
+        if isinstance(found, FoundCheckpoint) and found.row.parent_id == put.parent_id:
+            return unpack_record(put.codec, found.row, Place(*put.key)).parent_hash
         return None
 
     def _come_again(self, draft: _Draft) -> None:
@@ -329,7 +404,16 @@ class ThreadPlan:
         if put.seen is not None and put.seen.checkpoint_id != put.parent_id:
             seen = self._rows.find_checkpoint(put.key, put.seen.checkpoint_id)
             if isinstance(seen, FoundCheckpoint) and seen.row.parent_id == put.parent_id:
-                draft.base = seen.row.base
+                draft.base = self._base_of(put, seen.row)
+
+    @staticmethod
+    def _base_of(put: PlannedCheckpoint, copied: CheckpointRow) -> bytes | None:
+        if copied.base is None:
+            return None
+        place = Place(*put.key)
+        context = place.context_of_base(copied.checkpoint_id)
+        base = put.codec.unseal(copied.base, context, where=place.of("the base"))
+        return put.codec.seal(base, place.context_of_base(put.checkpoint_id))
 
     def _keep_writes(self, draft: _Draft, *, is_head: bool) -> None:
         """Keep the writes that the same checkpoint already had or carried."""
@@ -338,7 +422,8 @@ class ThreadPlan:
         if before is None:
             return
         draft.calls, draft.was_there, draft.base = before.calls, before.was_there, before.base
-        if is_head:
+        if is_head and before.put.parent_id == put.parent_id:
+            draft.parent_hash = before.parent_hash
             draft.parent_writes, draft.superseded = before.parent_writes, before.superseded
         elif before.parent_writes is not None and before.put.parent_id is not None:
             # It is not the next one after its parent any more.
@@ -346,9 +431,17 @@ class ThreadPlan:
             if before.superseded:
                 self._pending.setdefault(parent, [])[:0] = before.superseded
                 return
-            number, place = self._before.number, Place(*put.key[1:])
-            data = inlined(self._rows, put.codec, number, before.parent_writes, place)
-            self._moved.append(WritesRow(number, *parent, self._next(), data))
+            number, place, seq = self._before.number, Place(*put.key), self._next()
+            data = inlined(
+                self._rows,
+                put.codec,
+                number,
+                place,
+                before.parent_writes,
+                place.context_of_carried(before.seq, put.checkpoint_id),
+                place.context_of_writes(before.put.parent_id, seq),
+            )
+            self._moved.append(WritesRow(number, *parent, seq, data))
 
     def _stored_draft(self, put: PlannedCheckpoint) -> _Draft | None:
         """Return what is stored of the same checkpoint of the same attempt."""
@@ -356,12 +449,14 @@ class ThreadPlan:
         if not isinstance(found, FoundCheckpoint) or found.row.attempt != put.attempt:
             return None
         row = found.row
+        record = unpack_record(put.codec, row, Place(*put.key))
         return _Draft(
             replace(put, parent_id=row.parent_id),
             row.seq,
             {},
+            parent_hash=record.parent_hash,
             parent_writes=row.parent_writes,
-            calls=unpack_record(put.codec, row, Place(*put.key[1:])).calls,
+            calls=record.calls,
             was_there=True,
             base=row.base,
         )
@@ -376,14 +471,20 @@ class ThreadPlan:
                 stored = self._store(put, head, channel, value)
                 if stored is None:
                     return None
-                layout[channel] = Held(version, stored)
+                layout[channel] = Held(version, stored, _digest(value, stored))
             elif channel in put.changed:
                 layout[channel] = Held(version, None)
             elif (held := self._held(put, head, channel, version)) is not None:
                 layout[channel] = held
             else:
                 missing[channel] = version
-        return {**layout, **self._search(put, missing)} if missing else layout
+        if missing:
+            found = self._search(put, missing)
+            if not put.kept.isdisjoint(missing.keys() - found.keys()):
+                return None
+            layout.update(found)
+            layout.update({c: Held(v, None) for c, v in missing.items() if c not in found})
+        return layout
 
     def _store(
         self, put: PlannedCheckpoint, head: Head | None, channel: str, value: NewValue
@@ -404,7 +505,8 @@ class ThreadPlan:
     def _put_block(
         self, put: PlannedCheckpoint, series: int, start: int, block: bytes, length: int
     ) -> None:
-        row = ValueRow(self._before.number, series, start, put.codec.seal(block))
+        sealed = put.codec.seal(block, Place(*put.key).context_of_value(series, start))
+        row = ValueRow(self._before.number, series, start, sealed)
         self._values.append(row)
         self._blocks[block] = (series, start, length)
 
@@ -422,11 +524,13 @@ class ThreadPlan:
         if len(small) <= 1:
             self._put_block(put, last.series, start, block, length)
             return appended
-        where = Place(*put.key[1:]).of("a list")
+        place = Place(*put.key)
         starts = [row.start for row in small]
-        blocks = [*(unseal(row.data, where=where) for row in small), block]
+        opened = (open_value(put.codec, place, row, place.of("a list")) for row in small)
+        blocks = [*opened, block]
         lengths = [end - begin for begin, end in pairwise([*starts, start, after])]
-        merged = put.codec.seal(joined(blocks, lengths))
+        context = place.context_of_value(last.series, starts[0])
+        merged = put.codec.seal(joined(blocks, lengths), context)
         self._replaced.append(small[0]._replace(data=merged))
         self._dropped += [(row.series, row.start) for row in small[1:]]
         self._blocks[block] = (last.series, start, length)
@@ -472,7 +576,7 @@ class ThreadPlan:
             if held is not None and held.version == version:
                 if head is not None and source == head.checkpoint_id:
                     return held
-                return Held(version, closed(held.stored))
+                return held._replace(stored=closed(held.stored))
         return None
 
     def _layout(self, put: PlannedCheckpoint, head: Head | None, source: str) -> Layout | None:
@@ -489,7 +593,7 @@ class ThreadPlan:
         if place not in self._layouts:
             found = self._rows.find_checkpoint((*put.key[:2], put.ns), source)
             self._layouts[place] = (
-                unpack_record(put.codec, found.row, Place(*put.key[1:])).layout
+                unpack_record(put.codec, found.row, Place(*put.key)).layout
                 if isinstance(found, FoundCheckpoint)
                 else None
             )
@@ -507,21 +611,30 @@ class ThreadPlan:
             for channel in missing.keys() - found.keys():
                 held = layout.get(channel)
                 if held is not None and held.version == missing[channel]:
-                    found[channel] = Held(held.version, closed(held.stored))
-        nowhere = {c: Held(v, None) for c, v in missing.items() if c not in found}
-        return {**found, **nowhere}
+                    found[channel] = held._replace(stored=closed(held.stored))
+        return found
 
     def _all_layouts(self, put: PlannedCheckpoint) -> Iterator[Layout]:
         yield from (draft.layout for draft in reversed(self._drafts.values()))
         query = Query(tenant=put.key[0], thread_id=put.key[1], ns=put.ns)
         while page := self._rows.list_checkpoints(query):
             for found in page:
-                yield unpack_record(put.codec, found.row, Place(*put.key[1:])).layout
+                yield unpack_record(put.codec, found.row, Place(*put.key)).layout
             query = replace(query, after=page[-1].row.seq)
 
 
+def _digest(value: NewValue, stored: Stored) -> bytes | None:
+    if isinstance(stored, bytes):
+        return None
+    if isinstance(value, GrownList):
+        return value.growth.digest
+    return value.digest if isinstance(value, WholeList) else digest_of(value)
+
+
 def _pack(
-    puts: Sequence[PlannedWrites], blocks: Mapping[bytes, tuple[int, int, int]] | None = None
+    puts: Sequence[PlannedWrites],
+    context: bytes,
+    blocks: Mapping[bytes, tuple[int, int, int]] | None = None,
 ) -> bytes:
     """Pack writes; what is among the blocks already is only referred to."""
     calls = [put.call for put in puts]
@@ -530,7 +643,7 @@ def _pack(
             (task_id, path, [(index, channel, _shared(w, blocks)) for index, channel, w in items])
             for task_id, path, items in calls
         ]
-    return pack_writes(puts[0].codec, calls)
+    return pack_writes(puts[0].codec, calls, context)
 
 
 def _shared(written: Written, blocks: Mapping[bytes, tuple[int, int, int]]) -> Written:

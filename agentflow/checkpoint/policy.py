@@ -22,10 +22,15 @@ Save = Literal["every_step", "exit"] | Collection[str]
   ended. A crash runs again what came after the last such point, which none of these nodes did.
 - `"exit"`: when the graph ends. A crash runs the whole invocation again.
 
-Whatever the choice, the state is stored when the graph is interrupted, when a node fails and when
-the graph ends; and an update of the state by hand is always stored. What is not stored yet is in
-the memory of this process: it is stored, too, when the thread is read through this saver, and when
-the saver is closed.
+Whatever the choice, the state is stored when a node interrupts or fails, and when the graph ends or
+has used its steps; and an update of the state by hand is always stored.
+
+LangGraph does not tell its checkpointer of any other end: a breakpoint (`interrupt_before` or
+`interrupt_after`), a drain, a stream that its reader leaves, a call that is cancelled. What was not
+stored by then is in the memory of this process, and a crash loses it. It is stored when the thread
+is read, copied or pruned through this saver, by `Saver.flush`, and when the saver is closed or the
+process ends by itself. So after an invocation that may end in one of these ways, await
+`saver.flush(thread_id)`, or call `graph.get_state(config)`.
 """
 
 _BRANCH, _JOIN, _TASKS = "branch:to:", "join:", "__pregel_tasks"
@@ -49,7 +54,12 @@ class SavePolicy:
         self._marked = frozenset(save)
 
     def is_due(
-        self, checkpoint: Checkpoint, metadata: CheckpointMetadata, *, was_marked: bool
+        self,
+        checkpoint: Checkpoint,
+        metadata: CheckpointMetadata,
+        *,
+        was_marked: bool,
+        is_last: bool,
     ) -> bool:
         """Whether a checkpoint has to be stored now.
 
@@ -57,6 +67,7 @@ class SavePolicy:
             checkpoint: What was put.
             metadata: What was put with it.
             was_marked: Whether a marked node has run since the checkpoint before it.
+            is_last: Whether the graph may not take another step.
 
         Raises:
             InvalidInputError: The graph has delta channels, whose values need every step's writes.
@@ -64,12 +75,14 @@ class SavePolicy:
         if delta_channels(metadata):
             advice = "save: a graph with a DeltaChannel needs save='every_step'"
             raise InvalidInputError("checkpointer", (advice,))
-        if was_marked or metadata.get("source") not in {"input", "loop"}:
+        if was_marked or is_last or metadata.get("source") not in {"input", "loop"}:
             return True
         return not self._goes_on(checkpoint) or self.is_marked(checkpoint)
 
     def is_marked(self, checkpoint: Checkpoint) -> bool:
         """Whether a marked node comes next."""
+        if not self._marked:
+            return False
         updated = _updated(checkpoint)
         named = {f"{_BRANCH}{node}" for node in self._marked}
         if not named.isdisjoint(updated):

@@ -1,10 +1,13 @@
 """What stands inside the rows: sealed records of checkpoints and of writes.
 
-A checkpoint's record is a MessagePack list of three: the serialized head (what LangGraph calls the
+A checkpoint's record is a MessagePack list of four: the serialized head (what LangGraph calls the
 checkpoint but for its values and its id, and the metadata); the channels, each with the serialized
-bytes of its value or with the numbers of its parts, three for each part; and writes. Writes are a
-list of calls: task id, task path and a list of index, channel and what was written: the
-serialized bytes, or series, start and length of what has the same bytes among the values.
+bytes of its value, or with a digest of them and the numbers of its parts, three for each part;
+writes; and the hash of the parent. Writes are a list of calls: task id, task path and a list of
+index, channel and what was written: the serialized bytes, or series, start and length of what has
+the same bytes among the values.
+
+Each record is sealed in the context of its place: all columns of its row are part of it.
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ from typing import Any, NamedTuple
 import ormsgpack
 
 from agentflow.checkpoint.rows import CheckpointRow, Held, Layout, Part, Stored
-from agentflow.codec import Codec, unseal
+from agentflow.codec import Codec, context_of
+from agentflow.errors import HashMismatchError
 
 _NUMBERS_PER_PART = 3
 
@@ -27,19 +31,46 @@ Call = tuple[str, str, list[tuple[int, str, Written]]]
 
 
 class Place(NamedTuple):
-    """Names something that is stored, for messages."""
+    """A namespace of a thread: where something belongs, and its name for messages."""
 
+    tenant: str
     thread_id: str
     ns: str
 
     def of(self, what: str) -> str:
         """Name a part of it."""
         ns = f", namespace {self.ns!r}" if self.ns else ""
-        return f"{what} of thread {self.thread_id!r}{ns}"
+        tenant = f" of tenant {self.tenant!r}" if self.tenant else ""
+        return f"{what} of thread {self.thread_id!r}{ns}{tenant}"
 
     def of_channel(self, channel: str) -> str:
         """Name a channel of it."""
         return self.of(f"channel {channel!r}")
+
+    def context_of_row(self, row: CheckpointRow) -> bytes:
+        """Return the context of a checkpoint's record."""
+        has = (row.parent_writes is not None, row.base is not None)
+        return context_of("checkpoint", *self, *row[2:8], row.hash, *has)
+
+    def context_of_carried(self, seq: int, checkpoint_id: str) -> bytes:
+        """Return the context of the writes that a checkpoint carries for its parent."""
+        return context_of("parent writes", *self, seq, checkpoint_id)
+
+    def context_of_writes(self, checkpoint_id: str, seq: int) -> bytes:
+        """Return the context of writes in the log."""
+        return context_of("writes", *self, checkpoint_id, seq)
+
+    def context_of_base(self, checkpoint_id: str) -> bytes:
+        """Return the context of what the delta channels of a checkpoint had at its parent."""
+        return context_of("base", *self, checkpoint_id)
+
+    def context_of_anchor(self, checkpoint_id: str, seq: int) -> bytes:
+        """Return the context of the hash of a deleted checkpoint."""
+        return context_of("anchor", *self, checkpoint_id, seq)
+
+    def context_of_value(self, series: int, start: int) -> bytes:
+        """Return the context of a stretch of a value, which other namespaces may share."""
+        return context_of("value", self.tenant, self.thread_id, series, start)
 
 
 def column_text(text: Any) -> str:
@@ -50,54 +81,103 @@ def column_text(text: Any) -> str:
 class Record(NamedTuple):
     """A checkpoint's row, opened."""
 
+    head: bytes
     body: dict[str, Any]
     metadata: dict[str, Any]
     layout: Layout
     calls: list[Call]
     """Writes bound to it that became durable together with it."""
+    parent_hash: bytes | None
 
 
-def pack_record(codec: Codec, head: bytes, layout: Layout, calls: Sequence[Call]) -> bytes:
-    """Seal a checkpoint's record."""
+def hash_of(
+    codec: Codec,
+    place: Place,
+    row: CheckpointRow,
+    head: bytes,
+    layout: Layout,
+    parent: bytes | None,
+) -> bytes:
+    """Return what a checkpoint's hash covers: what it is, where it belongs, and its parent's hash.
+
+    Where its values are kept is not part of it, so that they may be moved.
+    """
+    values = [
+        [channel, stored if isinstance(stored, bytes) else digest]
+        for channel, (_, stored, digest) in sorted(layout.items())
+        if stored is not None
+    ]
+    columns = (row.checkpoint_id, row.parent_id, row.attempt, row.run_id, row.step)
+    return _pack(codec, [*place, *columns, parent, head, values])
+
+
+def pack_record(
+    codec: Codec,
+    place: Place,
+    row: CheckpointRow,
+    head: bytes,
+    layout: Layout,
+    calls: Sequence[Call],
+    parent_hash: bytes | None,
+) -> bytes:
+    """Seal the record of a checkpoint that has these columns."""
     channels = {
-        channel: stored if isinstance(stored, bytes) else [n for part in stored for n in part]
-        for channel, (_, stored) in layout.items()
+        channel: stored if isinstance(stored, bytes) else [digest, *(n for p in stored for n in p)]
+        for channel, (_, stored, digest) in layout.items()
         if stored is not None
     }
-    return codec.seal(_pack(codec, [head, channels, calls]))
+    body = _pack(codec, [head, channels, calls, parent_hash])
+    return codec.seal(body, place.context_of_row(row))
 
 
 def unpack_record(codec: Codec, row: CheckpointRow, place: Place) -> Record:
-    """Verify and open a checkpoint's row."""
+    """Verify and open a checkpoint's row.
+
+    Raises:
+        HashMismatchError: Any of its columns is not what was stored.
+    """
     where = place.of(f"checkpoint {row.checkpoint_id!r}")
-    head, channels, calls = codec.deserialize(unseal(row.data, where=where), where=where)
+    sealed = codec.unseal(row.data, place.context_of_row(row), where=where)
+    head, channels, calls, parent_hash = codec.deserialize(sealed, where=where)
     body, metadata = codec.deserialize(head, where=where)
     versions: Mapping[str, Any] = body["channel_versions"]
     layout = {
-        channel: Held(version, _stored(channels.get(channel)))
+        channel: Held(version, *_stored(channels.get(channel)))
         for channel, version in versions.items()
     }
-    return Record(body, metadata, layout, calls)
+    covered = hash_of(codec, place, row, head, layout, parent_hash)
+    if codec.hash_like(row.data, covered, where=where) != row.hash:
+        raise HashMismatchError(where)
+    return Record(head, body, metadata, layout, calls, parent_hash)
 
 
-def _stored(found: Any) -> Stored | None:
+def reseal(codec: Codec, place: Place, row: CheckpointRow, after: CheckpointRow) -> CheckpointRow:
+    """Return `after`, which differs from `row` in what it carries, with its record sealed anew."""
+    where = place.of(f"checkpoint {row.checkpoint_id!r}")
+    body = codec.unseal(row.data, place.context_of_row(row), where=where)
+    return after._replace(data=codec.seal(body, place.context_of_row(after)))
+
+
+def _stored(found: Any) -> tuple[Stored | None, bytes | None]:
     if found is None or isinstance(found, bytes):
-        return found
-    return tuple(
+        return found, None
+    parts = tuple(
         Part(found[i], found[i + 1], bool(found[i + 2]))
-        for i in range(0, len(found), _NUMBERS_PER_PART)
+        for i in range(1, len(found), _NUMBERS_PER_PART)
     )
+    return parts, found[0]
 
 
-def pack_writes(codec: Codec, calls: Sequence[Call]) -> bytes:
+def pack_writes(codec: Codec, calls: Sequence[Call], context: bytes) -> bytes:
     """Seal the writes of some calls."""
-    return codec.seal(_pack(codec, calls))
+    return codec.seal(_pack(codec, calls), context)
 
 
-def unpack_writes(codec: Codec, sealed: bytes, place: Place) -> list[Call]:
+def unpack_writes(codec: Codec, sealed: bytes, place: Place, context: bytes) -> list[Call]:
     """Verify and open the writes of some calls."""
     where = place.of("writes")
-    calls: list[Call] = codec.deserialize(unseal(sealed, where=where), where=where)
+    body = codec.unseal(sealed, context, where=where)
+    calls: list[Call] = codec.deserialize(body, where=where)
     return calls
 
 

@@ -49,6 +49,9 @@ class Held(NamedTuple):
     version: str | int | float
     stored: Stored | None
     """`None` if the channel has no value at that version."""
+    digest: bytes | None = None
+    """Of the serialized value, if it does not stand in the row: of the bytes of all elements of a
+    list that is kept as stretches, else of all its bytes (SHA-256)."""
 
 
 Layout = Mapping[str, Held]
@@ -63,6 +66,7 @@ class Head:
     seq: int
     attempt: str
     layout: Layout
+    hash: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +100,8 @@ class CheckpointRow(NamedTuple):
     run_id: str | None
     step: int | None
     data: bytes
+    hash: bytes
+    """Covers the checkpoint, its values and the hash of its parent."""
     parent_writes: bytes | None = None
     """Writes bound to its parent that became durable together with it."""
     base: bytes | None = None
@@ -121,7 +127,50 @@ class WritesRow(NamedTuple):
     data: bytes
 
 
-AnyRow = TypeVar("AnyRow", CheckpointRow, ValueRow, WritesRow)
+class AnchorRow(NamedTuple):
+    """A checkpoint that was deleted, or is about to be, although something kept follows it.
+
+    The one without namespace and id is a note that values may be left which nobody needs.
+    """
+
+    thread: int
+    ns: str
+    checkpoint_id: str
+    seq: int
+    data: bytes
+    """Its hash."""
+
+
+class Link(NamedTuple):
+    """What can be known of a checkpoint without reading what it holds."""
+
+    ns: str
+    seq: int
+    checkpoint_id: str
+    parent_id: str | None
+    run_id: str | None
+    hash: bytes
+    carries: bool
+    """Whether it carries writes of its parent."""
+    size: int
+    """Bytes of what it holds."""
+
+
+class DeadValue(NamedTuple):
+    """Stretches of a series that nobody needs: those that begin in this range."""
+
+    series: int
+    start: int
+    last: int
+
+
+RETIRED = "\x7fretired"
+"""The tenant of threads that were deleted as a whole and are not yet gone row by row.
+
+What they hold is readable by nobody, and verified by nobody.
+"""
+
+AnyRow = TypeVar("AnyRow", CheckpointRow, ValueRow, WritesRow, AnchorRow)
 
 
 @dataclass(slots=True)
@@ -140,6 +189,17 @@ class ThreadChange:
     dropped: list[tuple[int, int]] = field(default_factory=list)
     """Stretches to delete, by series and start."""
     writes: list[WritesRow] = field(default_factory=list)
+    anchors: list[AnchorRow] = field(default_factory=list)
+
+
+class Logged(NamedTuple):
+    """Writes of a checkpoint, from the log or carried by the checkpoint after it."""
+
+    seq: int
+    """Of the row that has them."""
+    carrier: str
+    """The id of the checkpoint that carries them; empty for the log."""
+    data: bytes
 
 
 class FoundCheckpoint(NamedTuple):
@@ -224,11 +284,13 @@ class Rows(ABC):
         """Find the namespace and the number of a thread's checkpoint, whatever its namespace."""
 
     @abstractmethod
-    def list_values(self, wanted: Iterable[tuple[int, Part]]) -> dict[tuple[int, int], list[bytes]]:
+    def list_values(
+        self, wanted: Iterable[tuple[int, Part]]
+    ) -> dict[tuple[int, int], list[ValueRow]]:
         """Read the stretches of some parts, each as thread number and part.
 
         Returns:
-            By thread number and series: the sealed stretches in order, as far as the highest length
+            By thread number and series: the stretches in order, as far as the highest length
             that was asked for reaches. What does not exist is left out.
         """
 
@@ -245,14 +307,40 @@ class Rows(ABC):
     @abstractmethod
     def list_writes(
         self, rows: Sequence[FoundCheckpoint]
-    ) -> dict[tuple[int, str, str], list[tuple[int, bytes]]]:
+    ) -> dict[tuple[int, str, str], list[Logged]]:
         """Read the writes of some checkpoints that are not in their own rows.
 
         These are the logged ones, and those that their successors carry.
 
         Returns:
-            By thread number, namespace and checkpoint id: sequence number and sealed writes, in
-            the order in which they became durable.
+            By thread number, namespace and checkpoint id, in no particular order.
+        """
+
+    @abstractmethod
+    def list_threads(
+        self, tenant: str | None, thread_id: str | None, after: int, limit: int
+    ) -> list[tuple[ThreadKey, ThreadState]]:
+        """Read a page of threads by number, behind a number; `None` does not narrow."""
+
+    @abstractmethod
+    def count_checkpoints(self, tenant: str | None, thread_id: str | None) -> int:
+        """Count checkpoints; `None` does not narrow."""
+
+    @abstractmethod
+    def count_by_namespace(self, thread: ThreadKey) -> dict[str, int]:
+        """Count the checkpoints of a thread."""
+
+    @abstractmethod
+    def sweep(
+        self, between: tuple[int, int], kind: type[AnyRow], after: AnyRow | None, limit: int
+    ) -> list[AnyRow]:
+        """Read a page of rows of one kind by thread, namespace and number, after a row.
+
+        Args:
+            between: Numbers of threads: behind the first, up to the second.
+            kind: The kind.
+            after: The last row of the page before.
+            limit: How many rows a page has.
         """
 
     @abstractmethod
@@ -264,28 +352,99 @@ class Rows(ABC):
         """Read a page of a thread's rows of one kind, by namespace and number, after a row."""
 
     @abstractmethod
+    def rewrite(self, rows: Sequence[AnyRow]) -> None:
+        """Put rows, all of one kind, in the place of those with the same keys."""
+
+    @abstractmethod
     def list_threads_of_runs(self, tenant: str, run_ids: Collection[str]) -> list[ThreadKey]:
         """List the threads that have checkpoints of these runs."""
 
     @abstractmethod
-    def remove(
+    def list_thread_ids(self, tenant: str, after: str, limit: int) -> list[str]:
+        """List a tenant's threads that were ever written, by id, behind one."""
+
+    @abstractmethod
+    def list_namespaces(self, thread: int, after: str | None, limit: int) -> list[str]:
+        """List the namespaces in which a thread has checkpoints, in the database's order."""
+
+    @abstractmethod
+    def find_newest(self, thread: int, ns: str, place: int) -> int | None:
+        """Return the number of a namespace's newest checkpoint (place 1), or one before it."""
+
+    @abstractmethod
+    def count_older(self, thread: int, ns: str, seq: int) -> int:
+        """Count the checkpoints of a namespace with a number below this one."""
+
+    @abstractmethod
+    def list_links(
         self,
-        thread: ThreadState,
-        checkpoints: Collection[CheckpointRow],
-        kept_values: Mapping[int, int],
-    ) -> None:
-        """Delete from a locked thread some checkpoints with their writes, and raise its number.
+        thread: int,
+        ns: str,
+        *,
+        limit: int,
+        after: int | None = None,
+        below: int | None = None,
+        run_ids: Collection[str] | None = None,
+    ) -> list[Link]:
+        """Read a page of a namespace's links: behind a number upwards, or else downwards.
 
         Args:
-            thread: The thread.
-            checkpoints: What to delete.
-            kept_values: How far the values that stay are needed, by series.
+            thread: The thread's number.
+            ns: The namespace.
+            limit: At most so many.
+            after: The page begins behind this number, and goes up.
+            below: The page begins below this number, and goes down.
+            run_ids: Only those of these runs.
         """
+
+    @abstractmethod
+    def find_links(self, thread: int, ns: str, ids: Collection[str]) -> list[Link]:
+        """Read the links of some checkpoints, as far as they are there."""
+
+    @abstractmethod
+    def find_anchor(self, thread: int, ns: str, checkpoint_id: str) -> AnchorRow | None:
+        """Read an anchor."""
+
+    @abstractmethod
+    def remove(
+        self, thread: int, checkpoints: Collection[Link], anchors: Collection[AnchorRow] = ()
+    ) -> None:
+        """Delete some checkpoints of a locked thread with their logged writes, and anchors.
+
+        Whoever calls this raises the thread's number in the same transaction.
+        """
+
+    @abstractmethod
+    def list_series(
+        self, thread: int, after: int, through: int, limit: int
+    ) -> list[tuple[int, int]]:
+        """List a thread's series of values by number, each with the start of its last stretch."""
+
+    @abstractmethod
+    def remove_values(
+        self, thread: int, dead: Sequence[DeadValue], *, limit: int, max_bytes: int
+    ) -> bool:
+        """Delete dead stretches, at most so many and so large; say whether none is left."""
+
+    @abstractmethod
+    def remove_some(self, thread: int, *, limit: int, max_bytes: int) -> bool:
+        """Delete rows of a thread whatever they are; say whether none is left."""
 
     @abstractmethod
     def set_lease(self, thread: ThreadState, *, token: int, is_leased: bool) -> None:
         """Change who may write a thread that is locked."""
 
     @abstractmethod
-    def delete(self, thread: ThreadState) -> None:
-        """Delete everything of a locked thread, but for its own row, whose number is raised."""
+    def retire(self, thread: ThreadState) -> None:
+        """Give the name, the token and the lease of a locked thread to a new one without rows.
+
+        What the old one holds belongs to `RETIRED` from then on. The number goes on where it was.
+        """
+
+    @abstractmethod
+    def find_retired(self) -> int | None:
+        """Return the number of a retired thread, if there is one."""
+
+    @abstractmethod
+    def forget_retired(self, thread: int) -> None:
+        """Delete the row of a retired thread that holds nothing any more."""

@@ -11,16 +11,21 @@ import operator
 import sqlite3
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 from agentflow.checkpoint.rows import (
+    RETIRED,
     WHOLE,
+    AnchorRow,
     AnyRow,
     CheckpointRow,
+    DeadValue,
     FoundCheckpoint,
     FoundThread,
     HeadKey,
+    Link,
+    Logged,
     Part,
     Query,
     Rows,
@@ -76,12 +81,12 @@ class SqlRows(Rows):
     def _load_threads(
         self, keys: Sequence[ThreadKey], *, lock: bool
     ) -> dict[ThreadKey, ThreadState]:
-        given = self._given(("tenant text", "thread_id text"), len(keys))
-        rows = self._session.fetch(
-            f"SELECT t.tenant, t.thread_id, {_THREAD} FROM {given} "
+        rows = self._fetch_for(
+            keys,
+            ("tenant text", "thread_id text"),
+            f"SELECT t.tenant, t.thread_id, {_THREAD} FROM {{given}} "
             "JOIN agentflow_threads t ON t.tenant = w.tenant AND t.thread_id = w.thread_id "
             f"ORDER BY t.id {self._lock_clause if lock else ''}",
-            [part for key in keys for part in key],
         )
         return {(row[0], row[1]): _thread_state(row[2:]) for row in rows}
 
@@ -94,12 +99,12 @@ class SqlRows(Rows):
             )
 
     def _load_heads(self, places: Sequence[tuple[int, str]]) -> list[CheckpointRow]:
-        given = self._given(("thread bigint", "ns text"), len(places))
-        rows = self._session.fetch(
-            f"SELECT {_C} FROM {given} JOIN agentflow_checkpoints c "
+        rows = self._fetch_for(
+            places,
+            ("thread bigint", "ns text"),
+            f"SELECT {_C} FROM {{given}} JOIN agentflow_checkpoints c "
             "ON c.thread = w.thread AND c.ns = w.ns AND c.seq = (SELECT max(h.seq) "
             "FROM agentflow_checkpoints h WHERE h.thread = w.thread AND h.ns = w.ns)",
-            [part for place in places for part in place],
         )
         return [CheckpointRow(*row) for row in rows]
 
@@ -115,6 +120,8 @@ class SqlRows(Rows):
                 (_WRITES, [row for change in fresh for row in change.writes]),
             ):
                 self._insert(insert, rows)
+            anchors = [row for change in fresh for row in change.anchors]
+            self._insert(_ANCHORS, anchors)
             replaced = [_replacement(row) for change in fresh for row in change.replaced]
             dropped = [(c.before.number, *place) for c in fresh for place in c.dropped]
             for statement, parameters in ((_REPLACE_VALUE, replaced), (_DROP_VALUE, dropped)):
@@ -128,8 +135,8 @@ class SqlRows(Rows):
         """Raise the numbers of the threads that are as they were, and say which these are."""
         session = self._session
         rows = [(c.before.number, *c.before.version, c.after.seq) for c in changes]
-        given = self._given(_RAISED, len(rows))
-        if len(rows) > 1:
+        if 1 < len(rows) <= _MAX_PARAMETERS // len(_RAISED):
+            given = self._given(_RAISED, len(rows))
             # The driver gives up the interpreter with each statement and waits to get it back.
             flat = [value for row in rows for value in row]
             ((count,),) = session.fetch(f"SELECT count(*) FROM {given} {_AS_IT_WAS}", flat)
@@ -220,36 +227,38 @@ class SqlRows(Rows):
         )
         return (rows[0][0], rows[0][1]) if rows else None
 
-    def list_values(self, wanted: Iterable[tuple[int, Part]]) -> dict[tuple[int, int], list[bytes]]:
+    def list_values(
+        self, wanted: Iterable[tuple[int, Part]]
+    ) -> dict[tuple[int, int], list[ValueRow]]:
         reach: dict[tuple[int, int], int] = {}
         for thread, part in wanted:
             end = 1 if part.length == WHOLE else part.length
             reach[thread, part.series] = max(end, reach.get((thread, part.series), 0))
         if not reach:
             return {}
-        given = self._given(("thread bigint", "series bigint", "reach bigint"), len(reach))
-        rows = self._session.fetch(
-            f"SELECT v.thread, v.series, v.data FROM {given} JOIN agentflow_values v "
+        rows = self._fetch_for(
+            [(*place, end) for place, end in reach.items()],
+            ("thread bigint", "series bigint", "reach bigint"),
+            "SELECT v.thread, v.series, v.start, v.data FROM {given} JOIN agentflow_values v "
             "ON v.thread = w.thread AND v.series = w.series AND v.start < w.reach "
             "ORDER BY v.thread, v.series, v.start",
-            [number for place, end in reach.items() for number in (*place, end)],
         )
-        found: dict[tuple[int, int], list[bytes]] = {}
-        for thread, series, data in rows:
-            found.setdefault((thread, series), []).append(data)
+        found: dict[tuple[int, int], list[ValueRow]] = {}
+        for row in rows:
+            found.setdefault(row[:2], []).append(ValueRow(*row))
         return found
 
     def list_stretches(
         self, wanted: Collection[tuple[int, int, int]]
     ) -> dict[tuple[int, int, int], ValueRow]:
-        columns = ("thread bigint", "series bigint", "place bigint")
-        rows = self._session.fetch(
+        rows = self._fetch_for(
+            list(wanted),
+            ("thread bigint", "series bigint", "place bigint"),
             "SELECT w.place, v.thread, v.series, v.start, v.data "
-            f"FROM {self._given(columns, len(wanted))} JOIN agentflow_values v "
+            "FROM {given} JOIN agentflow_values v "
             "ON v.thread = w.thread AND v.series = w.series AND v.start = (SELECT max(b.start) "
             "FROM agentflow_values b WHERE b.thread = w.thread AND b.series = w.series "
             "AND b.start <= w.place)",
-            [number for place in wanted for number in place],
         )
         found = ((row[0], ValueRow(*row[1:])) for row in rows)
         return {(row.thread, row.series, place): row for place, row in found}
@@ -264,33 +273,81 @@ class SqlRows(Rows):
 
     def list_writes(
         self, rows: Sequence[FoundCheckpoint]
-    ) -> dict[tuple[int, str, str], list[tuple[int, bytes]]]:
+    ) -> dict[tuple[int, str, str], list[Logged]]:
         if not rows:
             return {}
         places = [(f.row.thread, f.row.ns, f.row.checkpoint_id, f.row.seq) for f in rows]
         columns = ("thread bigint", "ns text", "id text", "seq bigint")
-        logged = self._session.fetch(
-            f"SELECT w.thread, w.ns, w.id, l.seq, l.data FROM {self._given(columns, len(places))} "
-            "JOIN agentflow_writes l "
+        logged = self._fetch_for(
+            places,
+            columns,
+            "SELECT w.thread, w.ns, w.id, l.seq, '', l.data FROM {given} JOIN agentflow_writes l "
             "ON l.thread = w.thread AND l.ns = w.ns AND l.checkpoint_id = w.id",
-            [part for place in places for part in place],
         )
         followed = [p for p, f in zip(places, rows, strict=True) if f.row.seq < f.head_seq]
         if followed:
             # A checkpoint carries its parent's writes only if the parent was the head until then;
             # it is the next one of their namespace.
-            logged += self._session.fetch(
-                "SELECT w.thread, w.ns, w.id, s.seq, s.parent_writes "
-                f"FROM {self._given(columns, len(followed))} JOIN agentflow_checkpoints s "
+            logged += self._fetch_for(
+                followed,
+                columns,
+                "SELECT w.thread, w.ns, w.id, s.seq, s.checkpoint_id, s.parent_writes "
+                "FROM {given} JOIN agentflow_checkpoints s "
                 "ON s.thread = w.thread AND s.ns = w.ns AND s.seq = (SELECT min(n.seq) "
                 "FROM agentflow_checkpoints n WHERE n.thread = w.thread AND n.ns = w.ns "
                 "AND n.seq > w.seq) WHERE s.parent_id = w.id AND s.parent_writes IS NOT NULL",
-                [part for place in followed for part in place],
             )
-        found: dict[tuple[int, str, str], list[tuple[int, bytes]]] = {}
-        for thread, ns, checkpoint_id, seq, data in logged:
-            found.setdefault((thread, ns, checkpoint_id), []).append((seq, data))
+        found: dict[tuple[int, str, str], list[Logged]] = {}
+        for row in logged:
+            found.setdefault(row[:3], []).append(Logged(*row[3:]))
         return found
+
+    def list_threads(
+        self, tenant: str | None, thread_id: str | None, after: int, limit: int
+    ) -> list[tuple[ThreadKey, ThreadState]]:
+        narrowed, parameters = _narrowed(tenant, thread_id)
+        rows = self._session.fetch(
+            f"SELECT t.tenant, t.thread_id, {_THREAD} FROM agentflow_threads t "
+            f"WHERE {narrowed} AND t.id > ? ORDER BY t.id LIMIT ?",
+            [*parameters, after, limit],
+        )
+        return [((row[0], row[1]), _thread_state(row[2:])) for row in rows]
+
+    def count_checkpoints(self, tenant: str | None, thread_id: str | None) -> int:
+        sql = "SELECT count(*) FROM agentflow_checkpoints"
+        parameters: list[Any] = []
+        if tenant is not None or thread_id is not None:
+            narrowed, parameters = _narrowed(tenant, thread_id)
+            sql += f" WHERE thread IN (SELECT t.id FROM agentflow_threads t WHERE {narrowed})"
+        ((count,),) = self._session.fetch(sql, parameters)
+        return int(count)
+
+    def count_by_namespace(self, thread: ThreadKey) -> dict[str, int]:
+        rows = self._session.fetch(
+            "SELECT c.ns, count(*) FROM agentflow_threads t JOIN agentflow_checkpoints c "
+            "ON c.thread = t.id WHERE t.tenant = ? AND t.thread_id = ? GROUP BY c.ns",
+            thread,
+        )
+        return {row[0]: row[1] for row in rows}
+
+    def sweep(
+        self, between: tuple[int, int], kind: type[AnyRow], after: AnyRow | None, limit: int
+    ) -> list[AnyRow]:
+        table: str
+        key: tuple[str, ...]
+        table, key = _SCANS[kind]
+        order = f"thread, {', '.join(key)}"
+        begin: str = "thread > ?"
+        parameters: list[Any] = [between[0]]
+        if after is not None:
+            begin = f"({order}) > (?, {', '.join('?' for _ in key)})"
+            parameters = [after.thread, *(getattr(after, name) for name in key)]
+        rows = self._session.fetch(
+            f"SELECT {', '.join(kind._fields)} FROM {table} WHERE {begin} AND thread <= ? "
+            f"ORDER BY {order} LIMIT ?",
+            [*parameters, between[1], limit],
+        )
+        return [kind(*row) for row in rows]
 
     def list_line(self, key: HeadKey, checkpoint_id: str, limit: int) -> list[FoundCheckpoint]:
         tenant, thread_id, ns = key
@@ -320,48 +377,165 @@ class SqlRows(Rows):
         )
         return [kind(*row) for row in rows]
 
-    def list_threads_of_runs(self, tenant: str, run_ids: Collection[str]) -> list[ThreadKey]:
-        if not run_ids:
-            return []
-        given = self._given(("run_id text",), len(run_ids))
-        rows = self._session.fetch(
-            f"SELECT DISTINCT t.thread_id FROM {given} JOIN agentflow_checkpoints c "
-            "ON c.run_id = w.run_id JOIN agentflow_threads t ON t.id = c.thread "
-            "WHERE t.tenant = ? ORDER BY t.thread_id",
-            [*run_ids, tenant],
+    def rewrite(self, rows: Sequence[AnyRow]) -> None:
+        if not rows:
+            return
+        table = _SCANS[type(rows[0])][0]
+        key: tuple[str, ...] = ("thread", *_SCANS[type(rows[0])][1])
+        others: list[str] = [name for name in rows[0]._fields if name not in key]
+        self._session.execute_many(
+            f"UPDATE {table} SET {', '.join(f'{name} = ?' for name in others)} "
+            f"WHERE {' AND '.join(f'{name} = ?' for name in key)}",
+            [[getattr(row, name) for name in (*others, *key)] for row in rows],
         )
-        return [(tenant, thread_id) for (thread_id,) in rows]
+
+    def list_threads_of_runs(self, tenant: str, run_ids: Collection[str]) -> list[ThreadKey]:
+        rows = self._fetch_for(
+            [(run_id,) for run_id in run_ids],
+            ("run_id text",),
+            "SELECT DISTINCT t.thread_id FROM {given} JOIN agentflow_checkpoints c "
+            "ON c.run_id = w.run_id JOIN agentflow_threads t ON t.id = c.thread "
+            "WHERE t.tenant = ?",
+            tenant,
+        )
+        return sorted({(tenant, thread_id) for (thread_id,) in rows})
+
+    def list_thread_ids(self, tenant: str, after: str, limit: int) -> list[str]:
+        rows = self._session.fetch(
+            "SELECT thread_id FROM agentflow_threads WHERE tenant = ? AND thread_id > ? "
+            "AND seq > 0 ORDER BY thread_id LIMIT ?",
+            (tenant, after, limit),
+        )
+        return [thread_id for (thread_id,) in rows]
+
+    def list_namespaces(self, thread: int, after: str | None, limit: int) -> list[str]:
+        # One step of the index for each namespace, however many checkpoints it has.
+        beyond, given = ("", ()) if after is None else ("AND ns > ?", (after,))
+        rows = self._session.fetch(
+            f"WITH RECURSIVE n(ns, place) AS (SELECT (SELECT min(ns) FROM agentflow_checkpoints "
+            f"WHERE thread = ? {beyond}), 1 UNION ALL SELECT (SELECT min(c.ns) "
+            "FROM agentflow_checkpoints c WHERE c.thread = ? AND c.ns > n.ns), n.place + 1 "
+            "FROM n WHERE n.ns IS NOT NULL AND n.place < ?) "
+            "SELECT ns FROM n WHERE ns IS NOT NULL ORDER BY place",
+            (thread, *given, thread, limit),
+        )
+        return [ns for (ns,) in rows]
+
+    def find_newest(self, thread: int, ns: str, place: int) -> int | None:
+        rows = self._session.fetch(
+            "SELECT seq FROM agentflow_checkpoints WHERE thread = ? AND ns = ? "
+            "ORDER BY seq DESC LIMIT 1 OFFSET ?",
+            (thread, ns, place - 1),
+        )
+        return rows[0][0] if rows else None
+
+    def count_older(self, thread: int, ns: str, seq: int) -> int:
+        ((count,),) = self._session.fetch(
+            "SELECT count(*) FROM agentflow_checkpoints WHERE thread = ? AND ns = ? AND seq < ?",
+            (thread, ns, seq),
+        )
+        return int(count)
+
+    def list_links(
+        self,
+        thread: int,
+        ns: str,
+        *,
+        limit: int,
+        after: int | None = None,
+        below: int | None = None,
+        run_ids: Collection[str] | None = None,
+    ) -> list[Link]:
+        conditions, parameters = ["thread = ?", "ns = ?"], [thread, ns]
+        if after is not None:
+            conditions.append("seq > ?")
+            parameters.append(after)
+        if below is not None:
+            conditions.append("seq < ?")
+            parameters.append(below)
+        if run_ids is not None:
+            conditions.append(f"run_id IN ({', '.join('?' for _ in run_ids)})")
+            parameters += run_ids
+        rows = self._session.fetch(
+            f"SELECT {_LINK} FROM agentflow_checkpoints WHERE {' AND '.join(conditions)} "
+            f"ORDER BY seq {'DESC' if after is None else ''} LIMIT ?",
+            (*parameters, limit),
+        )
+        return [_link(row) for row in rows]
+
+    def find_links(self, thread: int, ns: str, ids: Collection[str]) -> list[Link]:
+        if not ids:
+            return []
+        rows = self._session.fetch(
+            f"SELECT {_LINK} FROM agentflow_checkpoints WHERE thread = ? AND ns = ? "
+            f"AND checkpoint_id IN ({', '.join('?' for _ in ids)})",
+            (thread, ns, *ids),
+        )
+        return [_link(row) for row in rows]
+
+    def find_anchor(self, thread: int, ns: str, checkpoint_id: str) -> AnchorRow | None:
+        rows = self._session.fetch(
+            f"SELECT {', '.join(AnchorRow._fields)} FROM agentflow_anchors "
+            "WHERE thread = ? AND ns = ? AND checkpoint_id = ?",
+            (thread, ns, checkpoint_id),
+        )
+        return AnchorRow(*rows[0]) if rows else None
 
     def remove(
-        self,
-        thread: ThreadState,
-        checkpoints: Collection[CheckpointRow],
-        kept_values: Mapping[int, int],
+        self, thread: int, checkpoints: Collection[Link], anchors: Collection[AnchorRow] = ()
     ) -> None:
-        number = thread.number
-        self._session.execute_many(
-            "DELETE FROM agentflow_writes WHERE thread = ? AND ns = ? AND checkpoint_id = ?",
-            [(number, row.ns, row.checkpoint_id) for row in checkpoints],
+        for statement, places in (
+            (_REMOVE_WRITES, [(thread, link.ns, link.checkpoint_id) for link in checkpoints]),
+            (_REMOVE_CHECKPOINT, [(thread, link.ns, link.seq) for link in checkpoints]),
+            (_REMOVE_ANCHOR, [(thread, row.ns, row.checkpoint_id) for row in anchors]),
+        ):
+            if places:
+                self._session.execute_many(statement, places)
+
+    def list_series(
+        self, thread: int, after: int, through: int, limit: int
+    ) -> list[tuple[int, int]]:
+        rows = self._session.fetch(
+            "SELECT series, max(start) FROM agentflow_values WHERE thread = ? AND series > ? "
+            "AND series <= ? GROUP BY series ORDER BY series LIMIT ?",
+            (thread, after, through, limit),
         )
-        self._session.execute_many(
-            "DELETE FROM agentflow_checkpoints WHERE thread = ? AND ns = ? AND seq = ?",
-            [(number, row.ns, row.seq) for row in checkpoints],
+        return [(series, start) for series, start in rows]
+
+    def remove_values(
+        self, thread: int, dead: Sequence[DeadValue], *, limit: int, max_bytes: int
+    ) -> bool:
+        columns = ("series bigint", "start bigint", "last bigint")
+        # CROSS JOIN keeps SQLite from going through all values of the thread instead.
+        found = self._session.fetch(
+            f"SELECT v.series, v.start, length(v.data) FROM {self._given(columns, len(dead))} "
+            "CROSS JOIN agentflow_values v WHERE v.thread = ? AND v.series = w.series "
+            "AND v.start >= w.start AND v.start <= w.last LIMIT ?",
+            [*(number for each in dead for number in each), thread, limit + 1],
         )
-        stored = self._session.fetch(
-            "SELECT series, max(start) FROM agentflow_values WHERE thread = ? GROUP BY series",
-            (number,),
-        )
-        unneeded = [
-            (number, series, kept_values.get(series, 0))
-            for series, end in stored
-            if end >= kept_values.get(series, 0)
-        ]
-        if unneeded:
-            self._session.execute_many(
-                "DELETE FROM agentflow_values WHERE thread = ? AND series = ? AND start >= ?",
-                unneeded,
+        some = _up_to(found, limit, max_bytes)
+        if some:
+            self._session.execute_many(_DROP_VALUE, [(thread, *key) for key in some])
+        return len(some) == len(found)
+
+    def remove_some(self, thread: int, *, limit: int, max_bytes: int) -> bool:
+        for kind, (table, key) in _SCANS.items():
+            payload = " + ".join(f"coalesce(length({name}), 0)" for name in _PAYLOADS[kind])
+            found = self._session.fetch(
+                f"SELECT {', '.join(key)}, {payload} FROM {table} WHERE thread = ? LIMIT ?",
+                (thread, limit + 1),
             )
-        self._session.execute("UPDATE agentflow_threads SET seq = seq + 1 WHERE id = ?", (number,))
+            some = _up_to(found, limit, max_bytes)
+            if some:
+                self._session.execute_many(
+                    f"DELETE FROM {table} WHERE thread = ? "
+                    f"AND {' AND '.join(f'{name} = ?' for name in key)}",
+                    [(thread, *each) for each in some],
+                )
+            if len(some) < len(found):
+                return False
+            limit -= len(some)
+        return True
 
     def set_lease(self, thread: ThreadState, *, token: int, is_leased: bool) -> None:
         self._session.execute(
@@ -369,16 +543,59 @@ class SqlRows(Rows):
             (token, is_leased, thread.number),
         )
 
-    def delete(self, thread: ThreadState) -> None:
-        for table in ("checkpoints", "values", "writes"):
-            self._session.execute(
-                f"DELETE FROM agentflow_{table} WHERE thread = ?", (thread.number,)
-            )
+    def retire(self, thread: ThreadState) -> None:
+        number, session = thread.number, self._session
+        ((tenant, thread_id),) = session.fetch(
+            "SELECT tenant, thread_id FROM agentflow_threads WHERE id = ?", (number,)
+        )
+        # Its number goes up as well, for those who remember its state.
+        session.execute(
+            "UPDATE agentflow_threads SET tenant = ?, thread_id = ?, seq = seq + 1 WHERE id = ?",
+            (RETIRED, str(number), number),
+        )
+        session.execute(
+            "INSERT INTO agentflow_threads (tenant, thread_id, token, is_leased, seq) "
+            "VALUES (?, ?, ?, ?, ?)",
+            (tenant, thread_id, thread.token, thread.is_leased, thread.seq + 1),
+        )
+
+    def find_retired(self) -> int | None:
+        rows = self._session.fetch(
+            "SELECT id FROM agentflow_threads WHERE tenant = ? ORDER BY id LIMIT 1", (RETIRED,)
+        )
+        return rows[0][0] if rows else None
+
+    def forget_retired(self, thread: int) -> None:
         self._session.execute(
-            "UPDATE agentflow_threads SET seq = seq + 1 WHERE id = ?", (thread.number,)
+            "DELETE FROM agentflow_threads WHERE id = ? AND tenant = ?", (thread, RETIRED)
         )
 
     _lock_clause = ""
+
+    def _fetch_for(
+        self,
+        places: Sequence[tuple[Any, ...]],
+        columns: tuple[str, ...],
+        sql: str,
+        *more: Any,
+    ) -> list[tuple[Any, ...]]:
+        """Run a query for some places, not more of them at once than a statement may name.
+
+        Args:
+            places: Become the table `w`.
+            columns: Of that table, each with its type.
+            sql: The query, with `{given}` for that table.
+            more: Parameters behind those.
+        """
+        size = _MAX_PARAMETERS // len(columns)
+        found: list[tuple[Any, ...]] = []
+        for begin in range(0, len(places), size):
+            some = places[begin : begin + size]
+            found += self._session.fetch(
+                sql.replace("{given}", self._given(columns, len(some))),
+                [*(value for place in some for value in place), *more],
+            )
+        return found
 
     def _given(self, columns: tuple[str, ...], count: int) -> str:
         """Return a table `w` with `count` rows of parameters."""
@@ -450,7 +667,7 @@ class PostgresRows(SqlRows):
 
 
 def _changes_rows(change: ThreadChange) -> bool:
-    return bool(change.repeated or change.replaced or change.dropped)
+    return bool(change.repeated or change.replaced or change.dropped or change.anchors)
 
 
 def _padded(count: int) -> int:
@@ -459,6 +676,12 @@ def _padded(count: int) -> int:
     The rows that are filled up with NULL belong to no thread, and so are not inserted.
     """
     return 1 << (count - 1).bit_length() if count else 0
+
+
+def _narrowed(tenant: str | None, thread_id: str | None) -> tuple[str, list[Any]]:
+    conditions = {"t.tenant = ?": tenant, "t.thread_id = ?": thread_id}
+    given = {text: value for text, value in conditions.items() if value is not None}
+    return " AND ".join(given) or "TRUE", list(given.values())
 
 
 def _replacement(row: ValueRow) -> tuple[bytes, int, int, int]:
@@ -470,7 +693,7 @@ def _thread_state(row: Sequence[Any]) -> ThreadState:
     return ThreadState(number, token, bool(is_leased), seq)
 
 
-@cache
+@lru_cache(maxsize=500)
 def _given(columns: tuple[str, ...], count: int, dialect: str) -> str:
     names = [column.split()[0] for column in columns]
     types = [column.split()[1] for column in columns]
@@ -481,6 +704,26 @@ def _given(columns: tuple[str, ...], count: int, dialect: str) -> str:
         return f"(SELECT {selected} FROM (VALUES {rows})) w"
     row = f"({', '.join(f'CAST(? AS {kind})' for kind in types)})"
     return f"(VALUES {', '.join(row for _ in range(count))}) w({', '.join(names)})"
+
+
+def _link(row: Sequence[Any]) -> Link:
+    ns, seq, checkpoint_id, parent_id, run_id, digest, carries, size = row
+    return Link(ns, seq, checkpoint_id, parent_id, run_id, digest, bool(carries), size)
+
+
+def _up_to(found: Sequence[tuple[Any, ...]], limit: int, max_bytes: int) -> list[tuple[Any, ...]]:
+    """Return the keys of the first rows that are not too many and not too large; one at least.
+
+    The last column of a row is its size.
+    """
+    keys: list[tuple[Any, ...]] = []
+    size = 0
+    for *key, length in found[:limit]:
+        size += length
+        if keys and size > max_bytes:
+            break
+        keys.append(tuple(key))
+    return keys
 
 
 class _Insert(NamedTuple):
@@ -509,11 +752,21 @@ _CHECKPOINTS = _Insert("agentflow_checkpoints", CheckpointRow._fields)
 _REPEATED = _Insert("agentflow_checkpoints", CheckpointRow._fields, _UPSERT)
 _VALUES = _Insert("agentflow_values", ("thread", "series", "start", "data"))
 _WRITES = _Insert("agentflow_writes", ("thread", "ns", "checkpoint_id", "seq", "data"))
+_ANCHORS = _Insert(
+    "agentflow_anchors", AnchorRow._fields, "ON CONFLICT (thread, ns, checkpoint_id) DO NOTHING"
+)
 _RAISE = (
     "UPDATE agentflow_threads SET seq = ? WHERE id = ? AND token = ? AND is_leased = ? AND seq = ?"
 )
 _REPLACE_VALUE = (
     "UPDATE agentflow_values SET data = ? WHERE thread = ? AND series = ? AND start = ?"
+)
+_REMOVE_WRITES = "DELETE FROM agentflow_writes WHERE thread = ? AND ns = ? AND checkpoint_id = ?"
+_REMOVE_CHECKPOINT = "DELETE FROM agentflow_checkpoints WHERE thread = ? AND ns = ? AND seq = ?"
+_REMOVE_ANCHOR = "DELETE FROM agentflow_anchors WHERE thread = ? AND ns = ? AND checkpoint_id = ?"
+_LINK = (
+    "ns, seq, checkpoint_id, parent_id, run_id, hash, parent_writes IS NOT NULL, "
+    "length(data) + coalesce(length(parent_writes), 0) + coalesce(length(base), 0)"
 )
 _DROP_VALUE = "DELETE FROM agentflow_values WHERE thread = ? AND series = ? AND start = ?"
 _HEAD_SEQ = "(SELECT max(h.seq) FROM agentflow_checkpoints h WHERE h.thread = t.id AND h.ns = ?)"
@@ -545,16 +798,21 @@ _SCANS: dict[type, tuple[str, tuple[str, ...]]] = {
     CheckpointRow: ("agentflow_checkpoints", ("ns", "seq")),
     ValueRow: ("agentflow_values", ("series", "start")),
     WritesRow: ("agentflow_writes", ("ns", "checkpoint_id", "seq")),
+    AnchorRow: ("agentflow_anchors", ("ns", "checkpoint_id")),
+}
+_PAYLOADS: dict[type, tuple[str, ...]] = {
+    kind: ("data", "parent_writes", "base") if kind is CheckpointRow else ("data",)
+    for kind in _SCANS
 }
 _TYPES = {
     "id": "bigint", "token": "bigint", "is_leased": "boolean", "after": "bigint",
     "thread": "bigint", "ns": "text", "seq": "bigint", "checkpoint_id": "text",
     "parent_id": "text", "attempt": "text", "run_id": "text", "step": "int", "data": "bytea",
-    "parent_writes": "bytea", "base": "bytea", "series": "bigint",
+    "hash": "bytea", "parent_writes": "bytea", "base": "bytea", "series": "bigint",
     "start": "bigint",
 }  # fmt: skip
 _RAISE_KIND, _CHECKPOINT_KIND, _VALUE_KIND, _WRITES_KIND = range(4)
-_SORTED = tuple("abcdefghijk")
+_SORTED = tuple("abcdefghijkl")
 _SORTED_WIDTH = 1 + len(_SORTED)
 _NOTHING = [None] * _SORTED_WIDTH
 

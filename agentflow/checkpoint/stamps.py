@@ -14,6 +14,7 @@ from langchain_core.runnables import RunnableConfig
 from agentflow.checkpoint.planning import Seen
 
 KEY = "__agentflow_seen"
+_PARTS = ("head_seq", "checkpoint_id", "ns", "load_id", "step", "is_marked")
 
 
 class Stamp(str):
@@ -28,7 +29,7 @@ class Stamp(str):
 
     def __new__(cls, seen: Seen) -> Self:
         """Write down what was seen."""
-        parts = [seen.head_seq, seen.checkpoint_id, seen.ns, seen.load_id]
+        parts = [getattr(seen, name) for name in _PARTS]
         stamp = super().__new__(cls, json.dumps(parts))
         stamp.seen = seen
         return stamp
@@ -60,7 +61,8 @@ def read_seen(config: RunnableConfig, ns: str) -> Seen | None:
 def _parsed(text: Any) -> Seen | None:
     """Read a stamp that was away as JSON; what is not one counts as none."""
     try:
-        head_seq, checkpoint_id, ns, load_id = json.loads(text)
+        parts = dict(zip(_PARTS, json.loads(text), strict=True))
     except (TypeError, ValueError):
         return None
-    return Seen(ns=ns, head_seq=head_seq, checkpoint_id=checkpoint_id, load_id=load_id)
+    is_text = all(isinstance(parts[name], str) for name in ("checkpoint_id", "ns", "load_id"))
+    return Seen(**parts) if is_text and isinstance(parts["head_seq"], int) else None

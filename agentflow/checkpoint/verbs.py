@@ -1,21 +1,24 @@
-"""Changes of a thread as a whole, each in one transaction and under the thread's lock."""
+"""Changes of a thread as a whole, each in one transaction and under the thread's lock.
+
+What deletes stands in `pruning`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import replace
-from typing import Literal
 
-from agentflow.checkpoint.deltas import delta_channels, read_history
-from agentflow.checkpoint.encoding import Encoder
-from agentflow.checkpoint.pending import inlined
 from agentflow.checkpoint.planning import fence
-from agentflow.checkpoint.records import Place, Record, references, unpack_record, unpack_writes
+from agentflow.checkpoint.records import (
+    Place,
+    hash_of,
+    pack_record,
+    unpack_record,
+)
 from agentflow.checkpoint.rows import (
-    WHOLE,
+    AnchorRow,
     AnyRow,
     CheckpointRow,
-    Layout,
     Rows,
     ThreadChange,
     ThreadKey,
@@ -23,15 +26,10 @@ from agentflow.checkpoint.rows import (
     ValueRow,
     WritesRow,
 )
-from agentflow.codec import unseal
+from agentflow.codec import Codec
 from agentflow.database.writer import Rejected
-from agentflow.delta import cut_block
 from agentflow.errors import ConflictError
 from agentflow.types import Lease
-
-PruneStrategy = Literal["keep_latest", "delete"]
-_ALL = 1 << 62
-"""Reaches beyond the end of any series."""
 
 
 def lock(rows: Rows, thread: ThreadKey) -> ThreadState:
@@ -58,61 +56,22 @@ def release_thread(rows: Rows, thread: ThreadKey, lease: Lease) -> None:
         rows.set_lease(state, token=state.token, is_leased=False)
 
 
-def delete_thread(rows: Rows, thread: ThreadKey, lease: Lease | None) -> Rejected | None:
-    """Delete a thread's checkpoints and writes; its fencing token stays."""
-    state = lock(rows, thread)
-    refused = fence(thread[1], lease, state)
-    if refused is not None:
-        return Rejected(refused)
-    rows.delete(state)
-    return None
-
-
-def delete_runs(
-    rows: Rows, encoder: Encoder, tenant: str, run_ids: Collection[str], lease: Lease | None
-) -> Rejected | None:
-    """Delete the checkpoints of some runs, with their writes, in all threads."""
-    states = _lock_all(rows, rows.list_threads_of_runs(tenant, run_ids))
-    for thread, state in states.items():
-        refused = fence(thread[1], lease, state)
-        if refused is not None:
-            return Rejected(refused)
-    for thread, state in states.items():
-        _keep(rows, encoder, thread, state, lambda row: row.run_id not in run_ids)
-    return None
-
-
-def prune_threads(
-    rows: Rows,
-    encoder: Encoder,
-    threads: Collection[ThreadKey],
-    strategy: PruneStrategy,
-    lease: Lease | None,
-) -> Rejected | None:
-    """Delete the checkpoints of some threads, or all but the newest of each namespace."""
-    known = [thread for thread in threads if rows.find_checkpoint((*thread, ""), None) is not None]
-    states = _lock_all(rows, known)
-    for thread, state in states.items():
-        refused = fence(thread[1], lease, state)
-        if refused is not None:
-            return Rejected(refused)
-    for thread, state in states.items():
-        if strategy == "delete":
-            rows.delete(state)
-            continue
-        newest = {row.ns: row.seq for row in _scan(rows, state, CheckpointRow)}
-        heads = set(newest.items())
-        _keep(rows, encoder, thread, state, lambda row: (row.ns, row.seq) in heads)  # noqa: B023 -- called at once
-    return None
-
-
 def copy_thread(
-    rows: Rows, source: ThreadKey, target: ThreadKey, lease: Lease | None, *, is_again: bool
+    rows: Rows,
+    codec: Codec,
+    source: ThreadKey,
+    target: ThreadKey,
+    lease: Lease | None,
+    *,
+    is_again: bool,
 ) -> Rejected | None:
     """Copy all checkpoints of a thread, with their ids and writes, to a thread that has none.
 
+    What is stored is bound to its thread, so that all of it is sealed anew, and hashed anew.
+
     Args:
         rows: Where they are.
+        codec: How they are stored.
         source: The thread to copy.
         target: The thread to make.
         lease: Under which it is written.
@@ -127,23 +86,103 @@ def copy_thread(
         return Rejected(refused)
     if there := rows.scan(state, CheckpointRow, None):
         expected = rows.scan(states[source], CheckpointRow, None)
-        if is_again and [row[1:] for row in there] == [row[1:] for row in expected]:
+        if is_again and [row[1:8] for row in there] == [row[1:8] for row in expected]:
             return None
         return Rejected(ConflictError(f"thread {target[1]!r} has checkpoints; delete it first"))
     original, number = states[source], state.number
     after = replace(state, seq=max(state.seq + 1, original.seq))
     rows.apply([ThreadChange(state, after)])
     # From here on each page is a change of its own, of the thread as it already is.
+    copier = Copier(codec, source, target, number)
     for values in _pages(rows, original, ValueRow):
-        copied = [value._replace(thread=number) for value in values]
-        rows.apply([ThreadChange(after, after, values=copied)])
+        rows.apply([ThreadChange(after, after, values=list(map(copier.value, values)))])
+    for anchors in _pages(rows, original, AnchorRow):
+        rows.apply([ThreadChange(after, after, anchors=list(map(copier.anchor, anchors)))])
     for checkpoints in _pages(rows, original, CheckpointRow):
-        moved = [checkpoint._replace(thread=number) for checkpoint in checkpoints]
-        rows.apply([ThreadChange(after, after, checkpoints=moved)])
+        rows.apply(
+            [ThreadChange(after, after, checkpoints=list(map(copier.checkpoint, checkpoints)))]
+        )
     for writes in _pages(rows, original, WritesRow):
-        logged = [entry._replace(thread=number) for entry in writes]
-        rows.apply([ThreadChange(after, after, writes=logged)])
+        rows.apply([ThreadChange(after, after, writes=list(map(copier.writes, writes)))])
     return None
+
+
+class Copier:
+    """Seals the rows of a thread for another one; checkpoints come in the order of their numbers.
+
+    Source and target may be the same: the rows are then sealed by the current key.
+    """
+
+    def __init__(self, codec: Codec, source: ThreadKey, target: ThreadKey, number: int) -> None:
+        """Make rows of `target`, which has this number."""
+        self._codec = codec
+        self._source, self._target = source, target
+        self._number = number
+        self._hashes: dict[tuple[str, str], bytes] = {}
+
+    def value(self, row: ValueRow) -> ValueRow:
+        """Return a stretch of a value."""
+        before, after = self._places("")
+        context = (row.series, row.start)
+        data = self._again(
+            row.data, before.context_of_value(*context), after.context_of_value(*context), "a value"
+        )
+        return row._replace(thread=self._number, data=data)
+
+    def anchor(self, row: AnchorRow) -> AnchorRow:
+        """Return an anchor; what it names was never part of the target, and keeps its hash."""
+        before, after = self._places(row.ns)
+        context = (row.checkpoint_id, row.seq)
+        old = before.context_of_anchor(*context)
+        self._hashes[row.ns, row.checkpoint_id] = self._codec.unseal(
+            row.data, old, where=before.of("an anchor")
+        )
+        data = self._again(row.data, old, after.context_of_anchor(*context), "an anchor")
+        return row._replace(thread=self._number, data=data)
+
+    def writes(self, row: WritesRow) -> WritesRow:
+        """Return writes of the log."""
+        before, after = self._places(row.ns)
+        context = (row.checkpoint_id, row.seq)
+        data = self._again(
+            row.data,
+            before.context_of_writes(*context),
+            after.context_of_writes(*context),
+            "writes",
+        )
+        return row._replace(thread=self._number, data=data)
+
+    def checkpoint(self, row: CheckpointRow) -> CheckpointRow:
+        """Return a checkpoint, which follows the target's checkpoint before it."""
+        before, after = self._places(row.ns)
+        record = unpack_record(self._codec, row, before)
+        parent_hash = record.parent_hash
+        if row.parent_id is not None and parent_hash is not None:
+            parent_hash = self._hashes.get((row.ns, row.parent_id), parent_hash)
+        carried, base = row.parent_writes, row.base
+        if carried is not None:
+            place = (row.seq, row.checkpoint_id)
+            old, new = before.context_of_carried(*place), after.context_of_carried(*place)
+            carried = self._again(carried, old, new, "writes")
+        if base is not None:
+            old = before.context_of_base(row.checkpoint_id)
+            base = self._again(base, old, after.context_of_base(row.checkpoint_id), "the base")
+        covered = hash_of(self._codec, after, row, record.head, record.layout, parent_hash)
+        made = row._replace(
+            thread=self._number, hash=self._codec.hash(covered), parent_writes=carried, base=base
+        )
+        self._hashes[row.ns, row.checkpoint_id] = made.hash
+        data = pack_record(
+            self._codec, after, made, record.head, record.layout, record.calls, parent_hash
+        )
+        return made._replace(data=data)
+
+    def _places(self, ns: str) -> tuple[Place, Place]:
+        return Place(*self._source, ns), Place(*self._target, ns)
+
+    def _again(self, data: bytes, before: bytes, after: bytes, what: str) -> bytes:
+        where = Place(*self._source, "").of(what)
+        return self._codec.seal(self._codec.unseal(data, before, where=where), after)
 
 
 def _lock_all(rows: Rows, threads: Collection[ThreadKey]) -> dict[ThreadKey, ThreadState]:
@@ -158,107 +197,3 @@ def _pages(rows: Rows, state: ThreadState, kind: type[AnyRow]) -> Iterator[list[
     while page:
         yield page
         page = rows.scan(state, kind, page[-1])
-
-
-def _scan(rows: Rows, state: ThreadState, kind: type[AnyRow]) -> Iterator[AnyRow]:
-    for page in _pages(rows, state, kind):
-        yield from page
-
-
-def _keep(
-    rows: Rows,
-    encoder: Encoder,
-    thread: ThreadKey,
-    state: ThreadState,
-    is_kept: Callable[[CheckpointRow], bool],
-) -> None:
-    """Delete the other checkpoints of a thread, and what only they needed."""
-    kept: dict[tuple[str, str], CheckpointRow] = {}
-    doomed: dict[tuple[str, str], CheckpointRow] = {}
-    for row in _scan(rows, state, CheckpointRow):
-        (kept if is_kept(row) else doomed)[row.ns, row.checkpoint_id] = row
-    if not doomed:
-        return
-    change = ThreadChange(state, replace(state, seq=state.seq + 1))
-    for row in kept.values():
-        if row.parent_id is not None and (row.ns, row.parent_id) in doomed:
-            base = _base(rows, encoder, thread, row)
-            change.repeated.append(row._replace(parent_writes=None, base=base))
-    for row in doomed.values():
-        # What a deleted checkpoint carries of one that stays goes into the log.
-        parent = (row.ns, row.parent_id or "")
-        if row.parent_writes is not None and parent in kept:
-            data = inlined(
-                rows, encoder.codec, state.number, row.parent_writes, _place(thread, row)
-            )
-            change.writes.append(WritesRow(state.number, row.ns, parent[1], row.seq, data))
-    rows.apply([change])
-    kept |= {(row.ns, row.checkpoint_id): row for row in change.repeated}
-    needed = _needed(encoder, thread, kept)
-    cut = ThreadChange(
-        change.after, change.after, replaced=_cut(rows, encoder, change.after, needed)
-    )
-    rows.apply([cut])
-    rows.remove(change.after, list(doomed.values()), needed)
-
-
-def _cut(
-    rows: Rows, encoder: Encoder, state: ThreadState, needed: Mapping[int, int]
-) -> list[ValueRow]:
-    """Cut the elements that nobody needs off the stretches in which the others stand."""
-    if not needed:
-        return []
-    last = rows.list_stretches(
-        {(state.number, series, reach - 1) for series, reach in needed.items()}
-    )
-    shorter = []
-    for row in last.values():
-        block = cut_block(unseal(row.data, where="a list"), needed[row.series] - row.start)
-        if block is not None:
-            shorter.append(row._replace(data=encoder.codec.seal(block)))
-    return shorter
-
-
-def _needed(
-    encoder: Encoder,
-    thread: ThreadKey,
-    kept: Mapping[tuple[str, str], CheckpointRow],
-) -> dict[int, int]:
-    """Say how far each series of values is needed by what is kept."""
-    needed: dict[int, int] = {}
-
-    def need(series: int, reach: int) -> None:
-        needed[series] = max(reach, needed.get(series, 0))
-
-    for row in kept.values():
-        for series, reach in _reach(_open(encoder, thread, row).layout):
-            need(series, reach)
-        if row.parent_writes is not None:
-            own = unpack_writes(encoder.codec, row.parent_writes, _place(thread, row))
-            for series, start, length in references(own):
-                need(series, _ALL if length == WHOLE else start + length)
-    return needed
-
-
-def _place(thread: ThreadKey, row: CheckpointRow) -> Place:
-    return Place(thread[1], row.ns)
-
-
-def _open(encoder: Encoder, thread: ThreadKey, row: CheckpointRow) -> Record:
-    return unpack_record(encoder.codec, row, _place(thread, row))
-
-
-def _reach(layout: Layout) -> Iterator[tuple[int, int]]:
-    for _, stored in layout.values():
-        if stored is not None and not isinstance(stored, bytes):
-            for part in stored:
-                yield part.series, _ALL if part.length == WHOLE else part.length
-
-
-def _base(rows: Rows, encoder: Encoder, thread: ThreadKey, row: CheckpointRow) -> bytes | None:
-    """Return what the delta channels of a checkpoint need of its ancestors."""
-    channels = delta_channels(_open(encoder, thread, row).metadata)
-    if not channels:
-        return None
-    history = read_history(rows, encoder, (*thread, row.ns), row.checkpoint_id, channels)
-    return encoder.codec.dumps(dict(history), where=_place(thread, row).of("the base"))

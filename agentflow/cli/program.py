@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from agentflow.cli import approvals, migrations, runs, workers
+from agentflow.cli import approvals, checkpoints, keys, migrations, runs, sweeps, workers
 from agentflow.cli.command import (
     AppOption,
     Call,
@@ -28,8 +28,11 @@ program = typer.Typer(
 )
 program.add_typer(runs.group, name="run")
 program.add_typer(approvals.group, name="approval")
+program.add_typer(checkpoints.group, name="checkpoint")
 program.add_typer(migrations.group, name="migrate")
+program.add_typer(keys.group, name="keys")
 command(program, "worker")(workers.work)
+command(program, "sweep")(sweeps.sweep)
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ import os
 import random
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
@@ -62,6 +63,8 @@ class Database:
         )
         self._readers: ThreadPoolExecutor | None = None
         self._wakers: WeakKeyDictionary[asyncio.AbstractEventLoop, _Waker] = WeakKeyDictionary()
+        # The loops for which the writer's present batch has settled something; the writer's own.
+        self._woken: deque[_Waker] = deque()
 
     def _ensure_ready(self) -> None:
         if self._is_ready:
@@ -73,6 +76,12 @@ class Database:
 
     def _check_fork(self) -> None:
         if self._pid != os.getpid():
+            if self._connections.is_torn:
+                advice = (
+                    "this process was forked while its parent was using the database; "
+                    "fork when nothing runs, or start a new process"
+                )
+                raise StoreUnavailableError(self.name, advice)
             # Threads and sockets do not survive a fork: the child starts afresh and leaves its
             # parent's connections alone.
             self._connections.abandon()
@@ -155,8 +164,8 @@ class Database:
         raise AssertionError
 
     def _wake_loops(self) -> None:
-        for waker in tuple(self._wakers.values()):
-            waker.wake()
+        while self._woken:
+            self._woken.popleft().wake()
 
     def close(self) -> None:
         """Write what is queued and close all connections; nothing can be written afterwards."""
@@ -182,14 +191,24 @@ class Database:
             loop = asyncio.get_running_loop()
             waker = self._wakers.get(loop)
             if waker is None:
-                waker = self._wakers[loop] = _Waker(self._writer)
+                waker = self._wakers[loop] = _Waker(loop)
             waiter: asyncio.Future[None] = loop.create_future()
-            future.add_done_callback(lambda _: waker.add(waiter))
+            future.add_done_callback(lambda _: self._wake_later(waker, waiter))
             await waiter
+
+    def _wake_later(self, waker: _Waker, waiter: asyncio.Future[None]) -> None:
+        """Wake a waiter at the end of the writer's batch; at once if it was settled before."""
+        waker.add(waiter)
+        if not self._writer.is_current_thread():
+            waker.wake()
+        elif not self._woken or self._woken[-1] is not waker:
+            self._woken.append(waker)
 
 
 class _Query(Operation):
     """Queries of a database that has one connection only."""
+
+    resendable = True
 
     def __init__(self, function: Callable[[Session], Any]) -> None:
         super().__init__()
@@ -203,22 +222,22 @@ class _Query(Operation):
 class _Waker:
     """Wakes what waits in one event loop: all that a batch has settled with one call."""
 
-    def __init__(self, writer: GroupCommitWriter) -> None:
-        self._writer = writer
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        # Wakers are kept as long as their loops, and must not keep them.
+        self._loop = weakref.ref(loop)
         self._waiting: deque[asyncio.Future[None]] = deque()
 
     def add(self, waiter: asyncio.Future[None]) -> None:
-        """Wake `waiter` at the end of the writer's batch; at once if it was settled before."""
+        """Note whom to wake."""
         self._waiting.append(waiter)
-        if not self._writer.is_current_thread():
-            self.wake()
 
     def wake(self) -> None:
         """Wake what has been added."""
-        if self._waiting:
+        loop = self._loop()
+        if loop is not None:
             # A loop that was closed has nobody left who waits.
             with suppress(RuntimeError):
-                self._waiting[0].get_loop().call_soon_threadsafe(self._run)
+                loop.call_soon_threadsafe(self._run)
 
     def _run(self) -> None:
         while self._waiting:

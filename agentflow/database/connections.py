@@ -52,6 +52,9 @@ class Connections:
         """The writer's, kept from batch to batch."""
         self._session: Session | None = None
         self._batches = 0
+        self._is_grown = False
+        self._inside: list[None] = []
+        """One for each thread that is inside the driver now."""
         self._errors: tuple[type[Exception], ...] = (self.engine.dialect.loaded_dbapi.Error,)
         self._all_errors: tuple[type[Exception], ...] = (sa.exc.DBAPIError, *self._errors)
 
@@ -60,6 +63,7 @@ class Connections:
         """Open a transaction that will write."""
         is_committing = False
         session: Session | None = None
+        self._inside.append(None)
         try:
             with self.engine.connect().execution_options(agentflow_write=True) as connection:
                 transaction = connection.begin()
@@ -87,6 +91,8 @@ class Connections:
             if error is None:
                 raise
             raise error from exc
+        finally:
+            self._inside.pop()
 
     def run_committing(self, function: Callable[[Session], T]) -> T:
         """Call `function` with the writer's session, on which each statement commits by itself."""
@@ -94,10 +100,13 @@ class Connections:
             self._own = self._connect()
             self._session = Session(_driver(self._own), self.dialect)
         self._batches += 1
-        if self._batches == GROW_WAL_AFTER and self.dialect == "sqlite" and not self.is_memory:
+        is_due = self._batches % GROW_WAL_AFTER == 0 and not self._is_grown
+        if is_due and self.dialect == "sqlite" and not self.is_memory:
             # Nothing depends on it; a full disk or a lock will show where something does.
             with suppress(sqlite3.Error, OSError):
                 grow_wal(_driver(self._own))
+                self._is_grown = True
+        self._inside.append(None)
         try:
             return function(self._session)
         except self._errors as exc:
@@ -105,12 +114,15 @@ class Connections:
             if error is None:
                 raise
             raise error from exc
+        finally:
+            self._inside.pop()
 
     @contextmanager
     def reading(self) -> Iterator[Session]:
         """Open a connection for single queries."""
         pooled = self._connect()
         session = Session(_driver(pooled), self.dialect)
+        self._inside.append(None)
         try:
             yield session
         except self._errors as exc:
@@ -119,6 +131,7 @@ class Connections:
                 raise
             raise error from exc
         finally:
+            self._inside.pop()
             session.close()
             pooled.close()
 
@@ -149,6 +162,14 @@ class Connections:
         if own is not None and session is not None:
             session.close()
             own.close()
+
+    @property
+    def is_torn(self) -> bool:
+        """Whether, in the child of a fork, a thread that is gone was inside SQLite.
+
+        It holds locks of the process for ever then: also a new connection would wait for them.
+        """
+        return self.dialect == "sqlite" and bool(self._inside)
 
     def abandon(self) -> None:
         """Give up, in the child of a fork, the connections of its parent."""

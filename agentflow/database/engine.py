@@ -28,6 +28,7 @@ SUPPORTED = ("memory://", "sqlite:///file", "postgresql://")
 READERS = 4
 _CONNECT_TIMEOUT = 10
 _WAL_RETRY = 0.005
+_LOCKED = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 _WAL_SIZE = 1000 * 4096
 _PADDING = 6_200_000
 """Bytes that overflow SQLite's page cache of 2 MB by a little more than the log's usual size."""
@@ -160,8 +161,8 @@ def _enable_wal(cursor: sqlite3.Cursor, timeout: timedelta) -> None:
     while True:
         try:
             cursor.execute("PRAGMA journal_mode=WAL")
-        except sqlite3.OperationalError:
-            if time.monotonic() >= deadline:
+        except sqlite3.OperationalError as exc:
+            if exc.sqlite_errorcode & 0xFF not in _LOCKED or time.monotonic() >= deadline:
                 raise
             time.sleep(_WAL_RETRY)
         else:
@@ -169,7 +170,7 @@ def _enable_wal(cursor: sqlite3.Cursor, timeout: timedelta) -> None:
 
 
 def grow_wal(connection: sqlite3.Connection) -> None:
-    """Make the write-ahead log of a file as long as it will get, in one go.
+    """Make the write-ahead log of a file as long as it will get, in one go, if nobody writes now.
 
     A commit that makes its file longer waits for the file system's own journal as well, and takes
     about twice as long as one that writes over what is there. SQLite starts the log again from its
@@ -180,12 +181,17 @@ def grow_wal(connection: sqlite3.Connection) -> None:
     log = Path(f"{file}-wal")
     if not log.exists() or log.stat().st_size >= _WAL_SIZE:
         return
-    connection.execute("BEGIN IMMEDIATE")
+    ((patience,),) = connection.execute("PRAGMA busy_timeout").fetchall()
+    connection.execute("PRAGMA busy_timeout=0")
     try:
-        connection.execute("CREATE TABLE agentflow_padding (data BLOB)")
-        connection.execute("INSERT INTO agentflow_padding VALUES (zeroblob(?))", (_PADDING,))
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            connection.execute("CREATE TABLE agentflow_padding (data BLOB)")
+            connection.execute("INSERT INTO agentflow_padding VALUES (zeroblob(?))", (_PADDING,))
+        finally:
+            connection.execute("ROLLBACK")
     finally:
-        connection.execute("ROLLBACK")
+        connection.execute(f"PRAGMA busy_timeout={patience}")
 
 
 def _sqlite_engine(url: URL, settings: Settings) -> Engine:

@@ -37,6 +37,11 @@ class Session:
         self._after_commit: list[Callable[[], None]] = []
         self._done: set[tuple[str, ...]] = set()
 
+    @classmethod
+    def inside(cls, connection: Connection) -> Session:
+        """Return a session inside the transaction of SQLAlchemy's connection."""
+        return cls(connection.connection.driver_connection, connection.dialect.name, connection)
+
     @property
     def is_open(self) -> bool:
         """Whether what is run is part of a transaction."""
@@ -72,8 +77,10 @@ class Session:
     def once(self, statements: tuple[str, ...]) -> None:
         """Run statements that prepare the connection, unless this session has."""
         if statements not in self._done:
-            for statement in statements:
-                self._cursor.execute(statement)
+            # Whole or not at all, or else they would fail the next time.
+            with self.transaction():
+                for statement in statements:
+                    self._cursor.execute(statement)
             self._done.add(statements)
 
     def execute(self, sql: str, parameters: Parameters = ()) -> int:
@@ -104,11 +111,10 @@ class Session:
         try:
             yield
             failpoint("database.before_commit")
+            self._raw.commit()
         except BaseException:
             self._raw.rollback()
             raise
-        else:
-            self._raw.commit()
         finally:
             self._is_open = False
 

@@ -87,6 +87,8 @@ checkpoints = _table(
     Column("run_id", _ID),
     Column("step", Integer),
     Column("data", LargeBinary, nullable=False),
+    # Covers the checkpoint, its values and the hash of its parent.
+    Column("hash", LargeBinary, nullable=False),
     # Writes bound to its parent that became durable together with it.
     Column("parent_writes", LargeBinary),
     # What its delta channels had at its parent, if that was deleted.
@@ -115,6 +117,17 @@ writes = _table(
     Column("seq", BigInteger, nullable=False),
     Column("data", LargeBinary, nullable=False),
     PrimaryKeyConstraint("thread", "ns", "checkpoint_id", "seq"),
+)
+
+anchors = _table(
+    "anchors",
+    Column("thread", BigInteger, nullable=False),
+    Column("ns", _ID, nullable=False),
+    Column("checkpoint_id", _ID, nullable=False),
+    Column("seq", BigInteger, nullable=False),
+    # The hash of a checkpoint that was deleted although something that is kept follows it.
+    Column("data", LargeBinary, nullable=False),
+    PrimaryKeyConstraint("thread", "ns", "checkpoint_id"),
 )
 
 leases = _table(

@@ -139,7 +139,7 @@ class GroupCommitWriter:
             if self._closing.is_set():
                 raise StoreUnavailableError(self._connections.name, "it was closed")
             self._queue.append(operation)
-            if self._thread is None:
+            if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(
                     target=self._serve, name="agentflow-writer", daemon=True
                 )
@@ -173,7 +173,10 @@ class GroupCommitWriter:
                 logger.exception("the writer failed", extra={"operations": len(batch)})
                 for operation in batch:
                     _settle(operation, Rejected(_as_exception(exc)))
-            self._settled()
+            try:
+                self._settled()
+            except Exception:  # whoever else waits must not wait for ever
+                logger.exception("the writer could not wake an event loop")
         self._connections.end_writing()
 
     def _take(self) -> list[Operation]:
@@ -237,6 +240,10 @@ class GroupCommitWriter:
             if was_unknown and isinstance(error, StoreUnavailableError):
                 # Whatever became of this attempt, an earlier one may have been committed.
                 error = StoreUnavailableError(error.store, error.reason, "unknown")
+            if isinstance(error, StoreUnavailableError) and time.monotonic() >= until:
+                # Apart, each of them would wait as long again.
+                self._give_up(batch, error, lambda _: True)
+                return
             if not isinstance(error, StoreUnavailableError) or error.outcome in _DECIDED:
                 self._write_apart(batch, error)
                 return

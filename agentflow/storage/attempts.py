@@ -11,7 +11,7 @@ from sqlalchemy.engine import Connection
 
 from agentflow.database.engine import now as database_now
 from agentflow.database.statements import replace
-from agentflow.database.tables import dead_letters, waits
+from agentflow.database.tables import dead_letters, runs, waits
 from agentflow.errors import IllegalTransitionError
 from agentflow.storage.rows import (
     RELEASED,
@@ -52,7 +52,7 @@ def start_attempt(
     if row.progress not in {None, progress}:
         # A worker that died after its progress died at what comes next: that was the first attempt.
         attempt = 2 if reason == "recovery" else 1
-    failures: dict[str, int] = payloads.load(row.failures, "runs.failures") or {}
+    failures: dict[str, int] = payloads.load(runs.c.failures, row) or {}
     if row.checkpoint_id != checkpoint_id:
         failures = {}
     facts = {"attempt": attempt, "checkpoint": checkpoint_id, "step": step, "worker": lease.worker}
@@ -70,7 +70,7 @@ def start_attempt(
         progress=progress,
         checkpoint_id=checkpoint_id,
         step=step,
-        failures=payloads.dump(failures, "runs.failures"),
+        failures=payloads.dump(failures, runs.c.failures, row),
         # Only a segment that is being traced becomes the origin of the next one.
         traceparent=traceparent or row.traceparent,
     )
@@ -164,7 +164,11 @@ def _insert_waits(
                 "status": WaitStatus.PENDING.value,
                 "version": 1,
                 "proposal_hash": question.proposal_hash,
-                "request": payloads.dump(question.request, "waits.request"),
+                "request": payloads.dump(
+                    question.request,
+                    waits.c.request,
+                    {"tenant": row.tenant, "wait_id": question.wait_id},
+                ),
                 "created_at": now,
             }
             for question in questions
@@ -193,7 +197,7 @@ def finish_run(
         now,
         status=RunStatus.SUCCEEDED,
         log=log,
-        output=payloads.dump(output, "runs.output"),
+        output=payloads.dump(output, runs.c.output, row),
         error=None,
         checkpoint_id=checkpoint_id,
         step=step,
@@ -228,8 +232,8 @@ def retry_run(
         now,
         status=RunStatus.QUEUED,
         log=[event],
-        error=payloads.dump(failure, "runs.error"),
-        failures=payloads.dump(dict(failures), "runs.failures"),
+        error=payloads.dump(failure, runs.c.error, row),
+        failures=payloads.dump(dict(failures), runs.c.failures, row),
         checkpoint_id=checkpoint_id,
         step=step,
         wake_reason="retry",
@@ -255,7 +259,6 @@ def fail_run(
         return
     log = withdraw_waits(connection, row, now, status=WaitStatus.WITHDRAWN)
     log.append(NewEvent(type="run.failed", data={**_facts(failure), "reason": reason}))
-    cause = payloads.dump(failure, "dead_letters.cause")
     letter = {
         "tenant": row.tenant,
         "run_id": row.run_id,
@@ -263,7 +266,7 @@ def fail_run(
         "attempts": row.attempt,
         "claims": row.claims,
         "checkpoint_id": checkpoint_id,
-        "cause": cause,
+        "cause": payloads.dump(failure, dead_letters.c.cause, row),
     }
     replace(connection, dead_letters, [letter])
     change_run(
@@ -273,7 +276,7 @@ def fail_run(
         now,
         status=RunStatus.FAILED,
         log=log,
-        error=cause,
+        error=payloads.dump(failure, runs.c.error, row),
         is_dead_letter=True,
         checkpoint_id=checkpoint_id,
         step=step,

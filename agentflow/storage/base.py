@@ -10,7 +10,7 @@ Every sentence in the docstrings below is a rule for each backend.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -254,6 +254,14 @@ class RunStore(ABC):
         under the same idempotency key by the same decision gives the stored result; any other
         resolved one is `AlreadyResolvedError`, and one that is gone `SupersededError`. Event:
         `approval.resolved`.
+        """
+
+    @abstractmethod
+    async def rotate_keys(self, tell: Callable[[int, int], None]) -> int:
+        """Seal by the current key what is not, of all tenants, and return how much that was.
+
+        Killed at any point it leaves everything readable. `tell` is called with what was looked
+        through and what was sealed so far.
         """
 
     @abstractmethod

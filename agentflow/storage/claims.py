@@ -17,7 +17,13 @@ from sqlalchemy.engine import Connection
 from agentflow.database.engine import now as database_now
 from agentflow.database.statements import insert_new
 from agentflow.database.tables import leases, runs
-from agentflow.errors import BlockedTypeError, CodecError, ThreadBusyError
+from agentflow.errors import (
+    BlockedTypeError,
+    CodecError,
+    ThreadBusyError,
+    UnencryptedValueError,
+    UnknownKeyError,
+)
 from agentflow.storage.rows import (
     UNFINISHED,
     Payloads,
@@ -189,8 +195,8 @@ def _take(
     is_recovery = row.status == RunStatus.RUNNING
     try:
         run = to_run(row, payloads, strict=True)
-    except BlockedTypeError:
-        # Its classes are not known to this worker; another one may know them.
+    except (BlockedTypeError, UnknownKeyError, UnencryptedValueError):
+        # Its classes or its key are not known to this worker; another one may know them.
         return None
     except CodecError as exc:
         event = NewEvent(type="run.unreadable", data={"error": type(exc).__name__})

@@ -7,15 +7,16 @@ the audit events in the same statement group, numbered and chained.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, cast
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from agentflow.codec import Codec
+from agentflow.codec import Codec, context_of, envelope_of_version_1
 from agentflow.database.tables import dead_letters, events, runs, waits
 from agentflow.errors import (
     IllegalTransitionError,
@@ -37,6 +38,21 @@ from agentflow.types import (
 GENESIS = "0" * 64
 """What the first event of a run names as the hash before it."""
 
+KEYS: Mapping[str, tuple[str, ...]] = {
+    runs.name: ("tenant", "run_id"),
+    waits.name: ("tenant", "wait_id"),
+    events.name: ("tenant", "run_id", "seq"),
+    dead_letters.name: ("tenant", "run_id"),
+}
+"""By table, the columns that say whose a payload is; it opens nowhere else."""
+
+_SALT_SIZE = 16
+
+Column = sa.Column[Any]
+
+Keyed = sa.Row[Any] | Mapping[str, Any]
+"""A row, or one that is being made, with at least the columns of its key."""
+
 UNFINISHED = (RunStatus.QUEUED.value, RunStatus.RUNNING.value, RunStatus.WAITING.value)
 
 
@@ -49,16 +65,60 @@ class Payloads:
     lenient: Codec
     """For what is shown: classes that are not known here come as typed plain data."""
 
-    def dump(self, value: Any, column: str) -> bytes:
-        """Encode a payload of a column."""
-        return self.strict.dumps(value, where=column)
+    def dump(self, value: Any, column: Column, row: Keyed) -> bytes:
+        """Encode a payload for its column of a row."""
+        return self.seal(self.serialize(self.redacted(value, column), column, row), column, row)
 
-    def load(self, data: bytes | None, column: str, *, strict: bool = False) -> Any:
-        """Decode a payload of a column; `None` stays `None`."""
+    def load(self, column: Column, row: Keyed, *, strict: bool = False) -> Any:
+        """Decode the payload in a column of a row; `None` stays `None`."""
+        data = _mapping(row)[column.name]
         if data is None:
             return None
         codec = self.strict if strict else self.lenient
-        return codec.loads(data, where=column)
+        return codec.loads(data, context=context_in(column, row), where=_where(column, row))
+
+    def redacted(self, value: Any, column: Column) -> Any:
+        """Return what is to be stored of a payload."""
+        redact = self.strict.redact
+        return value if redact is None else redact(_name(column), value)
+
+    def serialize(self, value: Any, column: Column, row: Keyed) -> bytes:
+        """Encode a payload without its envelope."""
+        return self.strict.serialize(value, where=_where(column, row))
+
+    def seal(self, body: bytes, column: Column, row: Keyed) -> bytes:
+        """Put what was encoded into an envelope that opens only in this column of this row."""
+        return self.strict.seal(body, context_in(column, row))
+
+    def unseal(self, column: Column, row: Keyed) -> bytes:
+        """Open the envelope in a column of a row."""
+        data = _mapping(row)[column.name]
+        return self.strict.unseal(data, context_in(column, row), where=_where(column, row))
+
+
+def context_in(column: Column, row: Keyed) -> bytes:
+    """Return the context of a payload: its table and column, and the key of its row."""
+    return context_of(_name(column), *_key(column, row))
+
+
+def _key(column: Column, row: Keyed) -> list[Any]:
+    found = _mapping(row)
+    return [found[name] for name in KEYS[column.table.name]]
+
+
+def _mapping(row: Keyed) -> Mapping[str, Any]:
+    return cast("Mapping[str, Any]", row._mapping) if isinstance(row, sa.Row) else row
+
+
+def _name(column: Column) -> str:
+    return f"{column.table.name.removeprefix('agentflow_')}.{column.name}"
+
+
+def _where(column: Column, row: Keyed) -> str:
+    """Name a payload in messages."""
+    tenant, *names = _key(column, row)
+    of_tenant = f" of tenant {tenant!r}" if tenant else ""
+    return f"{_name(column)} of {', '.join(map(repr, names))}{of_tenant}"
 
 
 def to_run(row: sa.Row[Any], payloads: Payloads, *, strict: bool = False) -> Run:
@@ -71,11 +131,11 @@ def to_run(row: sa.Row[Any], payloads: Payloads, *, strict: bool = False) -> Run
         version=row.version,
         queue=row.queue,
         status=RunStatus(row.status),
-        input=payloads.load(row.input, "runs.input", strict=strict),
-        output=payloads.load(row.output, "runs.output"),
-        error=payloads.load(row.error, "runs.error"),
-        metadata=payloads.load(row.metadata, "runs.metadata"),
-        config=payloads.load(row.config, "runs.config", strict=strict),
+        input=payloads.load(runs.c.input, row, strict=strict),
+        output=payloads.load(runs.c.output, row),
+        error=payloads.load(runs.c.error, row),
+        metadata=payloads.load(runs.c.metadata, row),
+        config=payloads.load(runs.c.config, row, strict=strict),
         priority=row.priority,
         attempt=row.attempt,
         claims=row.claims,
@@ -105,15 +165,15 @@ def to_approval(row: sa.Row[Any], payloads: Payloads) -> Approval:
         checkpoint_id=row.checkpoint_id,
         answers_recorded=row.answers_recorded,
         kind=row.kind,
-        request=payloads.load(row.request, "waits.request"),
+        request=payloads.load(waits.c.request, row),
         proposal_hash=row.proposal_hash,
         version=row.version,
         status=WaitStatus(row.status),
         created_at=row.created_at,
-        decision=payloads.load(row.decision, "waits.decision"),
+        decision=payloads.load(waits.c.decision, row),
         decided_by=row.decided_by,
         decided_at=row.decided_at,
-        comment=payloads.load(row.comment, "waits.comment"),
+        comment=payloads.load(waits.c.comment, row),
     )
 
 
@@ -124,7 +184,7 @@ def to_event(row: sa.Row[Any], payloads: Payloads) -> AuditEvent:
         seq=row.seq,
         type=row.type,
         at=row.at,
-        data=payloads.load(row.data, "events.data"),
+        data=_event_data(payloads.load(events.c.data, row)),
         prev_hash=row.prev_hash,
         hash=row.hash,
     )
@@ -135,7 +195,7 @@ def to_dead_letter(row: sa.Row[Any], payloads: Payloads) -> DeadLetter:
     return DeadLetter(
         run_id=row.run_id,
         at=row.at,
-        cause=payloads.load(row.cause, "dead_letters.cause"),
+        cause=payloads.load(dead_letters.c.cause, row),
         attempts=row.attempts,
         claims=row.claims,
         checkpoint_id=row.checkpoint_id,
@@ -202,17 +262,19 @@ def change_run(
     entries = []
     for event in log:
         seq += 1
-        data = payloads.dump(dict(event.data), "events.data")
         entry = {
             "tenant": row.tenant,
             "run_id": row.run_id,
             "seq": seq,
             "type": event.type,
             "at": now,
-            "data": data,
             "prev_hash": previous,
         }
-        entry["hash"] = previous = hash_event(entry)
+        data = payloads.redacted(dict(event.data), events.c.data)
+        # The hash is there for all to see: salted, it does not tell whether a guess is right.
+        body = payloads.serialize([os.urandom(_SALT_SIZE), data], events.c.data, entry)
+        entry["data"] = payloads.seal(body, events.c.data, entry)
+        entry["hash"] = previous = _hash_event(entry, body)
         entries.append(entry)
     if entries:
         connection.execute(sa.insert(events), entries)
@@ -229,8 +291,19 @@ def check_transition(run_id: str, current: RunStatus, wanted: RunStatus) -> None
         raise IllegalTransitionError(run_id, current.value, wanted.value)
 
 
-def hash_event(entry: Mapping[str, Any]) -> str:
-    """Return the hash that chains an event to the one before it, over all of its columns."""
+def hash_event(event: Keyed, payloads: Payloads) -> str:
+    """Return the hash that a stored event must have, over all of its columns.
+
+    It covers the data as it was before it was sealed, so that another key changes nothing.
+    """
+    body = payloads.unseal(events.c.data, event)
+    data = payloads.lenient.deserialize(body)
+    # Events of codec version 1 have no salt, and their hash covers the envelope.
+    covered = envelope_of_version_1(body) if isinstance(data, dict) else body
+    return _hash_event(_mapping(event), covered)
+
+
+def _hash_event(entry: Mapping[str, Any], covered: bytes) -> str:
     head = "\x1f".join(
         (
             entry["prev_hash"],
@@ -242,8 +315,13 @@ def hash_event(entry: Mapping[str, Any]) -> str:
         )
     )
     sha = hashlib.sha256(head.encode())
-    sha.update(entry["data"])
+    sha.update(covered)
     return sha.hexdigest()
+
+
+def _event_data(stored: Any) -> Any:
+    """Take the salt off; events of codec version 1 have none."""
+    return stored if isinstance(stored, dict) else stored[1]
 
 
 def withdraw_waits(

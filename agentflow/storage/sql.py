@@ -25,6 +25,7 @@ from agentflow.errors import (
 )
 from agentflow.storage import attempts, claims
 from agentflow.storage.base import OnExisting, RunStore
+from agentflow.storage.rotation import rotate_payloads
 from agentflow.storage.rows import (
     GENESIS,
     Payloads,
@@ -301,6 +302,9 @@ class SqlRunStore(RunStore):
             request=request,
         )
 
+    async def rotate_keys(self, tell: Callable[[int, int], None]) -> int:
+        return await rotate_payloads(self._database, self._payloads, tell)
+
     async def close(self) -> None:
         if self._owns_database:
             await asyncio.to_thread(self._database.close)
@@ -329,7 +333,7 @@ def _parse_cursor(cursor: str) -> int:
 
 
 def _new_run(payloads: Payloads, tenant: str, spec: RunSpec) -> dict[str, Any]:
-    return {
+    row: dict[str, Any] = {
         "tenant": tenant,
         "run_id": spec.run_id,
         "thread_id": spec.thread_id,
@@ -346,10 +350,11 @@ def _new_run(payloads: Payloads, tenant: str, spec: RunSpec) -> dict[str, Any]:
         "traceparent": spec.traceparent,
         "event_seq": 0,
         "event_hash": GENESIS,
-        "input": payloads.dump(spec.input, "runs.input"),
-        "config": payloads.dump(dict(spec.config), "runs.config"),
-        "metadata": payloads.dump(dict(spec.metadata), "runs.metadata"),
     }
+    row["input"] = payloads.dump(spec.input, runs.c.input, row)
+    row["config"] = payloads.dump(dict(spec.config), runs.c.config, row)
+    row["metadata"] = payloads.dump(dict(spec.metadata), runs.c.metadata, row)
+    return row
 
 
 def _create_run(
@@ -391,7 +396,7 @@ def _check_same(payloads: Payloads, stored: sa.Row[Any], new: Mapping[str, Any])
         if getattr(stored, column) != new[column]:
             raise IdempotencyConflictError(stored.run_id, column.removesuffix("_id"))
     # Compared as values: equal inputs need not have equal bytes, a dictionary keeps its order.
-    before, after = (payloads.load(data, "runs.input") for data in (stored.input, new["input"]))
+    before, after = (payloads.load(runs.c.input, row) for row in (stored, new))
     if before != after:
         raise IdempotencyConflictError(stored.run_id, "input")
 
@@ -445,7 +450,7 @@ def _resolve_wait(
     stored = to_approval(row, payloads)
     if stored.status is WaitStatus.RESOLVED:
         if idempotency_key and idempotency_key == row.idempotency_key:
-            if stored.decision == decision:
+            if stored.decision == payloads.redacted(decision, waits.c.decision):
                 return stored
             raise IdempotencyConflictError(run_id, "decision under this idempotency key")
         raise AlreadyResolvedError(wait_id, stored.status.value, row.decision_type, row.decided_by)
@@ -460,11 +465,11 @@ def _resolve_wait(
         .where(waits.c.tenant == tenant, waits.c.wait_id == wait_id)
         .values(
             status=WaitStatus.RESOLVED.value,
-            decision=payloads.dump(decision, "waits.decision"),
+            decision=payloads.dump(decision, waits.c.decision, row),
             decision_type=decision.type,
             decided_by=by,
             decided_at=now,
-            comment=None if comment is None else payloads.dump(comment, "waits.comment"),
+            comment=None if comment is None else payloads.dump(comment, waits.c.comment, row),
             idempotency_key=idempotency_key,
         )
     )

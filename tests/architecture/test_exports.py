@@ -9,7 +9,14 @@ from agentflow import errors
 
 EXPORTS = {
     "agentflow": {"AgentFlow", "RetryPolicy", "request_approval"},
-    "agentflow.checkpoint": {"Save", "Saver", "open_checkpointer"},
+    "agentflow.checkpoint": {
+        "Retention",
+        "Save",
+        "Saver",
+        "SweepReport",
+        "SweptThread",
+        "open_checkpointer",
+    },
     "agentflow.nodes": {"approval_node", "llm_node", "tool_node"},
 }
 
@@ -33,7 +40,10 @@ ERRORS = {
     "CodecError": {
         "BlockedTypeError",
         "HashMismatchError",
+        "MissingBlobError",
         "SerializationError",
+        "UnencryptedValueError",
+        "UnknownKeyError",
         "UnknownVersionError",
     },
     "InputError": {"InvalidDecisionError", "InvalidInputError", "SupersededError"},

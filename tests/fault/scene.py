@@ -33,7 +33,7 @@ from agentflow.database.tables import (
     values,
     writes,
 )
-from agentflow.storage.rows import GENESIS, hash_event
+from agentflow.storage.rows import GENESIS, Payloads, hash_event
 from agentflow.types import Run, RunStatus
 from tests.fault.forkserver import ForkServer, Victim, _is_stopped_or_ended
 from tests.fault.graphs import REFUNDS_WORKER, WORKER
@@ -49,6 +49,7 @@ AT_ONCE = 3
 
 T = TypeVar("T")
 _ANYTHING = Codec(unknown="plain")
+_PAYLOADS = Payloads(strict=_ANYTHING, lenient=_ANYTHING)
 
 
 @dataclass
@@ -310,13 +311,15 @@ def _assert_values_fit(thread_id: str, line: Sequence[Any], stretches: Sequence[
     reach: dict[int, int] = {}
     for checkpoint in line:
         row = CheckpointRow(*checkpoint)
-        for _, stored in unpack_record(_ANYTHING, row, Named(thread_id, row.ns)).layout.values():
+        record = unpack_record(_ANYTHING, row, Named("", thread_id, row.ns))
+        for _, stored, _ in record.layout.values():
             for part in stored if isinstance(stored, tuple) else ():
                 reach[part.series] = max(part.length, reach.get(part.series, WHOLE))
     ends: dict[int, int] = {}
     for value in sorted(stretches, key=lambda row: (row.series, row.start)):
         assert value.start == ends.get(value.series, 0), f"{thread_id}: a stretch is missing"
-        kept = _ANYTHING.loads(value.data)
+        context = Named("", thread_id, "").context_of_value(value.series, value.start)
+        kept = _ANYTHING.loads(value.data, context=context)
         ends[value.series] = WHOLE if reach[value.series] == WHOLE else value.start + len(kept)
     assert ends == reach, thread_id
 
@@ -341,7 +344,7 @@ def _assert_one_outcome_each(stored: Sequence[Any], log: Sequence[Any]) -> None:
         previous = GENESIS
         for event in chain:
             assert event.prev_hash == previous
-            assert event.hash == hash_event(dict(event._mapping))
+            assert event.hash == hash_event(event, _PAYLOADS)
             previous = event.hash
         assert run.event_hash == previous
         assert [e.type for e in chain if e.type in ends] == [f"run.{run.status}"], run.run_id

@@ -264,3 +264,23 @@ def test_migrate_creates_the_schema_once(cli: Cli) -> None:
     assert cli.data("migrate", "up") == after
     assert cli.data("migrate", "up") == after
     assert "up to date" in cli.ok("migrate", "status").err
+
+
+# sweep
+
+
+def test_sweep_deletes_what_its_dry_run_names(cli: Cli) -> None:
+    for thread in ("t0", "t1"):
+        cli.drive(cli.submit("echo", thread, "--thread-id", thread))
+    cli.submit("echo", "queued", "--thread-id", "t1")
+    said = cli.data("sweep", "--keep-last", "1", "--dry-run")
+    assert said == [{"thread_id": "t0", "checkpoints": 2, "is_deleted": False}]
+    assert cli.data("sweep", "--keep-last", "1", "--ttl", "30d") == said
+    assert cli.data("sweep", "--keep-last", "1") == []
+
+
+@pytest.mark.parametrize("ttl", ["30", "d", "0d", "-1d", "30 days", "9999999999999w"])
+def test_age_that_makes_no_sense_is_refused(cli: Cli, ttl: str) -> None:
+    result = cli("sweep", f"--ttl={ttl}")
+    assert result.code == 2
+    assert "--ttl" in result.err

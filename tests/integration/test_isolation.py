@@ -136,3 +136,20 @@ async def test_value_that_cannot_be_stored_costs_its_neighbours_nothing(database
         go_on()
         await asyncio.gather(*good)
         assert len(list(saver.list(None))) == 10
+
+
+def test_id_of_an_older_checkpoint_is_taken_also_within_its_own_batch(sqlite_url: str) -> None:
+    with open_checkpointer(sqlite_url) as saver, ThreadPoolExecutor(3) as pool:
+        saver.put(at("warm"), *made("c0", "warm"))
+        go_on = hold(saver)
+        puts = [(None, "c1", "first"), ("c1", "c2", "second"), (None, "c1", "other")]
+        outcomes = []
+        for number, (parent, name, value) in enumerate(puts, 1):
+            outcomes.append(pool.submit(saver.put, at("t", parent), *made(name, value)))
+            while len(saver._database._writer._queue) < number:
+                assert not outcomes[-1].done()
+        go_on()
+        errors = [outcome.exception(30) for outcome in outcomes]
+        assert [type(error) for error in errors] == [type(None), type(None), ConflictError]
+        values = [each.checkpoint["channel_values"]["x"] for each in saver.list(at("t"))]
+        assert values == ["second", "first"]

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import operator
+import os
+import subprocess
+import sys
 from collections.abc import Collection
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict
 
 import pytest
 from langchain_core.runnables import RunnableConfig
 from langgraph.channels.delta import DeltaChannel
+from langgraph.checkpoint.base import empty_checkpoint
+from langgraph.errors import GraphRecursionError
 from langgraph.graph import END, START, StateGraph
 from langgraph.types import Command, Send, interrupt
 
@@ -44,11 +51,13 @@ def stored_log(url: str) -> Any:
         return found and found.checkpoint["channel_values"].get("log")
 
 
-async def run(graph: Any, interface: Literal["sync", "async"], value: Any) -> Any:
+async def run(
+    graph: Any, interface: Literal["sync", "async"], value: Any, config: RunnableConfig = CONFIG
+) -> Any:
     """Invoke a graph through one of the two interfaces."""
     if interface == "sync":
-        return graph.invoke(value, CONFIG, durability="sync")
-    return await graph.ainvoke(value, CONFIG, durability="sync")
+        return graph.invoke(value, config, durability="sync")
+    return await graph.ainvoke(value, config, durability="sync")
 
 
 @pytest.mark.parametrize("interface", ["sync", "async"])
@@ -190,6 +199,170 @@ async def test_race_is_refused_when_the_held_checkpoint_is_stored(database_url: 
             await line(saver, c=races).ainvoke({"log": []}, CONFIG, durability="sync")
         assert stored_log(database_url) == ["faster"]
         assert (await graph.aget_state(CONFIG)).values["log"] == ["faster"]
+
+
+@pytest.mark.parametrize("save", ["exit", ["d"]])
+async def test_racing_invocations_do_not_take_what_is_held_for_each_other(
+    database_url: str, save: Save
+) -> None:
+    inside: list[Any] = []
+    both = asyncio.Event()
+
+    async def gate(state: State) -> State:
+        inside.append(state["value"])
+        if len(inside) == 2:
+            both.set()
+        await both.wait()
+        return {"log": [state["value"]]}
+
+    with open_checkpointer(database_url, save=save) as saver:
+        graph = line(saver, b=gate)
+        racing = (
+            graph.ainvoke({"log": [], "value": i}, CONFIG, durability="sync") for i in range(2)
+        )
+        outcomes = await asyncio.gather(*racing, return_exceptions=True)
+    assert len([each for each in outcomes if isinstance(each, ConflictError)]) == 1
+    (won,) = [each for each in outcomes if isinstance(each, dict)]
+    with open_checkpointer(database_url) as other:
+        assert line(other).get_state(CONFIG).values == won
+
+
+@pytest.mark.parametrize("save", ["exit", ["y"]])
+async def test_parallel_calls_of_one_subgraph_keep_all_their_channels(
+    database_url: str, save: Save
+) -> None:
+    class Log(TypedDict, total=False):
+        log: Annotated[list[Any], operator.add]
+
+    async def step(state: State) -> State:
+        await asyncio.sleep(0)
+        return {"log": [state["value"]]}
+
+    inner = StateGraph(State, output_schema=Log)
+    inner.add_sequence([("x", step), ("y", step)])
+    inner.add_edge(START, "x")
+    builder = chain(("a", logs("a")))
+    builder.add_node("inner", inner.compile(checkpointer=True))
+    sends = [Send("inner", {"value": letter}) for letter in "pqr"]
+    builder.add_conditional_edges("a", lambda _: sends, ["inner"])
+    place: RunnableConfig = {"configurable": {"thread_id": "t", "checkpoint_ns": "inner"}}
+    with open_checkpointer(database_url, save=save) as saver:
+        graph = builder.compile(checkpointer=saver)
+        for turn in (1, 2):
+            await graph.ainvoke({"log": []}, CONFIG, durability="sync")
+            with open_checkpointer(database_url) as other:
+                found = other.get_tuple(place)
+            assert found is not None
+            values = found.checkpoint["channel_values"]
+            assert values["value"] in "pqr"
+            assert len(values["log"]) == 2 * turn
+
+
+def test_several_may_follow_what_is_held_back(sqlite_url: str) -> None:
+    def put(name: str, parent: str | None, changed: str, **values: Any) -> None:
+        place: Any = {"thread_id": "t", "checkpoint_ns": "", "checkpoint_id": parent}
+        made: Any = {
+            **empty_checkpoint(),
+            "id": name,
+            "channel_values": values,
+            "channel_versions": dict.fromkeys(values, 1),
+            "updated_channels": ["branch:to:next"],
+        }
+        saver.put({"configurable": place}, made, {"source": "loop", "step": 1}, {changed: 1})
+
+    with open_checkpointer(sqlite_url, save="exit") as saver:
+        put("c1", None, "x", x=1)
+        put("c2", "c1", "y", x=1, y=2)
+        put("c3", "c1", "z", x=1, z=3)
+        found = {each.checkpoint["id"]: each.checkpoint for each in saver.list(CONFIG)}
+    values = {name: each["channel_values"] for name, each in found.items()}
+    assert values == {"c2": {"x": 1, "y": 2}, "c3": {"x": 1, "z": 3}}
+
+
+async def test_end_of_a_marked_node_is_stored_by_who_did_not_see_it_begin(
+    database_url: str,
+) -> None:
+    def asks(_: State) -> State:
+        return {"log": [interrupt("?")]}
+
+    def looks(_: State) -> State:
+        seen.append(stored_log(database_url))
+        return {}
+
+    seen: list[Any] = []
+    with open_checkpointer(database_url, save=["b"]) as saver:
+        await line(saver, b=asks).ainvoke({"log": []}, CONFIG, durability="sync")
+    with open_checkpointer(database_url, save=["b"]) as other:
+        graph = line(other, b=asks, c=looks)
+        await graph.ainvoke(Command(resume="yes"), CONFIG, durability="sync")
+    assert seen == [["a", "yes"]]
+
+
+@pytest.mark.parametrize("before", [[], ["0", "a"]])
+@pytest.mark.parametrize("interface", ["sync", "async"])
+async def test_graph_that_has_used_its_steps_is_stored(
+    database_url: str, interface: Literal["sync", "async"], before: list[str]
+) -> None:
+    builder = chain(("a", logs("a")))
+    builder.add_edge("a", "a")
+    limited: RunnableConfig = {**CONFIG, "recursion_limit": 4}
+    with open_checkpointer(database_url, save="exit") as saver:
+        graph = builder.compile(checkpointer=saver)
+        if before:
+            graph.update_state(CONFIG, {"log": before}, as_node="a")
+        with pytest.raises(GraphRecursionError):
+            await run(graph, interface, {"log": ["0"]}, limited)
+        assert stored_log(database_url) == [*before, "0", "a", "a", "a", "a"]
+
+
+@pytest.mark.parametrize("how", ["flush", "list", "copy", "prune"])
+async def test_what_breakpoints_leave_behind_is_stored_when_asked_for(
+    database_url: str, how: str
+) -> None:
+    builder = chain(*((name, logs(name)) for name in NODES))
+    with open_checkpointer(database_url, save="exit") as saver:
+        graph = builder.compile(checkpointer=saver, interrupt_before=["c"])
+        await graph.ainvoke({"log": []}, CONFIG, durability="sync")
+        assert stored_log(database_url) is None
+        if how == "flush":
+            await saver.flush("t")
+        elif how == "list":
+            assert len(list(saver.list(None))) == 1
+        elif how == "copy":
+            saver.copy_thread("t", "copy")
+        else:
+            saver.prune(["t"])
+        assert stored_log(database_url) == ["a", "b"]
+
+
+LEFT = """
+import sys
+from agentflow.checkpoint import open_checkpointer
+from tests.integration.graphs import chain, logs
+steps = [(name, logs(name)) for name in "abcd"]
+saver = open_checkpointer(sys.argv[1], save="exit")
+graph = chain(*steps).compile(checkpointer=saver, interrupt_before=["c"])
+graph.invoke({"log": []}, {"configurable": {"thread_id": "t"}}, durability="sync")
+"""
+FORKS = """
+import os
+pid = os.fork()
+if pid == 0:
+    saver.get_tuple({"configurable": {"thread_id": "t"}})
+    sys.exit(0)
+assert os.waitpid(pid, 0)[1] == 0
+with open_checkpointer(sys.argv[1]) as other:
+    assert other.get_tuple({"configurable": {"thread_id": "t"}}) is None
+"""
+
+
+@pytest.mark.parametrize("forks", ["", FORKS])
+def test_what_is_held_back_is_stored_by_its_process_at_its_end(sqlite_url: str, forks: str) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", LEFT + forks, sqlite_url]
+    subprocess.run(
+        command, check=True, timeout=60, env={**os.environ, "PYTHONPATH": str(Path.cwd())}
+    )
+    assert stored_log(sqlite_url) == ["a", "b"]
 
 
 def test_unknown_policies_and_delta_channels_are_refused(sqlite_url: str) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import sqlite3
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +21,7 @@ from agentflow.config import Settings
 from agentflow.database import Database
 from agentflow.database.futures import Future
 from agentflow.database.tables import leases
-from agentflow.database.writer import Call, Rejected
+from agentflow.database.writer import Call, GroupCommitWriter, Operation, Rejected
 from agentflow.errors import StoreUnavailableError
 from agentflow.failpoints import arm, disarm
 
@@ -231,3 +235,88 @@ saver.close()
 def test_parent_and_child_of_a_fork_both_write(database_url: str) -> None:
     command = [sys.executable, "-W", "ignore", "-c", FORK, database_url]
     subprocess.run(command, check=True, timeout=60, cwd=Path.cwd())
+
+
+def test_many_event_loops_wait_for_one_writer(database: Database) -> None:
+    ended = []
+
+    async def wait_for_some() -> None:
+        futures = [database.submit(Call(lambda _: None)) for _ in range(3)]
+        await asyncio.gather(*map(database.settled, futures))
+
+    def work() -> None:
+        for _ in range(100):
+            asyncio.run(asyncio.wait_for(wait_for_some(), 30))
+        ended.append(threading.get_ident())
+
+    # So that threads are interrupted wherever they can be.
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(ended) == len(threads)
+
+
+def test_locked_file_is_waited_for_once_by_a_whole_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts = []
+    transact = GroupCommitWriter._transact
+
+    def counted(writer: GroupCommitWriter, batch: Sequence[Operation]) -> list[Any]:
+        attempts.append(len(batch))
+        return transact(writer, batch)
+
+    database = Database(
+        f"sqlite:///{tmp_path}/a.db", Settings(store_timeout=timedelta(seconds=0.5))
+    )
+    assert database.submit(insert("before")).result(timeout=30) == "before"
+    monkeypatch.setattr(GroupCommitWriter, "_transact", counted)
+    with contextlib.closing(sqlite3.connect(tmp_path / "a.db", isolation_level=None)) as rival:
+        rival.execute("BEGIN IMMEDIATE")
+        futures = [database.submit(insert(f"{n}")) for n in range(20)]
+        errors = [future.exception(timeout=30) for future in futures]
+        rival.execute("ROLLBACK")
+    assert all(isinstance(error, StoreUnavailableError) for error in errors)
+    assert sum(attempts) == 20
+    assert len(attempts) <= 2, "one for what came first, one for all that waited behind it"
+    assert database.submit(insert("later")).result(timeout=30) == "later"
+    database.close()
+
+
+def test_child_that_was_forked_inside_a_call_is_told_so(tmp_path: Path) -> None:
+    program = """
+import os, sys
+from agentflow.config import Settings
+from agentflow.database import Database
+from agentflow.database.writer import Call
+from agentflow.errors import StoreUnavailableError
+import threading
+database = Database(sys.argv[1], Settings())
+entered, go_on = threading.Event(), threading.Event()
+future = database.submit(Call(lambda _: (entered.set(), go_on.wait(30))))
+entered.wait(30)
+child = os.fork()
+if child == 0:
+    try:
+        database.submit(Call(lambda _: None))
+    except StoreUnavailableError as error:
+        os._exit(7 if "forked while" in str(error) else 1)
+    os._exit(2)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+go_on.set()
+future.result(timeout=30)
+child = os.fork()
+if child == 0:
+    database.submit(Call(lambda _: None)).result(timeout=30)
+    os._exit(7)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+"""
+    url = f"sqlite:///{tmp_path}/a.db"
+    subprocess.run([sys.executable, "-c", program, url], check=True, timeout=60)

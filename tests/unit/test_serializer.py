@@ -27,13 +27,14 @@ from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
 from langgraph.types import Send
 from pydantic import BaseModel, PrivateAttr, SecretBytes, SecretStr
 
-from agentflow.codec import Codec, seal
+from agentflow.codec import Codec, context_of
 from agentflow.errors import (
     BlockedTypeError,
     HashMismatchError,
     SerializationError,
     UnknownVersionError,
 )
+from agentflow.keys import KeyRing
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -372,10 +373,10 @@ def test_text_that_only_looks_like_a_class_or_an_import_does_nothing() -> None:
         for code in (23, 24, 25, 26):
             body = ormsgpack.packb(ormsgpack.Ext(code, ormsgpack.packb([name, {"a": 1}, 1, [], 1])))
             with pytest.raises(BlockedTypeError):
-                CODEC.loads(seal(body))
+                CODEC.loads(CODEC.seal(body))
     assert "antigravity" not in sys.modules
     with pytest.raises(BlockedTypeError, match="extension 99"):
-        CODEC.loads(seal(ormsgpack.packb(ormsgpack.Ext(99, b"\xc0"))))
+        CODEC.loads(CODEC.seal(ormsgpack.packb(ormsgpack.Ext(99, b"\xc0"))))
 
 
 @dataclass
@@ -414,21 +415,34 @@ def test_stored_bytes_of_version_one_are_still_read() -> None:
 
 
 def test_stored_bytes_of_version_two_are_still_read() -> None:
-    """As above; this version compresses."""
-    stored = read_golden("codec-v2.jsonl", {**VALUES, "long text": LONG_TEXT})
+    """As above; this version compresses, and binds each value to its context."""
+    stored = read_golden("codec-v2.jsonl", {**VALUES, "long text": LONG_TEXT}, bound=True)
     assert len(stored["long text"]) < len(LONG_TEXT) / 4
+
+
+def test_encrypted_bytes_of_version_two_are_still_read() -> None:
+    keys = KeyRing({"golden": bytes(range(32))})
+    read_golden(
+        "codec-v2-encrypted.jsonl",
+        {**VALUES, "long text": LONG_TEXT},
+        codec=Codec(keys=keys),
+        bound=True,
+    )
 
 
 LONG_TEXT = "All happy families are alike. " * 100
 
 
-def read_golden(name: str, expected: dict[str, Any]) -> dict[str, bytes]:
+def read_golden(
+    name: str, expected: dict[str, Any], *, codec: Codec = CODEC, bound: bool = False
+) -> dict[str, bytes]:
     """Hold what a golden file has against the values that it was made from."""
     lines = [json.loads(line) for line in (GOLDEN / name).read_text().splitlines()]
     stored = {line["name"]: bytes.fromhex(line["bytes"]) for line in lines}
     assert stored.keys() == expected.keys()
     for line in lines:
-        value = CODEC.loads(stored[line["name"]])
+        context = context_of("golden", line["name"]) if bound else b""
+        value = codec.loads(stored[line["name"]], context=context)
         assert same(value, expected[line["name"]]), line["name"]
         assert repr(value) == line["repr"], line["name"]
     return stored

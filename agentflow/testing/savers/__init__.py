@@ -20,9 +20,10 @@ of plain pytest tests and two hooks, which open the saver. `SaverSuite` is all o
             return MySaver(self.url, verify_deltas=verify_deltas)
     ```
 
-A saver without leases leaves out `FencingSuite`: derive from the other suites, as `SaverSuite`
-does. The suites need `pytest` and `hypothesis`, and no plugin. LangGraph has a suite of its own for
-what any checkpointer does (`langgraph-checkpoint-conformance`); these go on where it ends.
+A saver without leases leaves out `FencingSuite`, and one without `sweep` `RetentionSuite`: derive
+from the other suites, as `SaverSuite` does. The suites need `pytest` and `hypothesis`, and no
+plugin. LangGraph has a suite of its own for what any checkpointer does
+(`langgraph-checkpoint-conformance`); these go on where it ends.
 """
 
 # ruff: noqa: E402 -- assertions are rewritten only in modules that are imported afterwards
@@ -46,6 +47,7 @@ pytest.register_assert_rewrite(
             "lists",
             "order",
             "parity",
+            "retention",
             "writes",
         )
     )
@@ -64,6 +66,7 @@ from agentflow.testing.savers.listing import ListingSuite as ListingSuite
 from agentflow.testing.savers.lists import ListsSuite as ListsSuite
 from agentflow.testing.savers.order import OrderSuite as OrderSuite
 from agentflow.testing.savers.parity import ParitySuite as ParitySuite
+from agentflow.testing.savers.retention import RetentionSuite as RetentionSuite
 from agentflow.testing.savers.writes import WritesSuite as WritesSuite
 
 
@@ -80,6 +83,7 @@ class SaverSuite(
     ListsSuite,
     HistoriesSuite,
     DeltaChannelSuite,
+    RetentionSuite,
     ParitySuite,
 ):
     """Everything that agentflow promises of a saver."""

@@ -204,6 +204,47 @@ class BranchesSuite(Suite):
         parents = [parent and parent["configurable"]["checkpoint_id"] for _, parent in found]
         assert parents == [*ids[1:], None]
 
+    @pytest.mark.parametrize("calls", [1, 2])
+    def test_of_racing_invocations_one_moves_the_namespace_of_a_subgraph(
+        self, saver: AnySaver, calls: int
+    ) -> None:
+        """Both have called the subgraph before either can lose: each puts when it ends."""
+
+        def builds(node: Any) -> Graph:
+            child = chain(("node", node)).compile(checkpointer=True)
+            return chain(("child", child)).compile(checkpointer=saver)
+
+        if calls == 2:
+            builds(logs("before")).invoke({"log": []}, CONFIG, durability="exit")
+        graph = builds(Gate())
+
+        async def race() -> list[Any]:
+            both = (graph.ainvoke({"log": [i]}, CONFIG, durability="exit") for i in range(2))
+            return await asyncio.gather(*both, return_exceptions=True)
+
+        assert any(isinstance(each, ConflictError) for each in asyncio.run(race()))
+        place: Any = {"configurable": {"thread_id": "t", "checkpoint_ns": "child"}}
+        assert len(list(saver.list(place))) == calls
+
+    def test_update_that_found_nothing_loses_to_whoever_came_first(
+        self, saver: AnySaver, another: AnySaver, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        look = saver.get_tuple
+
+        def overtaken(config: Any) -> Any:
+            found = look(config)
+            letters("a").compile(checkpointer=another).update_state(
+                CONFIG, {"log": ["faster"]}, as_node="a"
+            )
+            return found
+
+        graph = letters("a").compile(checkpointer=saver)
+        with monkeypatch.context() as patch:
+            patch.setattr(saver, "get_tuple", overtaken)
+            with pytest.raises(ConflictError):
+                graph.update_state(CONFIG, {"log": ["slower"]}, as_node="a")
+        assert graph.get_state(CONFIG).values == {"log": ["faster"]}
+
     def test_host_whose_clock_is_a_minute_behind_continues_the_newest_checkpoint(
         self, saver: AnySaver, another: AnySaver, monkeypatch: pytest.MonkeyPatch
     ) -> None:

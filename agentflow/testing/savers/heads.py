@@ -238,6 +238,20 @@ class HeadsSuite(Suite):
         with pytest.raises(ConflictError):
             put(saver, "d6", "d4", ns="child")
 
+    def test_of_two_who_loaded_a_child_namespace_one_loses(self, saver: AnySaver) -> None:
+        put(saver, "d1", ns="child")
+        first, second = (load(saver, ns="child").config for _ in range(2))
+        put(saver, "d2", first, ns="child")
+        with pytest.raises(ConflictError):
+            put(saver, "d3", second, ns="child")
+        assert ids(saver.list(at(ns="child"))) == ["d2", "d1"]
+
+    def test_put_that_leaves_out_what_nobody_has_is_refused(self, saver: AnySaver) -> None:
+        torn = checkpoint("c2", {"x": 1, "y": 2}, x="unchanged", y="new")
+        with pytest.raises(ConflictError):
+            saver.put(at("never stored"), torn, {"step": 1}, {"y": 2})
+        assert saver.get_tuple(at()) is None
+
     def test_second_put_of_an_invocation_that_ends_replaces_the_first(
         self, saver: AnySaver, another: AnySaver
     ) -> None:

@@ -209,6 +209,24 @@ class OrderSuite(Suite):
         put(saver, "c3", load(saver).config)
         assert writes_at(saver) == []
 
+    def test_subgraph_of_an_invocation_that_has_lost_does_not_win(self, saver: Saver) -> None:
+        """With `durability="async"` it runs before its caller's checkpoint is durable."""
+        put(saver, "c1")
+        invocation = load(saver).config
+        put(saver, "c2", "c1")
+        called = at(ns="child")
+        called["configurable"]["checkpoint_map"] = {"": "lost"}
+
+        async def superstep() -> list[Any]:
+            lost = saver.aput(invocation, checkpoint("lost", {"x": 1}, x=1), {}, {"x": 1})
+            losing = asyncio.ensure_future(lost)
+            await asyncio.sleep(0)
+            inner = saver.aput(called, checkpoint("d1", {"x": 1}, x=1), {}, {"x": 1})
+            return list(await asyncio.gather(losing, inner, return_exceptions=True))
+
+        assert [type(each) for each in asyncio.run(superstep())] == [ConflictError] * 2
+        assert saver.get_tuple(at(ns="child")) is None
+
     def test_cancelled_caller_does_not_tear_its_checkpoint(
         self, saver: Saver, another: Saver
     ) -> None:

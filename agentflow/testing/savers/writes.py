@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from langgraph.checkpoint.serde.types import ERROR, INTERRUPT, RESUME, SCHEDULED
 
-from agentflow.errors import SerializationError
+from agentflow.errors import ConflictError, SerializationError
 from agentflow.testing.savers.base import Suite
 from agentflow.testing.savers.calls import (
     AnySaver,
@@ -19,6 +19,7 @@ from agentflow.testing.savers.calls import (
     load,
     put,
     put_line,
+    values_at,
     writes_at,
 )
 
@@ -203,6 +204,40 @@ class WritesSuite(Suite):
         put(saver, "c3", after(invocation, "c2"))
         assert writes_at(saver, "c1") == [("task", "x", 1)]
         assert writes_at(saver, "c2") == [("task", "x", 2)]
+
+    def test_checkpoint_put_again_elsewhere_leaves_its_parent_the_writes(
+        self, saver: AnySaver
+    ) -> None:
+        put(saver, "c1")
+        made = checkpoint("c2", {"x": 2}, x=2)
+
+        async def superstep() -> None:
+            await asyncio.gather(
+                saver.aput_writes(at("c1"), [("x", 1)], "task"),
+                saver.aput(at("c1"), made, {}, {"x": 2}),
+            )
+
+        asyncio.run(superstep())
+        put(saver, "c2", changed="again")
+        assert load(saver).parent_config is None
+        assert writes_at(saver, "c1") == [("task", "x", 1)]
+
+    def test_what_others_were_made_from_is_not_put_again(self, saver: AnySaver) -> None:
+        put(saver, "d1", ns="child")
+        place = at("d1", ns="child")
+
+        async def superstep() -> None:
+            made = checkpoint("d2", {"x": 2}, x=2)
+            await asyncio.gather(
+                saver.aput_writes(place, [("x", 1)], "task"),
+                saver.aput(place, made, {}, {"x": 2}),
+            )
+
+        asyncio.run(superstep())
+        with pytest.raises(ConflictError):
+            put(saver, "d1", ns="child", changed="again")
+        assert values_at(saver, "d1", ns="child") == {"x": "d1"}
+        assert writes_at(saver, "d1", ns="child") == [("task", "x", 1)]
 
     def test_writes_survive_a_parallel_call_that_puts_again(self, saver: AnySaver) -> None:
         """Parallel calls of one subgraph share its namespace; each may put its last again."""

@@ -1,7 +1,8 @@
 """Smaller checkpoints: threads by number, values apart from checkpoints, writes as a log.
 
 Values of revision 0001 were sealed one by one and held by the checkpoint that changed them. They
-become values of their own, sealed as they were.
+become values of their own. Everything is sealed anew, bound to its place, and each checkpoint gets
+a hash that covers that of its parent.
 """
 
 import hashlib
@@ -68,6 +69,7 @@ def _create() -> None:
         sa.Column("run_id", sa.Text(), nullable=True),
         sa.Column("step", sa.Integer(), nullable=True),
         sa.Column("data", sa.LargeBinary(), nullable=False),
+        sa.Column("hash", sa.LargeBinary(), nullable=False),
         sa.Column("parent_writes", sa.LargeBinary(), nullable=True),
         sa.Column("base", sa.LargeBinary(), nullable=True),
         sa.PrimaryKeyConstraint("thread", "ns", "seq", name="agentflow_checkpoints_number"),
@@ -92,6 +94,15 @@ def _create() -> None:
         sa.PrimaryKeyConstraint(
             "thread", "ns", "checkpoint_id", "seq", name="agentflow_writes_number"
         ),
+    )
+    op.create_table(
+        "agentflow_anchors",
+        sa.Column("thread", sa.BigInteger(), nullable=False),
+        sa.Column("ns", sa.Text(), nullable=False),
+        sa.Column("checkpoint_id", sa.Text(), nullable=False),
+        sa.Column("seq", sa.BigInteger(), nullable=False),
+        sa.Column("data", sa.LargeBinary(), nullable=False),
+        sa.PrimaryKeyConstraint("thread", "ns", "checkpoint_id"),
     )
 
 
@@ -120,6 +131,8 @@ class _Thread:
         self.seq = seq
         # Namespace, checkpoint and channel to where the value is now.
         self.places: dict[tuple[str, str, str], Any] = {}
+        self.hashes: dict[tuple[str, str], bytes] = {}
+        self.names = [tenant, thread_id]
 
     def convert(self) -> None:
         for row in self._rows("checkpoints", "seq"):
@@ -129,8 +142,10 @@ class _Thread:
             call = (row.ns, row.checkpoint_id, row.task_id, row.task_path)
             calls.setdefault(call, []).append([row.idx, row.channel, _unseal(row.value)])
         for (ns, checkpoint_id, task_id, task_path), items in calls.items():
-            data = _seal([[task_id, task_path, items]])
-            self.insert("writes", ns=ns, checkpoint_id=checkpoint_id, seq=self.next(), data=data)
+            seq = self.next()
+            body = ormsgpack.packb([[task_id, task_path, items]])
+            data = _seal(body, ["writes", *self.names, ns, checkpoint_id, seq])
+            self.insert("writes", ns=ns, checkpoint_id=checkpoint_id, seq=seq, data=data)
         self.connection.execute(
             sa.text("UPDATE agentflow_threads SET seq = :seq WHERE id = :id"),
             {"seq": self.seq, "id": self.number},
@@ -152,24 +167,30 @@ class _Thread:
             here = (row.ns, row.checkpoint_id, channel)
             if isinstance(held, bytes):
                 series = self.next()
-                self.insert("values", series=series, start=0, data=held)
-                self.places[here] = [series, WHOLE, False]
+                body = _unseal(held)
+                sealed = _seal(body, ["value", *self.names, series, 0])
+                self.insert("values", series=series, start=0, data=sealed)
+                self.places[here] = [hashlib.sha256(body).digest(), series, WHOLE, False]
             else:
                 self.places[here] = self.places[row.ns, held, channel]
             channels[channel] = self.places[here]
         # The body and the metadata stay as they were serialized.
         head = b"\x92" + _unseal(row.body) + _unseal(row.metadata)
-        self.insert(
-            "checkpoints",
-            ns=row.ns,
-            seq=row.seq,
-            checkpoint_id=row.checkpoint_id,
-            parent_id=row.parent_id,
-            attempt=row.attempt,
-            run_id=row.run_id,
-            step=row.step,
-            data=_seal([head, channels, []]),
-        )
+        parent = self.hashes.get((row.ns, row.parent_id))
+        columns = {
+            "checkpoint_id": row.checkpoint_id,
+            "parent_id": row.parent_id,
+            "attempt": row.attempt,
+            "run_id": row.run_id,
+            "step": row.step,
+        }
+        place = [*self.names, row.ns]
+        values = [[channel, held[0]] for channel, held in sorted(channels.items())]
+        covered = ormsgpack.packb([*place, *columns.values(), parent, head, values])
+        own = self.hashes[row.ns, row.checkpoint_id] = hashlib.sha256(covered).digest()
+        context = ["checkpoint", *place, row.seq, *columns.values(), own, False, False]
+        data = _seal(ormsgpack.packb([head, channels, [], parent]), context)
+        self.insert("checkpoints", ns=row.ns, seq=row.seq, **columns, data=data, hash=own)
 
     def next(self) -> int:
         self.seq += 1
@@ -190,11 +211,12 @@ _HEADER = struct.Struct(">BBBBQ")
 _PREFIX = _HEADER.size + 32
 
 
-def _seal(value: Any) -> bytes:
-    """Put a value into an envelope of the codec's version 1."""
-    body = ormsgpack.packb(value)
-    header = _HEADER.pack(1, 0, 1, 0, len(body))
-    return header + hashlib.sha256(header + body).digest() + body
+def _seal(body: bytes, context: list[Any]) -> bytes:
+    """Put a value into an envelope of the codec's version 2."""
+    header = _HEADER.pack(2, 0, 1, 0, len(body))
+    bound = ormsgpack.packb(context)
+    digest = hashlib.sha256(header + len(bound).to_bytes(8, "big") + bound + body).digest()
+    return header + digest + body
 
 
 def _unseal(data: bytes) -> bytes:

@@ -1,0 +1,675 @@
+"""Verification of everything that is stored: each row, each hash, each chain, each value.
+
+Threads are read in groups, each group on one consistent snapshot and page by page. What is kept of
+a thread meanwhile are hashes: of its checkpoints, and of its values as its checkpoints want them.
+Each stretch of a value is read once, however many checkpoints share it. Neither values nor metadata
+are decoded: what their seals and hashes cover is bytes.
+
+What follows from damage that is reported is not reported again: of a checkpoint that cannot be
+opened nothing is compared with its hash, and no digest with a list that has a damaged stretch.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from itertools import chain
+from typing import Any, Final, Generic, NamedTuple
+
+import ormsgpack
+
+from agentflow.checkpoint.records import Call, Place, hash_of, references
+from agentflow.checkpoint.rows import (
+    RETIRED,
+    WHOLE,
+    AnchorRow,
+    AnyRow,
+    CheckpointRow,
+    Held,
+    Rows,
+    ThreadKey,
+    ThreadState,
+    ValueRow,
+    WritesRow,
+)
+from agentflow.codec import Codec, digest_of
+from agentflow.delta import Hasher, count_block, hash_block, is_list, new_hasher
+from agentflow.errors import CodecError, HashMismatchError, MissingBlobError
+
+_GROUP = 500
+"""Threads that are verified on one snapshot, at most."""
+_GROUP_ROWS = 20_000
+"""About as many rows make a group full; a thread with more has a snapshot of its own."""
+_FIRST_PAGE, _MAX_PAGE, _PAGE_BYTES = 100, 1000, 8_000_000
+_END: Final = 1 << 62
+_MALFORMED = (TypeError, ValueError, LookupError, AttributeError)
+"""What comes of bytes that were sealed by something else than this program."""
+
+Prefix = tuple[tuple[int, int], ...]
+"""The parts of a list before its last one, as series and length."""
+
+
+class Referrer(NamedTuple):
+    """A channel of a checkpoint, or its writes if no channel is named."""
+
+    ns: str = ""
+    checkpoint_id: str = ""
+    channel: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Damage:
+    """Something that is not as it was stored."""
+
+    error: str
+    """The name of the error that a reader gets."""
+    tenant: str
+    thread_id: str
+    ns: str
+    checkpoint_id: str
+    """Empty for what belongs to none."""
+    channel: str
+    """Empty for what belongs to none."""
+    message: str
+
+
+@dataclass(slots=True)
+class Counts:
+    """How much was verified."""
+
+    threads: int = 0
+    checkpoints: int = 0
+    values: int = 0
+    """Stretches of values that are kept apart from checkpoints."""
+    writes: int = 0
+    """Rows of the log."""
+    anchors: int = 0
+
+    def add(self, other: Counts) -> None:
+        """Add what else was verified."""
+        for each in fields(self):
+            setattr(self, each.name, getattr(self, each.name) + getattr(other, each.name))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scope:
+    """What to verify; `None` does not narrow."""
+
+    tenant: str | None = None
+    thread_id: str | None = None
+
+    @property
+    def is_everything(self) -> bool:
+        """Whether it is the whole database."""
+        return self.tenant is None and self.thread_id is None
+
+
+@dataclass(slots=True)
+class Audited:
+    """What has come of one group of threads."""
+
+    after: int | None
+    """Where the next group begins; `None` after the last one."""
+    counts: Counts = field(default_factory=Counts)
+    damages: list[Damage] = field(default_factory=list)
+
+
+Advance = Callable[[int], None]
+"""Told of checkpoints as they are verified."""
+
+
+def audit_group(rows: Rows, codec: Codec, scope: Scope, after: int, advance: Advance) -> Audited:
+    """Verify the threads behind a number, as many as fit into one snapshot."""
+    found = rows.list_threads(scope.tenant, scope.thread_id, after, _GROUP)
+    taken: list[tuple[ThreadKey, ThreadState]] = []
+    weight = 0
+    for key, state in found:
+        if taken and weight + state.seq > _GROUP_ROWS:
+            break
+        taken.append((key, state))
+        weight += state.seq
+    is_last = len(taken) == len(found) < _GROUP
+    audited = Audited(None if is_last else taken[-1][1].number)
+    if scope.is_everything:
+        # Also what lies between the threads, and belongs to none.
+        end = _END if is_last else taken[-1][1].number
+        _audit_range(rows, codec, taken, (after, end), audited, advance)
+    else:
+        for each in taken:
+            number = each[1].number
+            _audit_range(rows, codec, [each], (number - 1, number), audited, advance)
+    return audited
+
+
+def _audit_range(
+    rows: Rows,
+    codec: Codec,
+    found: Sequence[tuple[ThreadKey, ThreadState]],
+    between: tuple[int, int],
+    audited: Audited,
+    advance: Advance,
+) -> None:
+    """Verify threads, and report rows between them."""
+    anchors = _Sweep(rows, AnchorRow, between)
+    checkpoints = _Sweep(rows, CheckpointRow, between, advance)
+    values = _Sweep(rows, ValueRow, between)
+    writes = _Sweep(rows, WritesRow, between)
+    sweeps: tuple[_Sweep[Any], ...] = (anchors, checkpoints, values, writes)
+    for key, state in found:
+        for sweep in sweeps:
+            audited.damages += _strays(sweep, state.number)
+        if key[0] == RETIRED:
+            # On its way to be deleted, and no longer under the name that it was sealed for.
+            for sweep in sweeps:
+                deque(sweep.of(state.number), maxlen=0)
+            continue
+        audit = _ThreadAudit(codec, key, state, audited)
+        for anchor in anchors.of(state.number):
+            audit.anchor(anchor)
+        for checkpoint in checkpoints.of(state.number):
+            audit.checkpoint(checkpoint)
+        audit.end_chains()
+        for value in values.of(state.number):
+            audit.value(value)
+        audit.end_values()
+        for row in writes.of(state.number):
+            audit.writes(row)
+        audit.end()
+    for sweep in sweeps:
+        audited.damages += _strays(sweep, between[1] + 1)
+
+
+class _Sweep(Generic[AnyRow]):
+    """The rows of one kind of a range of threads, in order, a page at a time."""
+
+    def __init__(
+        self,
+        rows: Rows,
+        kind: type[AnyRow],
+        between: tuple[int, int],
+        advance: Advance | None = None,
+    ) -> None:
+        self.kind: type[AnyRow] = kind
+        self._rows = rows
+        self._between = between
+        self._advance = advance
+        self._rest: Iterator[AnyRow] = chain.from_iterable(self._pages())
+        self._next: AnyRow | None = next(self._rest, None)
+
+    def of(self, number: int) -> Iterator[AnyRow]:
+        """Yield what there is up to a thread of this number, and of it."""
+        row, rest = self._next, self._rest
+        while row is not None and row.thread <= number:
+            yield row
+            row = next(rest, None)
+        self._next = row
+
+    def _pages(self) -> Iterator[list[AnyRow]]:
+        limit, last = _FIRST_PAGE, None
+        while page := self._rows.sweep(self._between, self.kind, last, limit):
+            yield page
+            if self._advance is not None:
+                self._advance(len(page))
+            if len(page) < limit:
+                return
+            last = page[-1]
+            size = sum(len(row.data) for row in page)
+            limit = max(1, min(4 * limit, _MAX_PAGE, limit * _PAGE_BYTES // max(1, size)))
+
+
+def _strays(sweep: _Sweep[Any], number: int) -> Iterator[Damage]:
+    """Report the rows of threads below a number; those of known threads were taken before."""
+    for row in sweep.of(number - 1):
+        error = HashMismatchError(f"a row of {sweep.kind.__name__}", "its thread does not exist")
+        yield _damage(error, Place("", "", ""), Referrer(getattr(row, "ns", "")))
+
+
+def _damage(error: CodecError, place: Place, referrer: Referrer) -> Damage:
+    return Damage(
+        error=type(error).__name__,
+        tenant=place.tenant,
+        thread_id=place.thread_id,
+        ns=referrer.ns,
+        checkpoint_id=referrer.checkpoint_id,
+        channel=referrer.channel,
+        message=str(error),
+    )
+
+
+class _Series:
+    """What checkpoints and writes want of one series of values."""
+
+    __slots__ = ("lists", "shared", "wholes")
+
+    def __init__(self) -> None:
+        self.wholes: dict[bytes, Referrer] = {}
+        """Digests of it as one value."""
+        self.lists: dict[Prefix, dict[int, _Wanted]] = {}
+        """By what comes before it in a list, and by how much of it belongs to the list."""
+        self.shared: dict[tuple[int, int], Referrer] = {}
+        """What writes have in common with it, as start and length."""
+
+
+class _Wanted:
+    """A list that ends here, or goes on in another series."""
+
+    __slots__ = ("digests", "goes_on", "referrer")
+
+    def __init__(self, referrer: Referrer) -> None:
+        self.referrer = referrer
+        self.digests: dict[bytes, Referrer] = {}
+        self.goes_on = False
+
+
+class _ThreadAudit:
+    """Verifies one thread: its anchors, checkpoints, values and writes, in this order."""
+
+    def __init__(self, codec: Codec, key: ThreadKey, state: ThreadState, audited: Audited) -> None:
+        self._codec = codec
+        self._key = key
+        self._seq = state.seq
+        self._newest = 0
+        self._audited = audited
+        self._place = Place(*key, "")
+        self._counts = audited.counts
+        self._anchors: dict[tuple[str, str], bytes | None] = {}
+        self._hashes: dict[str, bytes | None] = {}
+        """Of the namespace's checkpoints so far; `None` for what is damaged."""
+        self._later: list[tuple[str, str, bytes]] = []
+        """Checkpoints whose parents have not come yet: id, parent and its hash."""
+        self._before: dict[str, Any] = {}
+        """Where the checkpoint before keeps its values."""
+        self._series: dict[int, _Series] = {}
+        self._states: dict[Prefix, Hasher] = {}
+        """Of lists that go on in another series."""
+        self._reading: _Reading | None = None
+        self._counts.threads += 1
+
+    def anchor(self, row: AnchorRow) -> None:
+        """Verify the hash of a deleted checkpoint."""
+        self._counts.anchors += 1
+        place = self._at(row.ns)
+        context = place.context_of_anchor(row.checkpoint_id, row.seq)
+        where = place.of(f"the anchor of checkpoint {row.checkpoint_id!r}")
+        referrer = Referrer(row.ns, row.checkpoint_id)
+        self._anchors[row.ns, row.checkpoint_id] = self._unsealed(
+            row.data, context, where, referrer
+        )
+
+    def checkpoint(self, row: CheckpointRow) -> None:
+        """Verify a checkpoint's row, and note what it wants of its parent and of values."""
+        self._counts.checkpoints += 1
+        if row.ns != self._place.ns:
+            self.end_chains()
+            self._at(row.ns)
+        self._newest = max(self._newest, row.seq)
+        self._hashes[row.checkpoint_id] = None
+        try:
+            self._open(row)
+        except CodecError as error:
+            self._report(_placed(error, _named(self._place, row)), _referrer(row))
+        except _MALFORMED:
+            malformed = HashMismatchError(_named(self._place, row), "it is no record")
+            self._report(malformed, _referrer(row))
+        else:
+            self._hashes[row.checkpoint_id] = row.hash
+        if row.parent_writes is not None:
+            context = self._place.context_of_carried(row.seq, row.checkpoint_id)
+            self._calls(row.parent_writes, context, _referrer(row))
+        if row.base is not None:
+            context = self._place.context_of_base(row.checkpoint_id)
+            where = self._place.of(f"the base of checkpoint {row.checkpoint_id!r}")
+            self._unsealed(row.base, context, where, _referrer(row))
+
+    def _open(self, row: CheckpointRow) -> None:
+        codec, place = self._codec, self._place
+        # Named only if it comes to that: to name it takes as long as to hash it.
+        body = codec.unseal(row.data, place.context_of_row(row))
+        head, channels, calls, parent_hash = _unpacked(codec, body)
+        layout = {
+            channel: Held("", stored) if isinstance(stored, bytes) else Held("", (), stored[0])
+            for channel, stored in channels.items()
+        }
+        covered = hash_of(codec, place, row, head, layout, parent_hash)
+        if codec.hash_like(row.data, covered) != row.hash:
+            raise HashMismatchError
+        before = self._before
+        for channel, stored in channels.items():
+            if not isinstance(stored, bytes) and before.get(channel) != stored:
+                self._want(stored, Referrer(row.ns, row.checkpoint_id, channel))
+        self._before = channels
+        if calls:
+            self._share(calls, _referrer(row))
+        if row.parent_id is None or parent_hash is None:
+            return
+        if self._hashes.get(row.parent_id) != parent_hash:
+            # Of parallel calls of a subgraph, one may have put the parent again behind it.
+            self._later.append((row.checkpoint_id, row.parent_id, parent_hash))
+
+    def _chain(self, checkpoint_id: str, parent_id: str, expected: bytes) -> None:
+        """Compare the hash of a parent with the one that its child was stored with."""
+        anchor = (self._place.ns, parent_id)
+        known: list[bytes | None] = []
+        if parent_id in self._hashes:
+            known.append(self._hashes[parent_id])
+        if anchor in self._anchors:
+            known.append(self._anchors[anchor])
+        if expected in known or None in known:
+            return
+        reason = (
+            f"the hash of its parent {parent_id!r} is another one than when it was stored"
+            if known
+            else f"its chain is cut: its parent {parent_id!r} was deleted, and left no anchor"
+        )
+        where = self._place.of(f"checkpoint {checkpoint_id!r}")
+        self._report(HashMismatchError(where, reason), Referrer(self._place.ns, checkpoint_id))
+
+    def end_chains(self) -> None:
+        """Compare what is left of a namespace, all of whose checkpoints have come."""
+        for link in self._later:
+            self._chain(*link)
+        self._later, self._hashes, self._before = [], {}, {}
+
+    def _want(self, stored: Sequence[Any], referrer: Referrer) -> None:
+        """Note what a checkpoint wants of values, by digest and parts."""
+        digest, *numbers = stored
+        parts = list(zip(numbers[::3], numbers[1::3], strict=True))
+        series = self._series.get(parts[0][0])
+        if parts[0][1] == WHOLE:
+            if series is None:
+                series = self._series[parts[0][0]] = _Series()
+            series.wholes.setdefault(digest, referrer)
+            return
+        prefix: Prefix = ()
+        for number, length in parts:
+            if number not in self._series:
+                self._series[number] = _Series()
+            lists = self._series[number].lists.setdefault(prefix, {})
+            wanted = lists.get(length)
+            if wanted is None:
+                wanted = lists[length] = _Wanted(referrer)
+            prefix = (*prefix, (number, length))
+            if len(prefix) == len(parts):
+                wanted.digests.setdefault(digest, referrer)
+            else:
+                wanted.goes_on = True
+
+    def _share(self, calls: Sequence[Call], referrer: Referrer) -> None:
+        for number, start, length in references(calls):
+            if number not in self._series:
+                self._series[number] = _Series()
+            self._series[number].shared.setdefault((start, length), referrer)
+
+    def _calls(self, sealed: bytes, context: bytes, referrer: Referrer) -> None:
+        """Verify writes, and note what they have in common with values."""
+        try:
+            self._share(_unpacked(self._codec, self._codec.unseal(sealed, context)), referrer)
+        except CodecError as error:
+            where = self._place.of(f"writes of checkpoint {referrer.checkpoint_id!r}")
+            self._report(_placed(error, where), referrer)
+        except _MALFORMED:
+            where = self._place.of(f"writes of checkpoint {referrer.checkpoint_id!r}")
+            self._report(HashMismatchError(where, "they are not writes"), referrer)
+
+    def writes(self, row: WritesRow) -> None:
+        """Verify a row of the log; what it shares with values would have been verified by now."""
+        self._counts.writes += 1
+        self._newest = max(self._newest, row.seq)
+        place = self._at(row.ns)
+        context = place.context_of_writes(row.checkpoint_id, row.seq)
+        self._calls(row.data, context, Referrer(row.ns, row.checkpoint_id))
+
+    def value(self, row: ValueRow) -> None:
+        """Verify a stretch, and compare digests as far as it reaches."""
+        self._counts.values += 1
+        self._newest = max(self._newest, row.series)
+        reading = self._reading
+        if reading is None or reading.number != row.series:
+            if reading is not None:
+                reading.end()
+            wanted = self._series.pop(row.series, None) or _Series()
+            reading = self._reading = _Reading(self, row.series, wanted)
+        reading.add(row)
+
+    def end_values(self) -> None:
+        """Report the series of which there is nothing."""
+        if self._reading is not None:
+            self._reading.end()
+        for number in sorted(self._series):
+            _Reading(self, number, self._series[number]).end()
+        self._series = {}
+
+    def end(self) -> None:
+        """Compare the thread's number with those that were given in it."""
+        if self._newest > self._seq:
+            where = Place(*self._key, "").of("the number")
+            error = HashMismatchError(where, f"it is {self._seq}, and {self._newest} is in use")
+            self._report(error, Referrer())
+
+    def opened_value(self, row: ValueRow) -> bytes:
+        """Verify the seal of a stretch."""
+        return self._codec.unseal(row.data, self._place.context_of_value(row.series, row.start))
+
+    def resumed(self, prefix: Prefix) -> Hasher | None:
+        """Return the hash of the parts before a series; `None` if they are damaged."""
+        if not prefix:
+            return new_hasher()
+        state = self._states.get(prefix)
+        return state.copy() if state is not None else None
+
+    def suspend(self, prefix: Prefix, hasher: Hasher) -> None:
+        """Keep the hash of a list that goes on in another series."""
+        self._states[prefix] = hasher.copy()
+
+    def report_value(self, error: CodecError, number: int, referrer: Referrer | None) -> None:
+        """Report damage of a value by the channel that has it."""
+        if referrer is None:
+            where = self._place.of(f"value {number}, to which nothing refers,")
+            self._report(_placed(error, where), Referrer())
+            return
+        place = self._place._replace(ns=referrer.ns)
+        what = f"channel {referrer.channel!r}" if referrer.channel else "writes"
+        where = place.of(f"{what} of checkpoint {referrer.checkpoint_id!r}")
+        self._report(_placed(error, where), referrer)
+
+    def _unsealed(
+        self, data: bytes, context: bytes, where: str, referrer: Referrer
+    ) -> bytes | None:
+        try:
+            return self._codec.unseal(data, context, where=where)
+        except CodecError as error:
+            self._report(error, referrer)
+        except _MALFORMED:
+            self._report(HashMismatchError(where, "it is no envelope"), referrer)
+        return None
+
+    def _at(self, ns: str) -> Place:
+        if ns != self._place.ns:
+            self._place = Place(*self._key, ns)
+        return self._place
+
+    def _report(self, error: CodecError, referrer: Referrer) -> None:
+        self._audited.damages.append(_damage(error, self._place, referrer))
+
+
+class _Reading:
+    """One series of values, stretch by stretch."""
+
+    def __init__(self, audit: _ThreadAudit, number: int, wanted: _Series) -> None:
+        self.number = number
+        self._audit = audit
+        self._wholes = wanted.wholes
+        self._shared = sorted(wanted.shared.items(), reverse=True)
+        self._lists = [_List(audit, number, *each) for each in wanted.lists.items()]
+        ends = (start + length for (start, length), _ in self._shared)
+        self._end = max((*(each.end for each in self._lists), *ends)) if self._lists else 0
+        self._position = 0
+        self._is_damaged = False
+        self._is_empty = True
+
+    def add(self, row: ValueRow) -> None:
+        """Go on with the next stretch."""
+        try:
+            block = self._audit.opened_value(row)
+            is_first, self._is_empty = self._is_empty, False
+            if is_first and self._wholes:
+                if row.start:
+                    raise MissingBlobError
+                self._compare(block)
+            if self._lists or self._shared:
+                self._go_on(row, block)
+        except CodecError as error:
+            self._fail(error, row.start)
+        except _MALFORMED:
+            self._fail(HashMismatchError("", "it cannot be read"), row.start)
+
+    def _go_on(self, row: ValueRow, block: bytes) -> None:
+        if self._is_damaged:
+            return
+        count = count_block(block) if is_list(block) else WHOLE
+        if not self._lists:
+            self._count(row.start, count)
+            return
+        if row.start != self._position or self._position >= self._end:
+            if self._position < self._end:
+                raise MissingBlobError
+            return
+        if count == WHOLE:
+            raise HashMismatchError("", "it is not a list")
+        cuts = sorted({cut for each in self._lists for cut in each.within(row.start, count)})
+        for part, length in _pieces(block, count, [cut - row.start for cut in cuts]):
+            self._position += length
+            for each in self._lists:
+                each.update(part, length, self._position)
+        self._count(row.start, count)
+
+    def _count(self, start: int, count: int) -> None:
+        """Check off what writes share with a stretch."""
+        while self._shared:
+            (begin, length), referrer = self._shared[-1]
+            if begin < start:
+                self._miss(referrer)
+            elif length == WHOLE and begin == start:
+                pass
+            elif count == WHOLE or begin >= start + count:
+                return
+            elif length == WHOLE or begin + length > start + count:
+                self._miss(referrer)
+            self._shared.pop()
+
+    def _compare(self, block: bytes) -> None:
+        digest = digest_of(block)
+        for wanted, referrer in self._wholes.items():
+            if wanted != digest:
+                self._audit.report_value(HashMismatchError(), self.number, referrer)
+
+    def end(self) -> None:
+        """Report what is wanted of this series beyond its end."""
+        if self._is_damaged:
+            return
+        if self._is_empty:
+            for referrer in self._wholes.values():
+                self._miss(referrer)
+        if self._position < self._end:
+            self._miss(self._referrer(self._position))
+        for _, referrer in self._shared:
+            self._miss(referrer)
+
+    def _miss(self, referrer: Referrer | None) -> None:
+        self._audit.report_value(MissingBlobError(), self.number, referrer)
+
+    def _fail(self, error: CodecError, start: int) -> None:
+        """Report a stretch; no digest can be told from here on."""
+        self._audit.report_value(error, self.number, self._referrer(start))
+        self._is_damaged, self._is_empty = True, False
+
+    def _referrer(self, start: int) -> Referrer | None:
+        """Find one of those who need what begins here."""
+        for each in self._lists:
+            referrer = each.referrer(start)
+            if referrer is not None:
+                return referrer
+        shared = (referrer for _, referrer in self._shared)
+        return next(chain(self._wholes.values(), shared), None)
+
+
+class _List:
+    """The lists of one beginning that end in a series, or go on from it."""
+
+    def __init__(
+        self, audit: _ThreadAudit, number: int, prefix: Prefix, wanted: dict[int, _Wanted]
+    ) -> None:
+        self._audit = audit
+        self._number = number
+        self._prefix = prefix
+        self._wanted = wanted
+        self._hasher = audit.resumed(prefix)
+        self._lengths = sorted(wanted, reverse=True)
+        self.end = self._lengths[0]
+
+    def within(self, start: int, count: int) -> Iterator[int]:
+        """Yield where lists end within a stretch."""
+        if self._hasher is None:
+            return
+        for length in reversed(self._lengths):
+            if length >= start + count:
+                return
+            yield length
+
+    def update(self, block: bytes, count: int, position: int) -> None:
+        """Go on with elements that end at a position, and compare what ends there as well."""
+        if self._hasher is None or not self._lengths:
+            return
+        hash_block(self._hasher, block, count)
+        if self._lengths[-1] != position:
+            return
+        wanted = self._wanted[self._lengths.pop()]
+        if wanted.goes_on:
+            self._audit.suspend((*self._prefix, (self._number, position)), self._hasher)
+        if wanted.digests:
+            digest = self._hasher.digest()
+            for expected, referrer in wanted.digests.items():
+                if expected != digest:
+                    self._audit.report_value(HashMismatchError(), self._number, referrer)
+
+    def referrer(self, start: int) -> Referrer | None:
+        """Find one of those who need what begins at a position."""
+        for length in reversed(self._lengths):
+            if length > start:
+                return self._wanted[length].referrer
+        return None
+
+
+def _pieces(block: bytes, count: int, cuts: Sequence[int]) -> Iterator[tuple[bytes, int]]:
+    """Cut a serialized list; each piece comes with its length."""
+    if not cuts:
+        yield block, count
+        return
+    elements = ormsgpack.unpackb(block, ext_hook=ormsgpack.Ext)
+    begin = 0
+    for end in (*cuts, count):
+        yield ormsgpack.packb(elements[begin:end]), end - begin
+        begin = end
+
+
+def _unpacked(codec: Codec, body: bytes) -> Any:
+    try:
+        return ormsgpack.unpackb(body)
+    except ValueError:
+        # Names that are not valid Unicode are kept in the serializer's own way.
+        return codec.deserialize(body)
+
+
+def _named(place: Place, row: CheckpointRow) -> str:
+    return place.of(f"checkpoint {row.checkpoint_id!r}")
+
+
+def _referrer(row: CheckpointRow) -> Referrer:
+    return Referrer(row.ns, row.checkpoint_id)
+
+
+def _placed(error: CodecError, where: str) -> CodecError:
+    """Say of an error to which value it belongs."""
+    error.where = where  # type: ignore[attr-defined]  # all that a codec raises have it
+    return error

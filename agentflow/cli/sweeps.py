@@ -1,0 +1,58 @@
+"""`agentflow sweep`: deletes what need not be kept any longer."""
+
+from __future__ import annotations
+
+import re
+from datetime import timedelta
+from typing import Annotated
+
+import typer
+
+from agentflow.cli.command import Call, OutcomeError, UsageError
+
+_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+
+
+async def sweep(
+    call: Call,
+    *,
+    keep_last: Annotated[
+        int | None, typer.Option(min=1, help="Checkpoints of each namespace to keep.")
+    ] = None,
+    ttl: Annotated[
+        str | None,
+        typer.Option(metavar="30d", help="Age at which a thread is deleted: s, m, h, d or w."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+) -> None:
+    """Delete old checkpoints and threads; those with unfinished work are let be.
+
+    Graphs that the app registers with a retention of their own are swept by that one.
+    """
+    from agentflow.checkpoint import Retention
+
+    age = None if ttl is None else _read_age(ttl)
+    if keep_last is None and age is None and call.app is None:
+        raise UsageError("--keep-last", "is missing: give --keep-last, --ttl or an app")
+    async with call.open_app() as app:
+        retention = Retention(keep_last=keep_last, ttl=age)
+        if not dry_run and not call.confirm("Delete what need not be kept any longer?"):
+            raise OutcomeError("not confirmed; nothing is deleted")
+        report = await app.sweep(retention, dry_run=dry_run)
+    spared = ", ".join(f"{count} {reason}" for reason, count in sorted(report.spared.items()))
+    call.output.message(
+        f"{report.threads} threads looked at; let be: {spared or 'none'}; "
+        f"{'would go' if dry_run else 'gone'}: {report.checkpoints} checkpoints"
+    )
+    columns = ("thread_id", "checkpoints", "is_deleted")
+    call.output.rows(report.swept, columns, empty="nothing to delete")
+
+
+def _read_age(text: str) -> timedelta:
+    found = re.fullmatch(r"(\d+)([smhdw])", text)
+    if found is None or int(found[1]) == 0:
+        raise UsageError("--ttl", f"takes a number and a unit, such as 30d, not {text!r}")
+    try:
+        return timedelta(**{_UNITS[found[2]]: int(found[1])})
+    except OverflowError as exc:
+        raise UsageError("--ttl", f"is longer than time goes on: {text!r}") from exc

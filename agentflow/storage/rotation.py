@@ -1,0 +1,91 @@
+"""Sealing the payloads of runs by the current key, a few rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from agentflow.database import Database
+from agentflow.database.tables import metadata
+from agentflow.failpoints import failpoint
+from agentflow.storage.rows import KEYS, Column, Payloads
+
+_ROWS_AT_ONCE = 100
+
+
+class _Change(NamedTuple):
+    """A payload, as it was read and as it is to be."""
+
+    column: Column
+    row: Mapping[str, Any]
+    before: bytes
+    after: bytes
+
+
+async def rotate_payloads(
+    database: Database, payloads: Payloads, tell: Callable[[int, int], None]
+) -> int:
+    """Seal by the current key all payloads, of all tenants, that are not.
+
+    Args:
+        database: Where they are.
+        payloads: How they are stored; its keys open them.
+        tell: Called after each batch with the rows that were looked through, and the payloads that
+            were sealed, so far.
+
+    Returns:
+        How many payloads were sealed.
+    """
+    seen = sealed = 0
+    for table in map(metadata.tables.__getitem__, KEYS):
+        last: Mapping[str, Any] | None = None
+        while page := await database.read(partial(_read, table, last)):
+            last = page[-1]
+            changes = [change for row in page for change in _changes(payloads, table, row)]
+            if changes:
+                sealed += await database.write(partial(_apply, changes))
+            seen += len(page)
+            tell(seen, sealed)
+    return sealed
+
+
+def _read(
+    table: sa.Table, after: Mapping[str, Any] | None, connection: Connection
+) -> Sequence[Mapping[str, Any]]:
+    key = [table.c[name] for name in KEYS[table.name]]
+    query = sa.select(*key, *_payload_columns(table)).order_by(*key).limit(_ROWS_AT_ONCE)
+    if after is not None:
+        query = query.where(sa.tuple_(*key) > tuple(after[column.name] for column in key))
+    return [dict(row) for row in connection.execute(query).mappings()]
+
+
+def _payload_columns(table: sa.Table) -> list[Column]:
+    return [column for column in table.c if isinstance(column.type, sa.LargeBinary)]
+
+
+def _changes(payloads: Payloads, table: sa.Table, row: Mapping[str, Any]) -> list[_Change]:
+    changes = []
+    for column in _payload_columns(table):
+        before = row[column.name]
+        if before is not None and not payloads.strict.is_current(before):
+            after = payloads.seal(payloads.unseal(column, row), column, row)
+            changes.append(_Change(column, row, before, after))
+    return changes
+
+
+def _apply(changes: Sequence[_Change], connection: Connection) -> int:
+    """Replace payloads that still are as they were; who has changed one meanwhile sealed it."""
+    sealed = 0
+    for column, row, before, after in changes:
+        table = column.table
+        of_row = [table.c[name] == row[name] for name in KEYS[table.name]]
+        changed = connection.execute(
+            sa.update(table).where(*of_row, column == before).values({column.name: after})
+        )
+        sealed += changed.rowcount
+    failpoint("keys.rewritten")
+    return sealed

@@ -1,0 +1,162 @@
+"""What the tests of encryption share: keys, and a database with something in every column."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import operator
+from collections.abc import Callable
+from typing import Annotated, Any, TypedDict
+
+import sqlalchemy as sa
+from langgraph.graph import END, START, StateGraph
+
+from agentflow import AgentFlow, RetryPolicy, request_approval
+from agentflow.database.engine import parse_url
+from agentflow.database.tables import checkpoints, metadata
+from agentflow.keys import KeyRing
+
+PLACES = (
+    "state",
+    "list",
+    "metadata",
+    "config",
+    "input",
+    "output",
+    "exception",
+    "proposal",
+    "decision",
+    "comment",
+    "event",
+)
+"""Where users put what nobody else should read; the dead letter has the exception."""
+RUNS = ("decided", "failed", "cancelled", "waiting")
+Mark = Callable[[str], str]
+"""Given a place, what to put there."""
+
+SEALED = [
+    column
+    for table in metadata.sorted_tables
+    for column in table.c
+    if isinstance(column.type, sa.LargeBinary) and column is not checkpoints.c.hash
+]
+"""Every column whose values are envelopes."""
+
+
+def secret(name: str) -> bytes:
+    return hashlib.sha256(name.encode()).digest()
+
+
+def ring(*names: str, accept_plaintext: bool = False) -> KeyRing:
+    """Make a ring of keys of which the first seals."""
+    return KeyRing([(name, secret(name)) for name in names], accept_plaintext=accept_plaintext)
+
+
+def in_environment(*names: str) -> str:
+    """Return the same as the value of AGENTFLOW_KEYS."""
+    return ",".join(f"{name}={base64.b64encode(secret(name)).decode()}" for name in names)
+
+
+class State(TypedDict, total=False):
+    given: str
+    kept: str
+    log: Annotated[list[str], operator.add]
+    answer: Any
+    result: str
+
+
+class Calls(list[str]):
+    """The nodes that were executed."""
+
+
+def open_app(
+    url: str,
+    keys: KeyRing | None,
+    mark: Mark = str,
+    *,
+    calls: Calls | None = None,
+    tenant: str = "",
+) -> AgentFlow:
+    """Open an app whose graphs put a mark at every place."""
+    executed = Calls() if calls is None else calls
+    app = AgentFlow(url, keys=keys, tenant=tenant)
+    app.register(_refund(mark, executed), name="refund")
+    app.register(
+        _line(("fail", _failing(mark, executed))), name="fail", retry=RetryPolicy(max_attempts=1)
+    )
+    return app
+
+
+def _refund(mark: Mark, calls: Calls) -> StateGraph[Any, None, Any, Any]:
+    def work(state: State) -> State:
+        calls.append("work")
+        return {"kept": mark("state"), "log": [f"{mark('list')} {n} {'.' * 90}" for n in range(9)]}
+
+    def ask(state: State) -> State:
+        calls.append("ask")
+        return {"answer": request_approval({"text": mark("proposal")}, title="Refund").proposal}
+
+    def end(state: State) -> State:
+        calls.append("end")
+        return {"result": mark("output")}
+
+    return _line(("work", work), ("ask", ask), ("end", end))
+
+
+def _failing(mark: Mark, calls: Calls) -> Any:
+    def fail(state: State) -> State:
+        calls.append("fail")
+        raise ValueError(mark("exception"))
+
+    return fail
+
+
+def _line(*nodes: tuple[str, Any]) -> StateGraph[Any, None, Any, Any]:
+    graph: StateGraph[State, None, State, State] = StateGraph(State)
+    before = START
+    for name, node in nodes:
+        graph.add_node(name, node)
+        graph.add_edge(before, name)
+        before = name
+    graph.add_edge(before, END)
+    return graph
+
+
+async def fill(app: AgentFlow, mark: Mark = str) -> None:
+    """Drive one run to each end, and one to its question."""
+    for run_id in RUNS:
+        await app.submit(
+            "fail" if run_id == "failed" else "refund",
+            {"given": mark("input")},
+            run_id=run_id,
+            metadata={"of": mark("metadata")},
+            config={"configurable": {"by": mark("config")}},
+        )
+    for run_id in ("decided", "waiting", "failed"):
+        await app.drive(run_id)
+    (asked,) = await app.handle("decided").approvals()
+    edit = {"type": "edit", "value": {"text": mark("decision")}}
+    await app.approvals.decide(asked.id, edit, by="ann", comment=mark("comment"))
+    await app.drive("decided")
+    await app.cancel("cancelled", reason=mark("event"))
+
+
+def payloads(url: str) -> dict[str, list[Any]]:
+    """Read every sealed column of a database, with the keys of its rows."""
+    engine = sa.create_engine(parse_url(url))
+    with engine.connect() as connection:
+        found = {
+            str(column): sorted(
+                tuple(row)
+                for row in connection.execute(
+                    sa.select(*_identity(column.table), column).where(column.is_not(None))
+                )
+            )
+            for column in SEALED
+        }
+    engine.dispose()
+    return found
+
+
+def _identity(table: sa.Table) -> list[sa.Column[Any]]:
+    return list(table.primary_key.columns)

@@ -1,0 +1,267 @@
+"""With keys nothing of a payload can be read or moved, and without the right ones nothing runs."""
+
+from __future__ import annotations
+
+import base64
+import secrets
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from psycopg import sql
+from sqlalchemy.engine import Engine
+
+from agentflow import AgentFlow
+from agentflow.checkpoint import Saver, open_checkpointer
+from agentflow.database.engine import parse_url
+from agentflow.database.tables import dead_letters, events, runs, waits
+from agentflow.errors import (
+    CodecError,
+    HashMismatchError,
+    UnencryptedValueError,
+    UnknownKeyError,
+)
+from agentflow.keys import KEY_SIZE, KeyRing
+from agentflow.storage.sql import SqlRunStore
+from tests.integration.sealed import (
+    PLACES,
+    SEALED,
+    Calls,
+    fill,
+    in_environment,
+    open_app,
+    payloads,
+    ring,
+)
+from tests.servers import PostgresServer
+
+
+@pytest.fixture
+def engine(database_url: str) -> Iterator[Engine]:
+    """A connection around agentflow."""
+    made = sa.create_engine(parse_url(database_url))
+    yield made
+    made.dispose()
+
+
+def files_of(url: str, request: pytest.FixtureRequest) -> list[Path]:
+    """Return every file that the database has."""
+    if url.startswith("sqlite"):
+        folder = Path(url.removeprefix("sqlite:///")).parent
+        assert (folder / "agentflow.db-wal").exists()
+    else:
+        server: PostgresServer = request.getfixturevalue("postgres_server")
+        server.execute(sql.SQL("CHECKPOINT").format())
+        folder = server._daemon.folder
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def spellings(canary: str) -> list[bytes]:
+    """Return a text as UTF-8, UTF-16 and hexadecimal, and what is in any base64 of it."""
+    raw = canary.encode()
+    shifted = (base64.b64encode(b"x" * shift + raw) for shift in range(3))
+    encoded = [text[4 : len(text) // 4 * 4 - 4] for text in shifted]
+    return [raw, canary.encode("utf-16-le"), raw.hex().encode(), *encoded]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_encrypted", [True, False])
+async def test_no_payload_is_in_any_file_of_the_database(
+    database_url: str,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    is_encrypted: bool,
+) -> None:
+    """The twin without keys shows that all of them would have been found."""
+    # What is compressed would not be found in any case.
+    monkeypatch.setattr("agentflow.codec.COMPRESS_FROM", 1 << 40)
+    canaries = {place: secrets.token_hex(20) for place in PLACES}
+    keys = ring("one") if is_encrypted else None
+    async with open_app(database_url, keys, canaries.__getitem__) as app:
+        await fill(app, canaries.__getitem__)
+        filled = payloads(database_url)
+        contents = [path.read_bytes() for path in files_of(database_url, request)]
+    empty = {column for column, values in filled.items() if not values}
+    assert empty == {"agentflow_anchors.data", "agentflow_checkpoints.base"}
+    found = {
+        place
+        for place, canary in canaries.items()
+        for spelling in spellings(canary)
+        if any(spelling in content for content in contents)
+    }
+    assert found == (set() if is_encrypted else set(PLACES))
+
+
+async def test_explicit_keys_win_over_the_environment(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AGENTFLOW_KEYS", in_environment("outer"))
+    async with open_app(database_url, ring("inner")) as app:
+        await fill(app)
+        assert (await app.get_run("decided")).output["result"] == "output"
+    with open_checkpointer(database_url) as saver, pytest.raises(UnknownKeyError, match="'inner'"):
+        saver.get_tuple({"configurable": {"thread_id": "decided"}})
+    with open_checkpointer(database_url, keys=ring("inner")) as saver:
+        assert saver.get_tuple({"configurable": {"thread_id": "decided"}}) is not None
+
+
+Refused = tuple[KeyRing | None, KeyRing | None, type[CodecError], str]
+WRONG: dict[str, Refused] = {
+    "a wrong key": (
+        ring("one"),
+        KeyRing({"one": bytes(KEY_SIZE)}),
+        HashMismatchError,
+        "the key 'one' has not sealed it here",
+    ),
+    "a lost key": (ring("one"), ring("two"), UnknownKeyError, "under the key 'one'"),
+    "no keys": (ring("one"), None, UnknownKeyError, "AGENTFLOW_KEYS"),
+    "plaintext": (None, ring("one"), UnencryptedValueError, "agentflow keys rotate"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", WRONG)
+async def test_without_the_right_key_nothing_is_read_changed_or_executed(
+    database_url: str, case: str
+) -> None:
+    before, after, error, message = WRONG[case]
+    async with open_app(database_url, before) as app:
+        await fill(app)
+        await app.submit("refund", {"given": "x"}, run_id="queued")
+    stored = payloads(database_url)
+    calls = Calls()
+    async with open_app(database_url, after, calls=calls) as app:
+        (waiting,) = [row[-2] for row in _ids(database_url, waits) if row[-1] == "pending"]
+        attempts: list[Callable[[], Awaitable[Any]]] = [
+            lambda: app.get_run("decided"),
+            app.list_runs,
+            lambda: app.list_events("decided"),
+            lambda: app._store.list_events("", "decided", after=0, limit=9),
+            lambda: app.approvals.decide(waiting, "approve", by="ann"),
+            lambda: app.drive("queued"),
+            lambda: app.state("waiting"),
+            lambda: _saver(app).aget_tuple({"configurable": {"thread_id": "waiting"}}),
+            lambda: _saver(app).acopy_thread("waiting", "copy"),
+        ]
+        for attempt in attempts:
+            with pytest.raises(error, match=message):
+                await attempt()
+        graph = app._graphs["refund", "1"].graph.copy(update={"checkpointer": app._saver})
+        with pytest.raises(error, match=message):
+            await graph.ainvoke(None, {"configurable": {"thread_id": "waiting"}})
+    assert (calls, payloads(database_url)) == ([], stored)
+    async with open_app(database_url, before) as app:
+        assert (await app.drive("queued")).status == "waiting"
+
+
+def _saver(app: AgentFlow) -> Saver:
+    assert isinstance(app._saver, Saver)
+    return app._saver
+
+
+def _ids(url: str, table: sa.Table) -> list[Any]:
+    engine = sa.create_engine(parse_url(url))
+    with engine.connect() as connection:
+        found = connection.execute(sa.select(table.c.wait_id, table.c.status)).all()
+    engine.dispose()
+    return [tuple(row) for row in found]
+
+
+async def test_worker_without_the_key_leaves_a_run_to_others(database_url: str) -> None:
+    async with open_app(database_url, ring("one")) as app:
+        await app.submit("refund", {"given": "x"}, run_id="queued")
+    async with open_app(database_url, ring("two")) as app:
+        claim = app._store.claim_runs
+        options: dict[str, Any] = {"worker": "w", "queues": ["default"], "limit": 1}
+        graphs, lease = [("refund", "1")], app._settings.lease
+        assert await claim("", graphs=graphs, lease=lease, **options) == []
+    async with open_app(database_url, ring("one", "two")) as app:
+        assert [event.type for event in await app.list_events("queued")] == ["run.submitted"]
+        assert (await app.drive("queued")).status == "waiting"
+
+
+async def test_plaintext_is_read_while_it_is_accepted(database_url: str) -> None:
+    async with open_app(database_url, None) as app:
+        await fill(app)
+    async with open_app(database_url, ring("one", accept_plaintext=True)) as app:
+        (asked,) = (await app.approvals.list()).items
+        await app.approvals.decide(asked.id, "approve", by="ann")
+        assert (await app.drive("waiting")).output["result"] == "output"
+        assert (await app.get_run("failed")).error is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_encrypted", [True, False])
+async def test_payload_that_is_moved_is_refused(
+    database_url: str, engine: Engine, *, is_encrypted: bool
+) -> None:
+    """To the same column of another row, run or tenant, and to another column of the same row."""
+    keys = ring("one") if is_encrypted else None
+    for tenant in ("", "acme"):
+        async with open_app(database_url, keys, tenant=tenant) as app:
+            await fill(app)
+    sealed = [column for column in SEALED if column.table in (runs, waits, events, dead_letters)]
+    moved = 0
+    async with open_app(database_url, keys) as app:
+        for target in sealed:
+            rows = _rows(engine, target.table)
+            for row in [
+                row for row in rows if row.tenant == "" and row._mapping[target] is not None
+            ]:
+                others = [
+                    other._mapping[source]
+                    for source in sealed
+                    if source.table is target.table
+                    for other in rows
+                    if (other is row) != (source is target)
+                ]
+                for other in {value for value in others if value is not None}:
+                    with _moved(engine, target, row, other), pytest.raises(HashMismatchError):
+                        await _read(app, target.table, row)
+                    moved += 1
+                await _read(app, target.table, row)
+    assert moved > 200
+
+
+def _rows(engine: Engine, table: sa.Table) -> list[Any]:
+    with engine.connect() as connection:
+        return list(connection.execute(sa.select(table)))
+
+
+class _moved:  # noqa: N801 -- reads as a verb
+    """Put a value into a row while the block runs."""
+
+    def __init__(self, engine: Engine, column: sa.Column[Any], row: Any, value: bytes) -> None:
+        self._engine, self._column, self._row, self._value = engine, column, row, value
+
+    def __enter__(self) -> None:
+        self._set(self._value)
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._set(self._row._mapping[self._column])
+
+    def _set(self, value: bytes) -> None:
+        table = self._column.table
+        of_row = [column == self._row._mapping[column] for column in table.primary_key.columns]
+        with self._engine.begin() as connection:
+            connection.execute(sa.update(table).where(*of_row).values({self._column.name: value}))
+
+
+async def _read(app: AgentFlow, table: sa.Table, row: Any) -> None:
+    """Read a row as the API does, and what only an attempt reads of it."""
+    store = app._store
+    assert isinstance(store, SqlRunStore)
+    if table is runs:
+        await store.get_run("", row.run_id)
+        query = sa.select(runs).where(runs.c.seq == row.seq)
+        found = await store._database.read(lambda connection: connection.execute(query).one())
+        store._payloads.load(runs.c.failures, found)
+    elif table is waits:
+        await store.get_wait("", row.wait_id)
+    elif table is events:
+        await store.list_events("", row.run_id, after=row.seq - 1, limit=1)
+    else:
+        await store.find_dead_letter("", row.run_id)
