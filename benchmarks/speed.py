@@ -16,6 +16,7 @@ from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.checkpoint.memory import InMemorySaver
 
 from agentflow.checkpoint import open_checkpointer
+from agentflow.keys import KeyRing
 from benchmarks import graphs
 from benchmarks.floor import Commits, postgres_commits, sqlite_commits
 from benchmarks.graphs import Graph
@@ -150,6 +151,35 @@ async def static_value(lab: Lab) -> Result:
                 ratio=beside / alone,
                 required=1.3,
                 aim=1.1,
+            )
+        )
+        figures[f"seconds a step, {database}"] = measured
+    return Result(rows=rows, figures=figures)
+
+
+async def encryption(lab: Lab) -> Result:
+    """Steps with everything compressed and encrypted, beside steps with neither."""
+    keys = KeyRing({"bench": bytes(range(32))})
+    rows, figures = [], {}
+    databases = (("SQLite", lab.sqlite_url), ("PostgreSQL", lab.postgres_url))
+    for database, make_url in databases:
+        async with (
+            open_checkpointer(make_url(), keys=keys) as sealed,
+            open_checkpointer(make_url(), compress=False) as bare,
+        ):
+            builder = graphs.counter(_STEPS)
+            subjects: dict[str, Subject] = {
+                name: functools.partial(_seconds_a_step, builder.compile(checkpointer=saver))
+                for name, saver in (("compressed and encrypted", sealed), ("neither", bare))
+            }
+            measured = await interleave(subjects, lab.rounds)
+        with_keys, without = medians(measured).values()
+        rows.append(
+            Row(
+                workload=f"{database}, {_STEPS} no-op steps, compressed and encrypted",
+                figure=f"{milliseconds(with_keys)} a step; neither: {milliseconds(without)}",
+                ratio=with_keys / without,
+                required=1.3,
             )
         )
         figures[f"seconds a step, {database}"] = measured

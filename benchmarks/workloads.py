@@ -31,6 +31,7 @@ WORKLOADS: Mapping[str, Workload] = {
     "load-head": Workload(growth.load_head),
     "prune": Workload(retention.prune),
     "prune-million": Workload(retention.prune_million, is_long=True),
+    "encryption": Workload(speed.encryption, needs_postgres=True),
     "sync-api": Workload(speed.sync_api, needs_postgres=True),
     "verify": Workload(verification.verify),
 }
