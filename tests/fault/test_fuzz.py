@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 import pytest
+import sqlalchemy as sa
 from langchain_core.messages import AIMessage, HumanMessage
 from langgraph.checkpoint.base import CheckpointTuple
 from langgraph.graph import END, START, StateGraph
@@ -26,14 +27,18 @@ from agentflow.checkpoint.audit import Scope, audit_group
 from agentflow.checkpoint.sql import open_rows
 from agentflow.codec import Codec
 from agentflow.database.session import Session
-from agentflow.errors import AgentflowError
+from agentflow.database.tables import dead_letters, events, runs, waits
+from agentflow.errors import AgentflowError, CodecError
 from agentflow.keys import KeyRing
 from agentflow.testing.savers.graphs import DeltaState
 from agentflow.testing.savers.graphs import chain as delta_chain
 from tests.fault.conftest import Sampler, Tally
+from tests.integration.sealed import SEALED, open_app, read_payloads, read_rows, ring
+from tests.integration.sealed import fill as fill_runs
 
 _CASES, _ALL_CASES = 1_000, 50_000
 """Of each of the two databases, one of them encrypted."""
+_RUN_CASES, _ALL_RUN_CASES = 200, 5_000
 _TENANTS = ("", "acme")
 _WITH_DELTAS = ("deltas", "pruned")
 _TEXT = "a text that is too long for the row of each checkpoint; " * 4
@@ -300,3 +305,42 @@ def test_changed_rows_are_refused_by_name_and_never_another_value(
     for saver in savers:
         saver.close()
     tally(**counts)
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("encrypted", [False, True], ids=["plain", "encrypted"])
+async def test_changed_payloads_of_runs_are_refused_by_name(
+    encrypted: bool, tmp_path: Path, sampler: Sampler, tally: Tally
+) -> None:
+    """Those that were moved are in `test_payload_that_is_moved_is_refused`."""
+    url = f"sqlite:///{tmp_path}/fuzzed.db"
+    dice, refused = sampler.dice(), 0
+    engine = sa.create_engine(url)
+    async with open_app(url, ring("one") if encrypted else None) as app:
+        await fill_runs(app)
+        targets = [
+            (column, row)
+            for column in SEALED
+            if column.table in {runs, waits, events, dead_letters}
+            for row in read_rows(engine, column.table)
+            if row._mapping[column] is not None
+        ]
+        for _ in range(_ALL_RUN_CASES if sampler.is_full else _RUN_CASES):
+            column, row = dice.choice(targets)
+            whole = row._mapping[column]
+            changed = dice.choice((flip, truncate, extend))(dice, whole)
+            await read_payloads(app, column.table, row)
+            put(engine, column, row, changed)
+            with pytest.raises(CodecError):
+                await read_payloads(app, column.table, row)
+            put(engine, column, row, whole)
+            refused += 1
+    engine.dispose()
+    tally(refused=refused)
+
+
+def put(engine: sa.Engine, column: sa.Column[Any], row: Any, value: bytes) -> None:
+    """Put a value into a row."""
+    place = [key == row._mapping[key] for key in column.table.primary_key.columns]
+    with engine.begin() as connection:
+        connection.execute(sa.update(column.table).where(*place).values({column.name: value}))

@@ -13,8 +13,9 @@ from langgraph.graph import END, START, StateGraph
 
 from agentflow import AgentFlow, RetryPolicy, request_approval
 from agentflow.database.engine import parse_url
-from agentflow.database.tables import checkpoints, metadata
+from agentflow.database.tables import checkpoints, events, metadata, runs, waits
 from agentflow.keys import KeyRing
+from agentflow.storage.sql import SqlRunStore
 
 PLACES = (
     "state",
@@ -160,3 +161,26 @@ def payloads(url: str) -> dict[str, list[Any]]:
 
 def _identity(table: sa.Table) -> list[sa.Column[Any]]:
     return list(table.primary_key.columns)
+
+
+def read_rows(engine: sa.Engine, table: sa.Table) -> list[Any]:
+    """Read a table."""
+    with engine.connect() as connection:
+        return list(connection.execute(sa.select(table)))
+
+
+async def read_payloads(app: AgentFlow, table: sa.Table, row: Any) -> None:
+    """Read a row as the API does, and what only an attempt reads of it."""
+    store = app._store
+    assert isinstance(store, SqlRunStore)
+    if table is runs:
+        await store.get_run("", row.run_id)
+        query = sa.select(runs).where(runs.c.seq == row.seq)
+        found = await store._database.read(lambda connection: connection.execute(query).one())
+        store._payloads.load(runs.c.failures, found)
+    elif table is waits:
+        await store.get_wait("", row.wait_id)
+    elif table is events:
+        await store.list_events("", row.run_id, after=row.seq - 1, limit=1)
+    else:
+        await store.find_dead_letter("", row.run_id)

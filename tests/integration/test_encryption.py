@@ -24,7 +24,6 @@ from agentflow.errors import (
     UnknownKeyError,
 )
 from agentflow.keys import KEY_SIZE, KeyRing
-from agentflow.storage.sql import SqlRunStore
 from tests.integration.sealed import (
     PLACES,
     SEALED,
@@ -33,6 +32,8 @@ from tests.integration.sealed import (
     in_environment,
     open_app,
     payloads,
+    read_payloads,
+    read_rows,
     ring,
 )
 from tests.servers import PostgresServer
@@ -207,7 +208,7 @@ async def test_payload_that_is_moved_is_refused(
     moved = 0
     async with open_app(database_url, keys) as app:
         for target in sealed:
-            rows = _rows(engine, target.table)
+            rows = read_rows(engine, target.table)
             for row in [
                 row for row in rows if row.tenant == "" and row._mapping[target] is not None
             ]:
@@ -220,15 +221,10 @@ async def test_payload_that_is_moved_is_refused(
                 ]
                 for other in {value for value in others if value is not None}:
                     with _moved(engine, target, row, other), pytest.raises(HashMismatchError):
-                        await _read(app, target.table, row)
+                        await read_payloads(app, target.table, row)
                     moved += 1
-                await _read(app, target.table, row)
+                await read_payloads(app, target.table, row)
     assert moved > 200
-
-
-def _rows(engine: Engine, table: sa.Table) -> list[Any]:
-    with engine.connect() as connection:
-        return list(connection.execute(sa.select(table)))
 
 
 class _moved:  # noqa: N801 -- reads as a verb
@@ -248,20 +244,3 @@ class _moved:  # noqa: N801 -- reads as a verb
         of_row = [column == self._row._mapping[column] for column in table.primary_key.columns]
         with self._engine.begin() as connection:
             connection.execute(sa.update(table).where(*of_row).values({self._column.name: value}))
-
-
-async def _read(app: AgentFlow, table: sa.Table, row: Any) -> None:
-    """Read a row as the API does, and what only an attempt reads of it."""
-    store = app._store
-    assert isinstance(store, SqlRunStore)
-    if table is runs:
-        await store.get_run("", row.run_id)
-        query = sa.select(runs).where(runs.c.seq == row.seq)
-        found = await store._database.read(lambda connection: connection.execute(query).one())
-        store._payloads.load(runs.c.failures, found)
-    elif table is waits:
-        await store.get_wait("", row.wait_id)
-    elif table is events:
-        await store.list_events("", row.run_id, after=row.seq - 1, limit=1)
-    else:
-        await store.find_dead_letter("", row.run_id)
