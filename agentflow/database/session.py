@@ -78,9 +78,14 @@ class Session:
         """Run statements that prepare the connection, unless this session has."""
         if statements not in self._done:
             # Whole or not at all, or else they would fail the next time.
-            with self.transaction():
+            self._cursor.execute("BEGIN")
+            try:
                 for statement in statements:
                     self._cursor.execute(statement)
+                self._cursor.execute("COMMIT")
+            except BaseException:
+                self._cursor.execute("ROLLBACK")
+                raise
             self._done.add(statements)
 
     def execute(self, sql: str, parameters: Parameters = ()) -> int:

@@ -397,7 +397,7 @@ def test_thread_is_deleted_wherever_the_connection_breaks(
             write(saver, "t", 2, Books().add)
             return lambda: saver.delete_thread("t")
 
-        seen = breaker.break_each(prepare, lambda: truth.get_tuple(at("t")) is None)
+        seen = breaker.break_each(prepare, lambda: truth.get_tuple(at("t")) is None, stride=5)
         assert True in seen
         assert truth.get_tuple(at("t")) is None
 
