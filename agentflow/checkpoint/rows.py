@@ -1,15 +1,16 @@
 """The rows port: what a backend has to do to keep checkpoints.
 
-LangGraph's rules stand above it, in `rules`; a backend only keeps rows and applies changes to
+LangGraph's rules stand above it, in `planning`; a backend only keeps rows and applies changes to
 threads, each as a whole and only if the thread is still what the change was made from. There are
-four kinds of rows:
+five kinds of rows:
 
 - a *thread*: its fencing token, whether a lease holds it, and its sequence number, which every
   change of the thread raises. Equal token, lease and number mean that nothing has changed;
 - a *checkpoint*: one row for each, which also carries the writes that it supersedes;
 - a *value*: something too large to stand in the row of each checkpoint that has it. Values belong
   to a series: a list that grows is one series of stretches, anything else a series of one;
-- *writes*: what tasks have written for a checkpoint that has no successor yet, as a log.
+- *writes*: what tasks have written for a checkpoint that has no successor yet, as a log;
+- an *anchor*: the hash of a deleted checkpoint that something kept follows.
 """
 
 from __future__ import annotations

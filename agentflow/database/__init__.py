@@ -35,7 +35,10 @@ _FIRST_PAUSE, _MAX_PAUSE = 0.02, 1.0
 
 
 class Database:
-    """Connects on first use; may be used from any thread, any event loop, and after a fork."""
+    """Connects on first use; may be used from any thread, any event loop, and after a fork.
+
+    Only a child that was forked while its parent was inside SQLite gets `StoreUnavailableError`.
+    """
 
     def __init__(self, url: str, settings: Settings) -> None:
         """Check the URL and its driver; connect to nothing yet.

@@ -15,7 +15,7 @@ class Future:
 
     Like `concurrent.futures.Future`, without what nobody needs here: an operation that was accepted
     is not cancelled. Two of these are made for each superstep of each graph, and making and ending
-    one takes a fifth of the time. There is no lock, which a fork could leave taken: a callback is
+    one takes a sixth of the time. There is no lock, which a fork could leave taken: a callback is
     called by whoever takes it out of the list.
     """
 
