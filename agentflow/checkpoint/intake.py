@@ -316,8 +316,10 @@ class Intake:
             with self._lock:
                 previous = self._tails.get((key, lease, after))
                 operation.previous = previous or self._caller(config, key, lease)
-                future = self._database.submit(operation)
+                future = self._database.enqueue(operation)
                 self._tails.update(dict.fromkeys(places, future))
+            # Perhaps here and now, which ends what was accepted before as well.
+            self._database.push(operation)
         future.add_done_callback(partial(self._end, places))
         return future
 

@@ -27,6 +27,8 @@ from agentflow.errors import (
 SUPPORTED = ("memory://", "sqlite:///file", "postgresql://")
 READERS = 4
 _CONNECT_TIMEOUT = 10
+_IMPATIENT = timedelta(milliseconds=100)
+"""How long a server may take to answer somebody who cannot wait."""
 _WAL_RETRY = 0.005
 _LOCKED = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 _WAL_SIZE = 1000 * 4096
@@ -124,9 +126,11 @@ def _give_up_in_time(engine: Engine, limit: timedelta) -> None:
     import psycopg
 
     class Connection(psycopg.Connection[Any]):
+        patience = limit.total_seconds()
+
         def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
             try:
-                return super().wait(gen, interval=interval, timeout=limit.total_seconds())
+                return super().wait(gen, interval=interval, timeout=self.patience)
             except psycopg.errors._WaitTimeout as exc:
                 self.pgconn.finish()
                 raise psycopg.OperationalError("the server gave no answer in time") from exc
@@ -134,6 +138,19 @@ def _give_up_in_time(engine: Engine, limit: timedelta) -> None:
     @sa.event.listens_for(engine, "do_connect")
     def _connect(_dialect: Any, _record: Any, arguments: Any, options: Any) -> Any:
         return Connection.connect(*arguments, **options)
+
+
+def set_patience(connection: Any, dialect: str, settings: Settings, *, is_patient: bool) -> None:
+    """Say whether a driver's connection waits for locks of SQLite, or for a server's answer.
+
+    A server that has not answered loses the connection, since nothing else ends a statement.
+    """
+    if dialect == "sqlite":
+        wait = settings.store_timeout if is_patient else timedelta()
+        connection.execute(f"PRAGMA busy_timeout={int(wait.total_seconds() * 1000)}")
+    else:
+        wait = settings.store_timeout if is_patient else _IMPATIENT
+        connection.patience = wait.total_seconds()
 
 
 def transaction_limits(settings: Settings) -> dict[str, int]:

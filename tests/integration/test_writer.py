@@ -269,9 +269,9 @@ def test_locked_file_is_waited_for_once_by_a_whole_batch(
     attempts = []
     transact = GroupCommitWriter._transact
 
-    def counted(writer: GroupCommitWriter, batch: Sequence[Operation]) -> list[Any]:
+    def counted(writer: GroupCommitWriter, batch: Sequence[Operation], **how: Any) -> list[Any]:
         attempts.append(len(batch))
-        return transact(writer, batch)
+        return transact(writer, batch, **how)
 
     database = Database(
         f"sqlite:///{tmp_path}/a.db", Settings(store_timeout=timedelta(seconds=0.5))
