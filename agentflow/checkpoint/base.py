@@ -128,7 +128,7 @@ class Saver(BaseCheckpointSaver[str]):
             verify_deltas=self._verify_deltas,
             is_marked=self._intake.is_marked,
         )
-        self._reader = Reader(self._encoder, self._intake.states)
+        self._reader = Reader(self._encoder, self._intake.observe)
 
     @property
     def keys(self) -> KeyRing | None:

@@ -28,7 +28,7 @@ from agentflow.checkpoint.encoding import Encoder, KnownLists
 from agentflow.checkpoint.operations import Put, Verb
 from agentflow.checkpoint.planning import Planned, PlannedCheckpoint, PlannedWrites, Seen
 from agentflow.checkpoint.policy import SavePolicy
-from agentflow.checkpoint.rows import HeadKey, Rows, ThreadKey
+from agentflow.checkpoint.rows import HeadKey, Rows, ThreadKey, ThreadState
 from agentflow.checkpoint.stamps import read_seen
 from agentflow.database import Database
 from agentflow.database.futures import Future
@@ -85,7 +85,6 @@ class Intake:
         """Queue with `database` what `policy` says."""
         self._database = database
         self._policy = policy
-        self.states = ThreadStates()
         self.known = KnownLists()
         self._reset()
         if not policy.saves_all:
@@ -93,6 +92,9 @@ class Intake:
 
     def _reset(self) -> None:
         self._pid = os.getpid()
+        # No lock is inherited: a thread that is gone in the child may hold it for ever.
+        self.states = ThreadStates()
+        self.known.reset()
         self._instance = new_id()[-12:]
         self._lock = threading.Lock()
         # The last operation on each checkpoint that is not durable yet, or has failed. What is
@@ -110,6 +112,10 @@ class Intake:
         """Start afresh in the child of a fork: what was accepted before is its parent's."""
         if self._pid != os.getpid():
             self._reset()
+
+    def observe(self, thread: ThreadKey, state: ThreadState) -> None:
+        """Remember the state in which a reader has found a thread."""
+        self.states.observe(thread, state)
 
     def is_marked(self, checkpoint: Checkpoint) -> bool:
         """Whether the policy wants to have stored what comes after this checkpoint."""
@@ -358,6 +364,7 @@ class Intake:
             thread: The thread that it changes; `None` for several.
             function: The verb.
         """
+        self.check_fork()
 
         def run(rows: Rows) -> Any:
             self.states.forget(thread)
@@ -372,6 +379,7 @@ class Intake:
             thread: The thread that it changes; `None` if nobody can know the state of what it does.
             function: The step.
         """
+        self.check_fork()
 
         def run(rows: Rows) -> Any:
             if thread is not None:
