@@ -216,17 +216,20 @@ class Serializer:
         return self._default_class(value, cls)
 
     def _default_class(self, value: Any, cls: type) -> Any:
+        if isinstance(value, BaseException):
+            raise _RefusedError("an exception cannot be rebuilt; store its type and text instead")
         if isinstance(value, enum.Enum):
-            return self._ext(_Ext.ENUM, [self._name(cls), value.value])
+            return self._ext(_Ext.ENUM, [self._name(cls), self._enum_value(value)])
         if isinstance(value, BaseModel):
             return self._ext(_Ext.PYDANTIC, [self._name(cls), *_pydantic_state(value)])
         if dataclasses.is_dataclass(value):
-            return self._ext(_Ext.DATACLASS, [self._name(cls), _dataclass_state(value)])
+            name = self._name(cls)
+            if not _is_plain(cls):
+                raise _RefusedError("a dataclass that is also a builtin; keep that in a field")
+            return self._ext(_Ext.DATACLASS, [name, _dataclass_state(value)])
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             fields = {name: getattr(value, name) for name in value._fields}
             return self._ext(_Ext.NAMEDTUPLE, [self._name(cls), fields])
-        if isinstance(value, BaseException):
-            raise _RefusedError("an exception cannot be rebuilt; store its type and text instead")
         if isinstance(value, pathlib.PurePath):
             return self._ext(_Ext.PATH, [_path_flavour(value), str(value)])
         if (numpy := sys.modules.get("numpy")) is not None and isinstance(value, numpy.ndarray):
@@ -249,6 +252,19 @@ class Serializer:
                 raise _RefusedError(f'not in the allow-list; add allow=["{name}"]')
             self._checked[cls] = name
         return name
+
+    def _enum_value(self, member: enum.Enum) -> Any:
+        """Return the value by which loading will find a member."""
+        cls, value = type(member), member.value
+        if type(value) not in {str, int, bytes}:
+            # One that is equal to no copy of itself, such as NaN, would be looked for in vain.
+            try:
+                is_found = cls(self._unpack(self._pack(value), "")) is member
+            except ValueError:
+                is_found = False
+            if not is_found:
+                raise _RefusedError("its class does not find this member by its value")
+        return value
 
     def _is_allowed(self, name: str) -> bool:
         if self._names is None or name in self._names:
@@ -495,9 +511,22 @@ def _field_names(cls: type[BaseModel]) -> frozenset[str]:
     return frozenset(cls.model_fields)
 
 
+@lru_cache(maxsize=1024)
+def _is_plain(cls: type) -> bool:
+    """Whether an instance can be made without a constructor that knows more than its fields."""
+    try:
+        object.__new__(cls)
+    except TypeError:
+        return False
+    return True
+
+
 def _dataclass_state(value: Any) -> dict[str, Any]:
     names = [field.name for field in dataclasses.fields(value) if hasattr(value, field.name)]
-    return {**{name: getattr(value, name) for name in names}, **getattr(value, "__dict__", {})}
+    state = {**{name: getattr(value, name) for name in names}, **getattr(value, "__dict__", {})}
+    # With which parameters a generic class was called; for type checkers, and nothing to store.
+    state.pop("__orig_class__", None)
+    return state
 
 
 def _build_dataclass(cls: type, state: dict[str, Any]) -> Any:
@@ -518,7 +547,13 @@ def _build_dataclass(cls: type, state: dict[str, Any]) -> Any:
 
 
 def _build_namedtuple(cls: Any, state: dict[str, Any]) -> Any:
-    return cls(**state)
+    """Rebuild without the class's own constructor; a field added since gets its default."""
+    if state.keys() - set(cls._fields):
+        raise ValueError(cls)
+    state = {**cls._field_defaults, **state}
+    if len(state) < len(cls._fields):
+        raise ValueError(cls)
+    return tuple.__new__(cls, (state[name] for name in cls._fields))
 
 
 def _build_enum(cls: Any, value: Any) -> Any:
@@ -583,9 +618,17 @@ def _build_time(value: list[Any]) -> time:
     return time.fromisoformat(text).replace(tzinfo=tzinfo, fold=fold)
 
 
+_NDARRAY_KINDS = "biufcmMSU"
+"""Kinds of elements that their type's short name says all about."""
+
+
 def _ndarray_state(value: Any) -> list[Any]:
+    if type(value) is not sys.modules["numpy"].ndarray:
+        raise _RefusedError("more than an array; keep plain arrays, for a masked one two of them")
     if value.dtype.hasobject:
         raise _RefusedError("an array of Python objects; use a list")
+    if value.dtype.kind not in _NDARRAY_KINDS:
+        raise _RefusedError("an array of records; keep an array for each field")
     return [value.dtype.str, list(value.shape), value.tobytes()]
 
 

@@ -69,6 +69,8 @@ T = TypeVar("T")
 PruneStrategy = Literal["keep_latest", "delete"]
 _WIDTH = 12
 """Digits of a new thread's versions, which are compared as text."""
+_RUNS_AT_ONCE = 10_000
+"""A statement may not name any number of them."""
 MAX_ID = 1000
 """Bytes of the longest id or namespace; PostgreSQL's indexes take no more than two of these."""
 
@@ -128,7 +130,7 @@ class Saver(BaseCheckpointSaver[str]):
             verify_deltas=self._verify_deltas,
             is_marked=self._intake.is_marked,
         )
-        self._reader = Reader(self._encoder, self._intake.states)
+        self._reader = Reader(self._encoder, self._intake.observe)
 
     @property
     def keys(self) -> KeyRing | None:
@@ -338,12 +340,16 @@ class Saver(BaseCheckpointSaver[str]):
 
     def _delete_for_runs(self, run_ids: Sequence[str]) -> Steps[None]:
         self._intake.store_held()
-        doomed = frozenset(column_text(run_id) for run_id in run_ids)
-        selection = Selection(run_ids=doomed)
-        threads = yield Read(lambda rows: rows.list_threads_of_runs(self._tenant, doomed))
-        yield from check_leases(threads, self._lease)
-        for thread in threads:
-            yield from prune(self._encoder, thread, selection, self._lease)
+        doomed = sorted({column_text(run_id) for run_id in run_ids})
+        found: list[tuple[Selection, Sequence[ThreadKey]]] = []
+        for begin in range(0, len(doomed), _RUNS_AT_ONCE):
+            some = frozenset(doomed[begin : begin + _RUNS_AT_ONCE])
+            threads = yield Read(partial(_threads_of_runs, self._tenant, some))
+            yield from check_leases(threads, self._lease)
+            found.append((Selection(run_ids=some), threads))
+        for selection, threads in found:
+            for thread in threads:
+                yield from prune(self._encoder, thread, selection, self._lease)
 
     def copy_thread(self, source_thread_id: str, target_thread_id: str) -> None:
         """Copy a thread with all its checkpoints, their ids and their writes.
@@ -772,6 +778,10 @@ def _audit(
         return audit_group(open_rows(session), codec, scope, after, advance)
     finally:
         session.close()
+
+
+def _threads_of_runs(tenant: str, run_ids: Collection[str], rows: Rows) -> Sequence[ThreadKey]:
+    return rows.list_threads_of_runs(tenant, run_ids)
 
 
 def _ignore(_: int) -> None:

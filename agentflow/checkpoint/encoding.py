@@ -84,6 +84,10 @@ class KnownLists:
 
     def __init__(self) -> None:
         """Start empty."""
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything; in the child of a fork, where the lock may be taken for ever."""
         self._lock = threading.Lock()
         self._known: OrderedDict[tuple[HeadKey, str], _Known] = OrderedDict()
         self._size = 0

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import CheckpointTuple
 
-from agentflow.checkpoint.batch import ThreadStates
 from agentflow.checkpoint.encoding import (
     Encoder,
     Loaded,
@@ -19,7 +18,15 @@ from agentflow.checkpoint.encoding import (
 )
 from agentflow.checkpoint.pending import load_writes
 from agentflow.checkpoint.records import column_text
-from agentflow.checkpoint.rows import FoundCheckpoint, Head, HeadKey, Query, Rows
+from agentflow.checkpoint.rows import (
+    FoundCheckpoint,
+    Head,
+    HeadKey,
+    Query,
+    Rows,
+    ThreadKey,
+    ThreadState,
+)
 from agentflow.errors import MissingBlobError
 
 _PAGE = 50
@@ -31,7 +38,8 @@ class Reader:
     """Reads for one saver."""
 
     encoder: Encoder
-    states: ThreadStates
+    observe: Callable[[ThreadKey, ThreadState], None]
+    """Told of each thread in which state it was found."""
 
     def load(self, rows: Rows, key: HeadKey, checkpoint_id: str | None) -> CheckpointTuple | None:
         """Read a checkpoint, or the head of its namespace if no id is given."""
@@ -41,7 +49,7 @@ class Reader:
                 return None
             if not isinstance(found, FoundCheckpoint):
                 if checkpoint_id is None:
-                    self.states.observe(key[:2], replace(found.thread, heads={key[2]: None}))
+                    self.observe(key[:2], replace(found.thread, heads={key[2]: None}))
                 return None
             (item,) = self._complete(rows, [found])
             if item is not None:
@@ -74,7 +82,7 @@ class Reader:
             if row.seq == each.head_seq:
                 head = Head(row.checkpoint_id, row.seq, row.attempt, record.layout, row.hash)
                 state = replace(each.thread, heads={row.ns: head})
-                self.states.observe((each.tenant, each.thread_id), state)
+                self.observe((each.tenant, each.thread_id), state)
             items.append(self.encoder.read(each, Loaded(record, stretches, own)))
         return items
 
