@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import secrets
 from collections.abc import Awaitable, Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ from agentflow.errors import (
     UnencryptedValueError,
     UnknownKeyError,
 )
+from agentflow.interrupts import proposal_hash
 from agentflow.keys import KEY_SIZE, KeyRing
+from agentflow.storage.sql import SqlRunStore
 from tests.integration.sealed import (
     PLACES,
     SEALED,
@@ -227,10 +230,80 @@ async def test_payload_that_is_moved_is_refused(
     assert moved > 200
 
 
+@pytest.mark.parametrize("is_encrypted", [True, False])
+async def test_hash_of_a_question_does_not_tell_whether_a_guess_is_right(
+    database_url: str, engine: Engine, *, is_encrypted: bool
+) -> None:
+    """The twin without keys shows where it would."""
+    async with open_app(database_url, ring("one") if is_encrypted else None) as app:
+        await fill(app)
+        (asked,) = (await app.approvals.list()).items
+    guess = proposal_hash(asked.request)
+    assert asked.proposal_hash == guess
+    (row,) = [row for row in read_rows(engine, waits) if row.wait_id == asked.id]
+    unkeyed = {
+        guess,
+        *(sha256(each).hexdigest() for each in (guess.encode(), bytes.fromhex(guess))),
+    }
+    assert (row.proposal_hash.removeprefix("2:") in unkeyed) is not is_encrypted
+    texts = [
+        text for each in (runs, waits, events) for row in read_rows(engine, each) for text in row
+    ]
+    assert guess not in texts
+
+
+@pytest.mark.parametrize("is_encrypted", [True, False])
+async def test_question_under_another_hash_is_refused(
+    database_url: str, engine: Engine, *, is_encrypted: bool
+) -> None:
+    keys = ring("one") if is_encrypted else None
+    async with open_app(database_url, keys) as app:
+        await fill(app)
+        (asked,) = (await app.approvals.list()).items
+        rows = read_rows(engine, waits)
+        (row,) = [row for row in rows if row.wait_id == asked.id]
+        others = [row.proposal_hash[:-1], f"{row.proposal_hash}0", "", asked.proposal_hash, "2:"]
+        for other in others:
+            with (
+                _moved(engine, waits.c.proposal_hash, row, other),
+                pytest.raises(HashMismatchError, match=r"waits\.proposal_hash"),
+            ):
+                await app.approvals.get(asked.id)
+        assert await app.approvals.get(asked.id) == asked
+
+
+async def test_question_that_was_stored_without_its_hash_is_read_and_rotated(
+    database_url: str, engine: Engine
+) -> None:
+    """As agentflow did before: the request alone in the envelope, and a plain hash outside."""
+    async with open_app(database_url, ring("one")) as app:
+        await fill(app)
+        (asked,) = (await app.approvals.list()).items
+        assert isinstance(app._store, SqlRunStore)
+        codec = app._store._payloads
+        place = {"tenant": "", "wait_id": asked.id}
+        before = {
+            "request": codec.dump(asked.request, waits.c.request, place),
+            "proposal_hash": asked.proposal_hash,
+        }
+        with engine.begin() as connection:
+            change = sa.update(waits).where(waits.c.wait_id == asked.id).values(before)
+            assert connection.execute(change).rowcount == 1
+        assert await app.approvals.get(asked.id) == asked
+        done = await app.rotate_keys()
+        assert (done.sealed, done.is_complete) == (1, True)
+        assert await app.approvals.get(asked.id) == asked
+        (row,) = [row for row in read_rows(engine, waits) if row.wait_id == asked.id]
+        assert row.proposal_hash.startswith("2:")
+        assert (await app.rotate_keys()).sealed == 0
+        await app.approvals.decide(asked.id, "approve", by="ann")
+        assert (await app.drive("waiting")).status == "succeeded"
+
+
 class _moved:  # noqa: N801 -- reads as a verb
     """Put a value into a row while the block runs."""
 
-    def __init__(self, engine: Engine, column: sa.Column[Any], row: Any, value: bytes) -> None:
+    def __init__(self, engine: Engine, column: sa.Column[Any], row: Any, value: Any) -> None:
         self._engine, self._column, self._row, self._value = engine, column, row, value
 
     def __enter__(self) -> None:
@@ -239,7 +312,7 @@ class _moved:  # noqa: N801 -- reads as a verb
     def __exit__(self, *exc_info: object) -> None:
         self._set(self._row._mapping[self._column])
 
-    def _set(self, value: bytes) -> None:
+    def _set(self, value: Any) -> None:
         table = self._column.table
         of_row = [column == self._row._mapping[column] for column in table.primary_key.columns]
         with self._engine.begin() as connection:
