@@ -75,7 +75,7 @@ class _Collected:
 
     def add_base(self, checkpoint_id: str, base: bytes) -> None:
         context = self._place.context_of_base(checkpoint_id)
-        where = self._place.of("the base")
+        where = self._place.of(f"the base of checkpoint {checkpoint_id!r}")
         before = self._encoder.codec.loads(base, context=context, where=where)
         for channel in self.missing & before.keys():
             self._writes[channel] += reversed(before[channel]["writes"])
@@ -94,7 +94,7 @@ class _Collected:
         thread = found.row.thread
         parts = held.stored if isinstance(held.stored, tuple) else ()
         stretches = self._rows.list_values((thread, part) for part in parts)
-        return self._encoder.read_value(thread, self._place, channel, held, stretches)[0]
+        return self._encoder.read_value(found, channel, held, stretches)[0]
 
 
 def _line(rows: Rows, encoder: Encoder, key: HeadKey, checkpoint_id: str) -> Iterator[_Ancestor]:
