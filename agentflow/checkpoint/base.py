@@ -181,8 +181,10 @@ class Saver(BaseCheckpointSaver[str]):
         scope = Scope(tenant=tenant, thread_id=thread_id)
         after: int | None = 0
         while after is not None:
-            run = partial(_audit, self._codec, scope, after, advance or _ignore)
-            audited = await self._database.read(run)
+            run = partial(
+                audit_group, codec=self._codec, scope=scope, after=after, advance=advance or _ignore
+            )
+            audited = await self._database.read(on_snapshot(run))
             yield audited
             after = audited.after
 
@@ -517,7 +519,7 @@ class Saver(BaseCheckpointSaver[str]):
         """
         key = self._head_key(config)
         self._wait_for(key[:2])
-        return self._database.query_now(self._history(key, config, channels))
+        return self._database.read_now(self._history(key, config, channels))
 
     async def aget_delta_channel_history(
         self, *, config: RunnableConfig, channels: Sequence[str]
@@ -525,11 +527,11 @@ class Saver(BaseCheckpointSaver[str]):
         """Collect the writes of delta channels; see `get_delta_channel_history`."""
         key = self._head_key(config)
         await self._await(key[:2])
-        return await self._database.query(self._history(key, config, channels))
+        return await self._database.read(self._history(key, config, channels))
 
     def _history(
         self, key: HeadKey, config: RunnableConfig, channels: Sequence[str]
-    ) -> Callable[[Session], Mapping[str, DeltaChannelHistory]]:
+    ) -> Callable[[Connection], Mapping[str, DeltaChannelHistory]]:
         checkpoint_id = config["configurable"].get("checkpoint_id") or None
 
         def read(rows: Rows) -> Mapping[str, DeltaChannelHistory]:
@@ -539,7 +541,8 @@ class Saver(BaseCheckpointSaver[str]):
                 start = head.row.checkpoint_id if isinstance(head, FoundCheckpoint) else ""
             return read_history(rows, self._encoder, key, start, channels)
 
-        return on_rows(read)
+        # What is being pruned meanwhile would otherwise be missing from the value.
+        return on_snapshot(read)
 
     def get_tuple(self, config: RunnableConfig) -> CheckpointTuple | None:
         """Load a checkpoint: the one named by `checkpoint_id`, else the head of its namespace.
@@ -764,16 +767,6 @@ def _check_places(*configs: RunnableConfig | None) -> None:
         check_ids(**{name: str(named[name]) for name in names if named.get(name)})
 
 
-def _audit(
-    codec: Codec, scope: Scope, after: int, advance: Callable[[int], None], connection: Connection
-) -> Audited:
-    session = Session.inside(connection)
-    try:
-        return audit_group(open_rows(session), codec, scope, after, advance)
-    finally:
-        session.close()
-
-
 def _ignore(_: int) -> None:
     """Tell nobody."""
 
@@ -781,3 +774,16 @@ def _ignore(_: int) -> None:
 def on_rows(function: Callable[[Rows], T]) -> Callable[[Session], T]:
     """Return `function` of the rows as a function of a session."""
     return lambda session: function(open_rows(session))
+
+
+def on_snapshot(function: Callable[[Rows], T]) -> Callable[[Connection], T]:
+    """Return `function` of the rows as one of a connection on which all reads see one moment."""
+
+    def run(connection: Connection) -> T:
+        session = Session.inside(connection)
+        try:
+            return function(open_rows(session))
+        finally:
+            session.close()
+
+    return run

@@ -180,6 +180,11 @@ def unpack_writes(codec: Codec, sealed: bytes, where: str, context: bytes) -> li
     return calls
 
 
+def cut_chain(parent_id: str) -> str:
+    """Say of a checkpoint that its parent is missing."""
+    return f"its chain is cut: its parent {parent_id!r} was deleted, and left no anchor"
+
+
 def _pack(codec: Codec, value: Any) -> bytes:
     try:
         return ormsgpack.packb(value)
