@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterator
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,9 @@ from langchain_core.runnables import RunnableConfig
 from langgraph.types import Command
 from sqlalchemy.engine import Connection, Engine
 
-from agentflow.checkpoint import Saver, open_checkpointer
+from agentflow.checkpoint import Retention, Saver, open_checkpointer
+from agentflow.checkpoint import deltas as deltas_module
+from agentflow.checkpoint.pending import load_writes
 from agentflow.checkpoint.records import Place
 from agentflow.database.engine import parse_url
 from agentflow.database.tables import checkpoints, metadata, values
@@ -22,9 +25,10 @@ from agentflow.errors import (
     CodecError,
     HashMismatchError,
     MissingBlobError,
+    StoreDamagedError,
     UnknownVersionError,
 )
-from agentflow.testing.savers.graphs import Graph, asks, chain
+from agentflow.testing.savers.graphs import DeltaState, Graph, asks, chain
 from tests.integration.cli import fresh_cli
 
 TENANT, THREAD = "acme", "asking"
@@ -199,3 +203,93 @@ def test_checkpoint_of_which_a_value_is_gone_is_not_passed_over_when_it_is_shown
         result = cli("checkpoint", *command, "--tenant", TENANT)
         assert result.code == 1, command
         assert "is incomplete" in result.out + result.err
+
+
+@pytest.mark.parametrize("share", [0.0001, 0.1, 0.5, 0.9])
+def test_database_file_that_is_cut_short_is_named_and_left_alone(
+    sqlite_url: str, share: float
+) -> None:
+    nodes = Nodes()
+    threads: list[RunnableConfig] = [
+        {"configurable": {"thread_id": f"{THREAD} {number}"}} for number in range(30)
+    ]
+    with open_checkpointer(sqlite_url, tenant=TENANT) as saver:
+        for config in threads:
+            Nodes().graph(saver).invoke({"log": [TEXT]}, config)
+    file = Path(sqlite_url.removeprefix("sqlite:///"))
+    whole = file.read_bytes()
+    rest = whole[: int(len(whole) * share)]
+    file.write_bytes(rest)
+    with open_checkpointer(sqlite_url, tenant=TENANT) as saver:
+        graph = nodes.graph(saver)
+        calls: list[Callable[[], Any]] = [
+            lambda: [saver.get_tuple(config) for config in threads],
+            lambda: list(saver.list(None)),
+            lambda: [graph.invoke(Command(resume="yes"), config) for config in threads],
+        ]
+        for call in calls:
+            with pytest.raises(StoreDamagedError, match="restore it from a backup"):
+                call()
+    assert nodes == []
+    assert file.read_bytes() == rest
+
+
+DELTAS: RunnableConfig = {"configurable": {"thread_id": "deltas"}}
+
+
+def history(saver: Saver) -> Any:
+    return saver.get_delta_channel_history(config=DELTAS, channels=["log", "notes"])
+
+
+@pytest.fixture
+def deltas(saver: Saver) -> Graph:
+    """A graph on a thread whose newest state is made of the writes of all checkpoints before."""
+    nodes = [(name, lambda _, n=name: {"notes": {n: TEXT}, "log": [n]}) for name in "abcdef"]
+    graph: Graph = chain(*nodes, state=DeltaState).compile(checkpointer=saver)
+    graph.invoke({"log": ["start"]}, DELTAS)
+    return graph
+
+
+def test_history_of_delta_channels_that_is_cut_is_no_value(
+    saver: Saver, engine: Engine, deltas: Graph
+) -> None:
+    """In the middle of a chain that `prune` has cut off at its beginning."""
+    before = deltas.get_state(DELTAS).values
+    saver.sweep(Retention(keep_last=4), thread_ids=["deltas"])
+    assert deltas.get_state(DELTAS).values == before
+    rows = [each.config["configurable"]["checkpoint_id"] for each in saver.list(DELTAS)]
+    assert len(rows) == 4
+    with engine.begin() as connection:
+        gone = sa.delete(checkpoints).where(checkpoints.c.checkpoint_id == rows[2])
+        assert connection.execute(gone).rowcount == 1
+    calls: list[Callable[[], Any]] = [
+        lambda: history(saver),
+        lambda: deltas.get_state(DELTAS),
+        lambda: deltas.invoke({"log": ["more"]}, DELTAS),
+    ]
+    for call in calls:
+        with pytest.raises(HashMismatchError, match="its chain is cut") as raised:
+            call()
+        for named in (TENANT, "deltas", rows[1], rows[2]):
+            assert named in str(raised.value)
+
+
+def test_history_is_whole_although_what_it_is_made_of_is_pruned_meanwhile(
+    saver: Saver, deltas: Graph, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = history(saver)
+    pruned: list[bool] = []
+
+    def prune_first(*given: Any) -> Any:
+        if not pruned:
+            pruned.append(True)
+            with open_checkpointer(database_url, tenant=TENANT) as other:
+                other.prune(["deltas"])
+        return load_writes(*given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(deltas_module, "load_writes", prune_first)
+        assert history(saver) == before
+    assert pruned
+    assert len(list(saver.list(DELTAS))) == 1
+    assert history(saver)["log"] == before["log"]
