@@ -96,6 +96,7 @@ class Saver(BaseCheckpointSaver[str]):
         owns_database: bool = False,
         verify_deltas: bool = False,
         save: Save = "every_step",
+        retention: Retention | None = None,
     ) -> None:
         """Save into `database`.
 
@@ -106,6 +107,7 @@ class Saver(BaseCheckpointSaver[str]):
             owns_database: Whether closing the saver closes the database.
             verify_deltas: Whether growing lists are compared as a whole at each checkpoint.
             save: When the state of a running graph is stored.
+            retention: What `sweep` keeps, unless it is told otherwise.
 
         Raises:
             InvalidInputError: The tenant's name cannot be stored, or `save` is unknown.
@@ -116,6 +118,7 @@ class Saver(BaseCheckpointSaver[str]):
         self._owns_database = owns_database
         self._tenant = tenant
         self._verify_deltas = verify_deltas
+        self.retention = retention
         self._intake = Intake(database, SavePolicy(save))
         self._lease: Lease | None = None
         self._use(codec)
@@ -414,7 +417,7 @@ class Saver(BaseCheckpointSaver[str]):
 
     def sweep(
         self,
-        retention: Retention,
+        retention: Retention | None = None,
         *,
         dry_run: bool = False,
         thread_ids: Sequence[str] | None = None,
@@ -426,20 +429,24 @@ class Saver(BaseCheckpointSaver[str]):
         graphs run, and may be interrupted and called again at any time.
 
         Args:
-            retention: What is kept.
+            retention: What is kept; by default what the checkpointer was opened with.
             dry_run: Only say what would go.
             thread_ids: Sweep only these.
             clock: Tells the age of threads; the machine's by default.
+
+        Raises:
+            InvalidInputError: Nobody has said what is kept.
         """
+        kept = self._kept(retention)
 
         def answer(asked: Ask) -> Mapping[str, Retention]:
-            return dict.fromkeys(asked.thread_ids, retention)
+            return dict.fromkeys(asked.thread_ids, kept)
 
         return self._run(self._sweep(thread_ids, clock, dry_run=dry_run), answer)
 
     async def asweep(
         self,
-        retention: Retention | Chooser,
+        retention: Retention | Chooser | None = None,
         *,
         dry_run: bool = False,
         thread_ids: Sequence[str] | None = None,
@@ -448,15 +455,23 @@ class Saver(BaseCheckpointSaver[str]):
         """Delete what need not be kept any longer; see `sweep`.
 
         Instead of one `Retention` for all, it takes a function that gets some thread ids and
-        returns what is kept of each; those that it leaves out are let be.
+        returns what is kept of each; those that it leaves out are let be. It is asked about a
+        thread again before that is deleted as a whole.
         """
+        chosen = retention if callable(retention) else self._kept(retention)
 
         async def answer(asked: Ask) -> Mapping[str, Retention]:
-            if isinstance(retention, Retention):
-                return dict.fromkeys(asked.thread_ids, retention)
-            return await retention(asked.thread_ids)
+            if isinstance(chosen, Retention):
+                return dict.fromkeys(asked.thread_ids, chosen)
+            return await chosen(asked.thread_ids)
 
         return await self._arun(self._sweep(thread_ids, clock, dry_run=dry_run), answer)
+
+    def _kept(self, retention: Retention | None) -> Retention:
+        found = retention or self.retention
+        if found is None:
+            raise InvalidInputError("retention", ("is missing: give it here or when opening",))
+        return found
 
     def _sweep(
         self, thread_ids: Sequence[str] | None, clock: Clock | None, *, dry_run: bool

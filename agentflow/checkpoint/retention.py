@@ -175,6 +175,9 @@ class _Thread:
     def _delete(self, look: _Look, *, dry_run: bool) -> Steps[SweptThread | Reason]:
         count = yield from self._count(look, 0)
         if not dry_run:
+            # A run may have been submitted to it since all of its page were asked about.
+            if self.key[1] not in (yield Ask([self.key[1]])):
+                return "unfinished"
             # If nothing has changed since, it has still ended.
             try:
                 is_gone = yield from delete(
