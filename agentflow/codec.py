@@ -26,6 +26,7 @@ import zstandard
 
 from agentflow.errors import (
     HashMismatchError,
+    SerializationError,
     UnencryptedValueError,
     UnknownKeyError,
     UnknownVersionError,
@@ -42,6 +43,8 @@ It lets other threads run meanwhile, and has to wait for them afterwards.
 """
 MAX_EXPANSION = 100_000
 """How many times its stored size a value may have; Zstandard itself reaches no more."""
+MAX_SIZE = 1 << 30
+"""Bytes of the largest value; nobody who writes to the database makes a reader allocate more."""
 
 _HEADER = struct.Struct(">BBBBQ")
 _MSGPACK = 1
@@ -54,6 +57,8 @@ _WINDOW = 22
 An input stands beside the writes that are made of it, which often repeat it.
 """
 _FAST_FROM = 64 * 1024
+_NOT_SAID = -1
+"""What Zstandard says of frames without a length, such as those that are made here."""
 
 
 class _Zstd(threading.local):
@@ -158,7 +163,13 @@ class Codec:
         return self._serializer.loads(data, where=where)
 
     def seal(self, body: bytes, context: bytes = b"") -> bytes:
-        """Put serialized bytes into an envelope."""
+        """Put serialized bytes into an envelope.
+
+        Raises:
+            SerializationError: There are too many of them.
+        """
+        if len(body) > MAX_SIZE:
+            raise SerializationError("bytes", "", f"it is larger than {MAX_SIZE:,} bytes; split it")
         flags, stored = 0, body
         if self._compress and len(body) >= COMPRESS_FROM:
             smaller = _zstd.compress(body)
@@ -273,9 +284,12 @@ def _verified(data: bytes, header: _Header, context: bytes, where: str) -> bytes
 
 
 def _decompressed(stored: bytes, length: int, where: str) -> bytes:
-    if length > len(stored) * MAX_EXPANSION:
+    if length > min(len(stored) * MAX_EXPANSION, MAX_SIZE):
         raise HashMismatchError(where, "its length does not match")
     try:
+        # A frame that says how long it is would be believed, whatever the limit.
+        if zstandard.frame_content_size(stored) not in {_NOT_SAID, length}:
+            raise HashMismatchError(where, "its length does not match")
         return _zstd.decompress(stored, max_output_size=length)
     except zstandard.ZstdError as exc:
         raise HashMismatchError(where, "it cannot be decompressed") from exc

@@ -19,6 +19,7 @@ The tree::
     │   ├── FencedError
     │   │   └── LeaseLostError
     │   └── StoreUnavailableError
+    │       └── StoreDamagedError
     ├── CodecError
     │   ├── UnknownVersionError
     │   ├── UnknownKeyError
@@ -320,6 +321,17 @@ class StoreUnavailableError(StoreError):
         )
 
 
+class StoreDamagedError(StoreUnavailableError):
+    """The database itself says that its file is damaged, or is none of its own."""
+
+    def __str__(self) -> str:
+        """Say that waiting does not help."""
+        return (
+            f"the database {self.store} is damaged: {self.reason}; nothing was executed, restore "
+            "it from a backup, or see that the URL is right"
+        )
+
+
 class CodecError(AgentflowError):
     """A stored value could not be written or read faithfully."""
 
@@ -615,6 +627,7 @@ _MEANINGS: dict[type[AgentflowError], Meaning] = {
     VersionChangedError: Meaning("version_changed", 412, 4),
     FencedError: Meaning("fenced", 409, 4),
     StoreUnavailableError: Meaning("store_unavailable", 503, 1),
+    StoreDamagedError: Meaning("store_damaged", 500, 1),
     InputError: Meaning("invalid", 422, 1),
     InvalidInputError: Meaning("invalid_input", 422, 1),
     InvalidDecisionError: Meaning("invalid_answer", 422, 1),

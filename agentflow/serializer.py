@@ -1,9 +1,10 @@
 """Turns values into MessagePack bytes and back, exactly or not at all.
 
 What comes back equals what went in: tuples stay tuples, enums stay enums, dictionary keys keep
-their type. A subclass of a builtin container, text or number comes back as that builtin, which
-compares equal. What could not be loaded back is refused when it is written, with its path and its
-type; the alternative is a run that can no longer be resumed, found out days later.
+their type, Python's own mappings what they are. Another subclass of a builtin container, text or
+number comes back as that builtin, which compares equal. What could not be loaded back is refused
+when it is written, with its path and its type; the alternative is a run that can no longer be
+resumed, found out days later.
 
 Stored data never causes an import. A class is found by name among the modules that this process has
 imported already, and only if the allow-list names it; there is no pickle.
@@ -106,6 +107,10 @@ class _Ext(enum.IntEnum):
     SEND = 28
     DELTA_SNAPSHOT = 29
     NDARRAY = 30
+    ORDERED = 31
+    COUNTER = 32
+    DEFAULTS = 33
+    """A `defaultdict`, as the name of what makes its values and a list of pairs."""
 
 
 class _Pairs:
@@ -424,7 +429,7 @@ def _rewrite(value: Any) -> Any:
         except UnicodeEncodeError:
             return _Text(value.encode("utf-8", "surrogatepass"))
         return value
-    if isinstance(value, dict):
+    if isinstance(value, dict) and type(value) not in _ENCODERS:
         pairs = [(_rewrite(key), _rewrite(item)) for key, item in value.items()]
         if all(type(key) is str for key, _ in pairs):
             return dict(pairs)
@@ -653,6 +658,34 @@ def _range(value: range) -> list[int]:
     return [value.start, value.stop, value.step]
 
 
+def _pairs(value: Mapping[Any, Any]) -> list[list[Any]]:
+    return [[key, item] for key, item in value.items()]
+
+
+def _defaults(value: collections.defaultdict[Any, Any]) -> list[Any]:
+    make = value.default_factory
+    name = next((name for name, known in _FACTORIES.items() if known is make), None)
+    if name is None:
+        known = ", ".join(filter(None, _FACTORIES))
+        raise _RefusedError(f"what makes its values must be one of {known}; or use a plain dict")
+    return [name, _pairs(value)]
+
+
+def _build_defaults(value: list[Any]) -> collections.defaultdict[Any, Any]:
+    name, pairs = value
+    return collections.defaultdict(_FACTORIES[name], map(tuple, pairs))
+
+
+_FACTORIES: dict[str, Callable[[], Any] | None] = {
+    "": None,
+    **{cls.__name__: cls for cls in (bool, dict, float, frozenset, int, list, set, str, tuple)},
+    "Counter": collections.Counter,
+    "OrderedDict": collections.OrderedDict,
+    "deque": collections.deque,
+}
+"""What may make the values of a `defaultdict`, by the name that is stored."""
+
+
 def _deque(value: collections.deque[Any]) -> list[Any]:
     return [list(value), value.maxlen]
 
@@ -670,6 +703,9 @@ _Encoder = tuple[_Ext, Callable[[Any], Any]]
 _ENCODERS: dict[type, _Encoder] = {
     tuple: (_Ext.TUPLE, list),
     collections.deque: (_Ext.DEQUE, _deque),
+    collections.OrderedDict: (_Ext.ORDERED, _pairs),
+    collections.Counter: (_Ext.COUNTER, _pairs),
+    collections.defaultdict: (_Ext.DEFAULTS, _defaults),
     int: (_Ext.BIG_INT, str),
     complex: (_Ext.COMPLEX, lambda value: [value.real, value.imag]),
     fractions.Fraction: (_Ext.FRACTION, lambda v: [v.numerator, v.denominator]),
@@ -694,6 +730,9 @@ _DECODERS: dict[int, Callable[[Any], Any]] = {
     _Ext.TUPLE: tuple,
     _Ext.DEQUE: lambda value: collections.deque(value[0], maxlen=value[1]),
     _Ext.MAP: lambda value: dict(map(tuple, value)),
+    _Ext.ORDERED: lambda value: collections.OrderedDict(map(tuple, value)),
+    _Ext.COUNTER: lambda value: collections.Counter(dict(map(tuple, value))),
+    _Ext.DEFAULTS: _build_defaults,
     _Ext.BIG_INT: int,
     _Ext.COMPLEX: lambda value: complex(value[0], value[1]),
     _Ext.FRACTION: lambda value: fractions.Fraction(value[0], value[1]),

@@ -24,6 +24,7 @@ def open_checkpointer(
     verify_deltas: bool = False,
     tenant: str = "",
     redact: Redact | None = None,
+    retention: Retention | None = None,
 ) -> Saver:
     """Open a checkpointer on the database at `url`.
 
@@ -52,6 +53,7 @@ def open_checkpointer(
             about to be stored there; what it returns is stored instead. That is also what the graph
             gets when it is resumed, so it has to be of the same kind. The value itself is the
             graph's own, and must not be changed.
+        retention: What `sweep` keeps, unless it is told otherwise; nothing is swept by itself.
 
     Raises:
         UnsupportedUrlError: The URL's scheme is unknown.
@@ -74,4 +76,5 @@ def open_checkpointer(
         owns_database=True,
         verify_deltas=verify_deltas,
         save=save,
+        retention=retention,
     )

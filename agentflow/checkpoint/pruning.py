@@ -411,6 +411,7 @@ class _Batch:
             self.encoder.codec,
             row.thread,
             place,
+            parent_id,
             row.parent_writes,
             place.context_of_carried(row.seq, row.checkpoint_id),
             place.context_of_writes(parent_id, row.seq),
@@ -495,7 +496,8 @@ def _reach(encoder: Encoder, thread: ThreadKey, row: CheckpointRow) -> Iterator[
                 yield part.series, _ALL if part.length == WHOLE else part.length
     if row.parent_writes is not None:
         context = place.context_of_carried(row.seq, row.checkpoint_id)
-        own = unpack_writes(encoder.codec, row.parent_writes, place, context)
+        where = place.of(f"writes of checkpoint {row.parent_id!r}")
+        own = unpack_writes(encoder.codec, row.parent_writes, where, context)
         for series, start, length in references(own):
             yield series, _ALL if length == WHOLE else start + length
 

@@ -25,7 +25,7 @@ from agentflow.checkpoint.pruning import (
     delete,
     prune,
 )
-from agentflow.checkpoint.records import Place, Record
+from agentflow.checkpoint.records import Record
 from agentflow.checkpoint.rows import (
     FoundCheckpoint,
     Held,
@@ -175,6 +175,9 @@ class _Thread:
     def _delete(self, look: _Look, *, dry_run: bool) -> Steps[SweptThread | Reason]:
         count = yield from self._count(look, 0)
         if not dry_run:
+            # A run may have been submitted to it since all of its page were asked about.
+            if self.key[1] not in (yield Ask([self.key[1]])):
+                return "unfinished"
             # If nothing has changed since, it has still ended.
             try:
                 is_gone = yield from delete(
@@ -303,12 +306,11 @@ def _is_filled(
     rows: Rows, encoder: Encoder, found: FoundCheckpoint, channel: str, held: Held
 ) -> bool:
     """Whether there are sends to follow, or all the nodes that a join waits for have ended."""
-    place = Place(found.tenant, found.thread_id, found.row.ns)
     thread, stored = found.row.thread, held.stored
     parts = stored if isinstance(stored, tuple) else ()
     stretches = rows.list_values((thread, part) for part in parts)
     try:
-        value = encoder.read_value(thread, place, channel, held, stretches)[0]
+        value = encoder.read_value(found, channel, held, stretches)[0]
     except BlockedTypeError:
         # There is something in it.
         return True

@@ -20,6 +20,7 @@ from agentflow.database.tables import Timestamp
 from agentflow.errors import (
     MissingDriverError,
     Outcome,
+    StoreDamagedError,
     StoreUnavailableError,
     UnsupportedUrlError,
 )
@@ -292,6 +293,9 @@ _SQLITE_NOW: sa.Select[Any] = sa.select(
 _PG_NOW = sa.text("SELECT clock_timestamp()")
 
 
+_PRIMARY = 0xFF
+"""The bits of an error code of SQLite that say which error it is; the others say more about it."""
+_PG_DAMAGE = {"XX001", "XX002"}  # data_corrupted, index_corrupted
 _CONTENDED = {"LockNotAvailable", "DeadlockDetected", "SerializationFailure"}
 
 
@@ -322,6 +326,11 @@ def unavailable(
     """
     kind = type(error).__name__
     is_sqlite = isinstance(error, sqlite3.Error)
+    # The driver's first line names host and cause; statements and parameters stay out.
+    text = str(error).strip().splitlines()
+    reason = f"{kind}: {text[0]}" if text else kind
+    if _is_damage(error):
+        return StoreDamagedError(display_url(url), reason)
     is_operational = any(cls.__name__ == "OperationalError" for cls in type(error).__mro__)
     if broken is None and not is_operational and type(error) is not sqlite3.DatabaseError:
         return None  # its other subclasses are about statements
@@ -332,6 +341,12 @@ def unavailable(
         outcome = "contended"
     elif not is_sqlite and getattr(error, "sqlstate", None) is None:
         outcome = "unreachable"
-    # The driver's first line names host and cause; statements and parameters stay out.
-    text = str(error).strip().splitlines()
-    return StoreUnavailableError(display_url(url), f"{kind}: {text[0]}" if text else kind, outcome)
+    return StoreUnavailableError(display_url(url), reason, outcome)
+
+
+def _is_damage(error: BaseException) -> bool:
+    """Whether a driver's error says that what is stored cannot be read."""
+    if isinstance(error, sqlite3.Error):
+        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_OK)
+        return code & _PRIMARY in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+    return getattr(error, "sqlstate", None) in _PG_DAMAGE

@@ -185,6 +185,15 @@ VALUES: dict[str, Any] = {
     "secret": SecretStr("s"),
     "secret bytes": SecretBytes(b"s"),
 }
+MAPPINGS: dict[str, Any] = {
+    "ordered": collections.OrderedDict([("b", 1), (2, (3,)), (Level.LOW, [Colour.RED])]),
+    "counter": collections.Counter({"a": 2, ("b",): -1}),
+    "defaults": collections.defaultdict(list, {"a": [(1,)], 7: []}),
+    "no defaults": collections.defaultdict(None, {"a": 1}),
+    "counters": collections.defaultdict(collections.Counter, {"a": collections.Counter("aab")}),
+    "beside what takes the slow path": [collections.Counter("ab"), {1: "a"}, "\ud800"],
+}
+"""Python's own mappings, which compare equal to plain ones and do other things."""
 CODEC = Codec()
 
 
@@ -201,9 +210,9 @@ def same(value: Any, other: Any) -> bool:
     return bool(value == other)
 
 
-@pytest.mark.parametrize("name", list(VALUES))
+@pytest.mark.parametrize("name", [*VALUES, *MAPPINGS])
 def test_every_supported_type_comes_back_equal_and_of_its_type(name: str) -> None:
-    value = VALUES[name]
+    value = {**VALUES, **MAPPINGS}[name]
     assert same(CODEC.loads(CODEC.dumps(value)), value)
 
 
@@ -220,6 +229,10 @@ def test_what_equality_does_not_see_is_kept_too() -> None:
         (when, lambda v: (v.fold, v.tzinfo.key, v.utcoffset())),
         (VALUES["pattern"], lambda v: (v.pattern, v.flags)),
         (VALUES["secret"], lambda v: v.get_secret_value()),
+        (MAPPINGS["counter"], lambda v: v["of which there is none"]),
+        (MAPPINGS["defaults"], lambda v: v.default_factory),
+        (MAPPINGS["no defaults"], lambda v: v.default_factory),
+        (MAPPINGS["counters"], lambda v: v.default_factory),
     ):
         assert look(CODEC.loads(CODEC.dumps(value))) == look(value)
 
@@ -377,6 +390,9 @@ def _of_a_local_class() -> Any:
         ([(i for i in "")], "[0]", "generator", ""),
         ([lambda: 1], "[0]", "function", ""),
         (_recursive(), "", "list", "contains itself"),
+        ({"a": collections.defaultdict(lambda: 0)}, ".a", "defaultdict", "plain dict"),
+        ({"a": collections.defaultdict(Local)}, ".a", "defaultdict", "one of bool, dict"),
+        ({"a": collections.Counter({"b": Local()})}, ".a.b", "Local", ""),
     ],
 )
 def test_unstorable_value_is_refused_with_path_type_and_advice(
@@ -486,6 +502,10 @@ def test_stored_bytes_of_version_two_are_still_read() -> None:
     """As above; this version compresses, and binds each value to its context."""
     stored = read_golden("codec-v2.jsonl", {**VALUES, "long text": LONG_TEXT}, bound=True)
     assert len(stored["long text"]) < len(LONG_TEXT) / 4
+
+
+def test_stored_mappings_of_version_two_are_still_read() -> None:
+    read_golden("codec-v2-mappings.jsonl", MAPPINGS, bound=True)
 
 
 def test_encrypted_bytes_of_version_two_are_still_read() -> None:
