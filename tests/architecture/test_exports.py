@@ -37,6 +37,7 @@ ERRORS = {
         "VersionChangedError",
     },
     "FencedError": {"LeaseLostError"},
+    "StoreUnavailableError": {"StoreDamagedError"},
     "CodecError": {
         "BlockedTypeError",
         "HashMismatchError",
