@@ -17,7 +17,8 @@ from langgraph.types import StateSnapshot
 
 from agentflow.checkpoint import Retention, Saver, SweepReport, open_checkpointer
 from agentflow.config import Settings, load_settings
-from agentflow.drive import AttemptControl, Driver, RegisteredGraph
+from agentflow.control import AttemptControl, monotonic
+from agentflow.drive import Driver, RegisteredGraph, end_cancelled
 from agentflow.errors import (
     InvalidInputError,
     RunCancelledError,
@@ -33,6 +34,7 @@ from agentflow.retry import LangGraphRetryPolicy, RetryPolicy
 from agentflow.serializer import AllowList
 from agentflow.storage import OnExisting, RunStore
 from agentflow.telemetry import APPROVAL_OUTCOME, APPROVAL_WAIT, decide_span, traceparent
+from agentflow.threads import on_loop
 from agentflow.types import (
     Approval,
     AuditEvent,
@@ -329,12 +331,13 @@ class AgentFlow:
         """
         name = f"drive-{new_id()[-6:]}"
         keeper = self._keeper()
-        with keeper, self._changes.listen() as listener:
+        with keeper, on_loop(1) as threads, self._changes.listen() as listener:
             while True:
                 run = await self.get_run(run_id)
                 if run.status.is_ended or run.status is RunStatus.WAITING:
                     return run
                 registered = self._find_graph(run.graph, run.version)
+                since = monotonic()
                 claimed = await self._store.claim_run(
                     self.tenant, run_id, worker=name, lease=self._settings.lease
                 )
@@ -342,8 +345,8 @@ class AgentFlow:
                     # Not due yet, by the store's clock, or it has just ended.
                     await listener.wait(self._settings.poll_interval.total_seconds())
                 else:
-                    driver = Driver(self._store, self._saver, keeper)
-                    await driver.attempt(registered, claimed, AttemptControl())
+                    driver = Driver(self._store, self._saver, keeper, threads)
+                    await driver.attempt(registered, claimed, AttemptControl(), since=since)
                     self._changes.notify()
 
     async def cancel(self, run_id: str, *, reason: str | None = None, by: str | None = None) -> Run:
@@ -367,7 +370,7 @@ class AgentFlow:
         except ThreadBusyError:
             return run
         if claimed is not None:
-            await Driver(self._store, self._saver, self._keeper()).cancel(claimed)
+            await end_cancelled(self._store, self._saver, claimed)
         return await self.get_run(run.id)
 
     async def list_events(

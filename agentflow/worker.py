@@ -9,19 +9,26 @@ import random
 import socket
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from langgraph.checkpoint.base import BaseCheckpointSaver
 
 from agentflow.config import Settings
-from agentflow.drive import AttemptControl, Driver, RegisteredGraph
+from agentflow.control import AttemptControl, monotonic
+from agentflow.drive import Driver, RegisteredGraph
 from agentflow.lease import LeaseKeeper
 from agentflow.storage import RunStore
+from agentflow.threads import NodeThreads, on_loop
 from agentflow.types import ClaimedRun, new_id
 
 logger = logging.getLogger(__name__)
 
+_PATIENT = 0.8
+"""The part of the grace period in which graphs may come to the end of a superstep."""
+
+WorkerHealth = Literal["ok", "draining", "overloaded"]
 Graphs = Mapping[tuple[str, str], RegisteredGraph]
 
 
@@ -95,13 +102,35 @@ class Listener:
             self._loop.call_soon_threadsafe(self._event.set)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerStats:
+    """What a worker is doing."""
+
+    name: str
+    health: WorkerHealth
+    concurrency: int
+    active: int
+    """Runs that it drives."""
+    claimed: int
+    """Runs that it has claimed since it started."""
+    abandoned: int
+    """Threads in nodes whose attempt is over."""
+    silence: float
+    """Seconds since the store last answered a claim."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Active:
+    control: AttemptControl
+    task: asyncio.Task[None]
+
+
 class Worker:
     """Drives runs of the registered graphs; made by `AgentFlow.worker`.
 
     Use it as an async context manager, or call `run()` and, from elsewhere, `stop()`. Leaving the
-    context
-    drains: no new claims, running graphs stop at their next superstep with their state saved, and
-    what they have left is continued by another worker.
+    context drains: no new claims, running graphs stop at their next superstep with their state
+    saved, and what they have left is continued by another worker.
     """
 
     def __init__(
@@ -127,41 +156,98 @@ class Worker:
         self._tenant = tenant
         self._concurrency = concurrency
         self._queues = tuple(queues)
-        self._active: dict[str, AttemptControl] = {}
+        self._active: dict[str, _Active] = {}
+        self._claimed = 0
+        self._answered_at = monotonic()
         self._is_stopping = False
+        self._is_overloaded = False
+        self._threads: NodeThreads | None = None
         self._listener: Listener | None = None
         self._group: asyncio.TaskGroup | None = None
 
     async def run(self) -> None:
-        """Claim and drive runs until `stop` is called and everything has been settled."""
+        """Claim and drive runs until `stop` is called and everything has been settled.
+
+        It also ends by itself, drained, when more threads than `Settings.max_abandoned` are stuck
+        in nodes whose attempt is over. Then `stats().health` is `overloaded`: only a new process is
+        rid of them.
+        """
         keeper = LeaseKeeper(
             self._store, lease=self._settings.lease, heartbeat=self._settings.heartbeat
         )
-        with self._changes.listen() as listener, keeper:
-            self._listener = listener
-            driver = Driver(self._store, self._saver, keeper)
+        with (
+            on_loop(self._concurrency) as threads,
+            self._changes.listen() as listener,
+            keeper,
+        ):
+            self._listener, self._threads = listener, threads
+            driver = Driver(self._store, self._saver, keeper, threads)
             async with asyncio.TaskGroup() as group:
                 while not self._is_stopping:
-                    claimed = await self._claim()
-                    for run in claimed:
-                        self._begin(group, driver, run)
+                    claimed = await self._claim(group, driver)
                     if not claimed or len(self._active) >= self._concurrency:
                         await listener.wait(self._settings.poll_interval.total_seconds())
+                    self._check_load(threads)
+                await self._settle()
 
     def stop(self) -> None:
-        """Drain: claim nothing more and let running graphs stop at their next superstep."""
+        """Drain: claim nothing more and let running graphs stop at their next superstep.
+
+        A node that takes longer than `Settings.grace` is stopped in the middle, and is executed
+        again elsewhere.
+        """
         self._is_stopping = True
-        for control in self._active.values():
-            control.drain()
+        for active in self._active.values():
+            active.control.drain()
         if self._listener is not None:
             self._listener.wake()
 
-    async def _claim(self) -> list[ClaimedRun]:
+    def stats(self) -> WorkerStats:
+        """Say what the worker is doing."""
+        return WorkerStats(
+            name=self.name,
+            health=self._health(),
+            concurrency=self._concurrency,
+            active=len(self._active),
+            claimed=self._claimed,
+            abandoned=0 if self._threads is None else self._threads.abandoned(),
+            silence=monotonic() - self._answered_at,
+        )
+
+    def _health(self) -> WorkerHealth:
+        if self._is_overloaded:
+            return "overloaded"
+        return "draining" if self._is_stopping else "ok"
+
+    def _check_load(self, threads: NodeThreads) -> None:
+        if not self._is_overloaded and threads.abandoned() > self._settings.max_abandoned:
+            self._is_overloaded = True
+            logger.error("too many threads are stuck in nodes", extra={"worker": self.name})
+            self.stop()
+
+    async def _settle(self) -> None:
+        """Wait for what is still being driven, for as long as there is time."""
+        grace = self._settings.grace.total_seconds()
+        await self._wait_for_active(grace * _PATIENT)
+        for active in self._active.values():
+            active.control.give_up()
+        await self._wait_for_active(grace * (1 - _PATIENT))
+        for active in self._active.values():
+            # The store does not answer; the leases will expire.
+            logger.warning("run was not given back in time", extra={"worker": self.name})
+            active.task.cancel()
+
+    async def _wait_for_active(self, timeout: float) -> None:
+        if tasks := [active.task for active in self._active.values()]:
+            await asyncio.wait(tasks, timeout=timeout)
+
+    async def _claim(self, group: asyncio.TaskGroup, driver: Driver) -> int:
         room = self._concurrency - len(self._active)
         if room <= 0:
-            return []
+            return 0
+        since = monotonic()
         try:
-            return await self._store.claim_runs(
+            claimed = await self._store.claim_runs(
                 self._tenant,
                 worker=self.name,
                 queues=self._queues,
@@ -171,20 +257,29 @@ class Worker:
             )
         except Exception as exc:  # noqa: BLE001 -- the runs that are being driven must go on
             logger.warning("cannot claim runs", extra={"error": type(exc).__name__})
-            return []
+            return 0
+        self._answered_at = monotonic()
+        self._claimed += len(claimed)
+        for run in claimed:
+            self._begin(group, driver, run, since)
+        return len(claimed)
 
-    def _begin(self, group: asyncio.TaskGroup, driver: Driver, claimed: ClaimedRun) -> None:
+    def _begin(
+        self, group: asyncio.TaskGroup, driver: Driver, claimed: ClaimedRun, since: float
+    ) -> None:
         control = AttemptControl()
         if self._is_stopping:
             control.drain()  # claimed while the worker was being told to stop
-        self._active[claimed.run.id] = control
-        group.create_task(self._drive(driver, claimed, control))
+        task = group.create_task(self._drive(driver, claimed, control, since))
+        self._active[claimed.run.id] = _Active(control, task)
 
-    async def _drive(self, driver: Driver, claimed: ClaimedRun, control: AttemptControl) -> None:
+    async def _drive(
+        self, driver: Driver, claimed: ClaimedRun, control: AttemptControl, since: float
+    ) -> None:
         run = claimed.run
         registered = self._graphs[run.graph, run.version]
         try:
-            await driver.attempt(registered, claimed, control)
+            await driver.attempt(registered, claimed, control, since=since)
         except Exception:
             # A defect here must not take the other runs with it; this one's lease will expire.
             logger.exception("attempt ended unexpectedly", extra={"run_id": run.id})
