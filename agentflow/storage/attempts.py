@@ -266,6 +266,11 @@ def fail_run(
         "attempts": row.attempt,
         "claims": row.claims,
         "checkpoint_id": checkpoint_id,
+        "thread_id": row.thread_id,
+        "graph": row.graph,
+        "version": row.version,
+        "reason": reason,
+        "step": step,
         "cause": payloads.dump(failure, dead_letters.c.cause, row),
     }
     replace(connection, dead_letters, [letter])

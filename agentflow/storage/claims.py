@@ -298,7 +298,9 @@ def extend_leases(
         holds = row is not None and is_held(row, lease, now)
         report[lease.run_id] = Heartbeat(
             lost=not holds,
-            cancel_requested=holds and row is not None and row.cancel_requested_at is not None,
+            stop="cancel"
+            if holds and row is not None and row.cancel_requested_at is not None
+            else None,
         )
         if holds and row is not None:
             connection.execute(

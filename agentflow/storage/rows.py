@@ -194,10 +194,15 @@ def to_dead_letter(row: sa.Row[Any], payloads: Payloads) -> DeadLetter:
     """Build the record of a dead letter."""
     return DeadLetter(
         run_id=row.run_id,
+        thread_id=row.thread_id,
+        graph=row.graph,
+        version=row.version,
         at=row.at,
+        reason=row.reason,
         cause=payloads.load(dead_letters.c.cause, row),
         attempts=row.attempts,
         claims=row.claims,
+        step=row.step,
         checkpoint_id=row.checkpoint_id,
     )
 

@@ -24,7 +24,7 @@ from agentflow.errors import (
     VersionChangedError,
 )
 from agentflow.storage import attempts, claims
-from agentflow.storage.base import OnExisting, RunStore
+from agentflow.storage.base import ChangeKind, OnBusy, OnExisting, RunStore
 from agentflow.storage.rotation import rotate_payloads
 from agentflow.storage.rows import (
     GENESIS,
@@ -52,11 +52,17 @@ from agentflow.types import (
     NewEvent,
     NewWait,
     Page,
+    Pause,
+    PauseScope,
+    Restored,
     Run,
     RunFailure,
     RunSpec,
     RunStatus,
+    Survey,
     WaitStatus,
+    WorkerRecord,
+    WorkerReport,
 )
 
 T = TypeVar("T")
@@ -72,7 +78,12 @@ class SqlRunStore(RunStore):
         self._payloads = Payloads(strict=codec, lenient=codec.readable_anywhere())
 
     async def create_run(
-        self, tenant: str, spec: RunSpec, *, on_existing: OnExisting
+        self,
+        tenant: str,
+        spec: RunSpec,
+        *,
+        on_existing: OnExisting,
+        on_busy: OnBusy = "enqueue",
     ) -> tuple[Run, bool]:
         # Encoded before the writer is asked, so that an unstorable input costs the batch nothing.
         row = _new_run(self._payloads, tenant, spec)
@@ -134,6 +145,7 @@ class SqlRunStore(RunStore):
         tenant: str,
         *,
         worker: str,
+        instance: str | None = None,
         queues: Collection[str],
         graphs: Collection[tuple[str, str]],
         limit: int,
@@ -156,7 +168,14 @@ class SqlRunStore(RunStore):
         )
 
     async def claim_run(
-        self, tenant: str, run_id: str, *, worker: str, lease: timedelta
+        self,
+        tenant: str,
+        run_id: str,
+        *,
+        worker: str,
+        instance: str | None = None,
+        lease: timedelta,
+        although_paused: bool = False,
     ) -> ClaimedRun | None:
         return await self._write(claims.claim_run, tenant, run_id, worker=worker, lease=lease)
 
@@ -301,6 +320,78 @@ class SqlRunStore(RunStore):
             idempotency_key=idempotency_key,
             request=request,
         )
+
+    async def end_isolation(self, lease: Lease) -> None:
+        raise NotImplementedError
+
+    async def finish_rollback(self, lease: Lease, run_ids: Collection[str]) -> None:
+        raise NotImplementedError
+
+    async def pause_failed_run(
+        self,
+        lease: Lease,
+        failure: RunFailure,
+        *,
+        reason: str,
+        checkpoint_id: str | None,
+        step: int | None,
+    ) -> None:
+        raise NotImplementedError
+
+    async def pause_run(
+        self, tenant: str, run_id: str, *, reason: str | None, by: str | None
+    ) -> Run:
+        raise NotImplementedError
+
+    async def resume_run(self, tenant: str, run_id: str, *, by: str | None) -> Run:
+        raise NotImplementedError
+
+    async def pause(
+        self, tenant: str, scope: PauseScope, name: str, *, reason: str | None, by: str | None
+    ) -> Pause:
+        raise NotImplementedError
+
+    async def resume(self, tenant: str, scope: PauseScope, name: str, *, by: str | None) -> bool:
+        raise NotImplementedError
+
+    async def list_pauses(self, tenant: str) -> tuple[Pause, ...]:
+        raise NotImplementedError
+
+    async def fire_due(self, tenant: str, *, limit: int) -> int:
+        raise NotImplementedError
+
+    async def list_dead_letters(
+        self, tenant: str, *, graph: str | None, reason: str | None, limit: int, cursor: str | None
+    ) -> Page[DeadLetter]:
+        raise NotImplementedError
+
+    async def requeue_dead_letter(
+        self, tenant: str, run_id: str, *, checkpoint_id: str | None, by: str | None
+    ) -> Run:
+        raise NotImplementedError
+
+    async def discard_dead_letter(
+        self, tenant: str, run_id: str, *, reason: str | None, by: str | None
+    ) -> Run:
+        raise NotImplementedError
+
+    async def beat_worker(self, tenant: str, report: WorkerReport) -> None:
+        raise NotImplementedError
+
+    async def remove_worker(self, tenant: str, instance: str) -> None:
+        raise NotImplementedError
+
+    async def list_workers(self, tenant: str) -> tuple[WorkerRecord, ...]:
+        raise NotImplementedError
+
+    async def survey(self, tenant: str) -> Survey:
+        raise NotImplementedError
+
+    async def restore(self, *, reason: str | None, by: str | None) -> Restored:
+        raise NotImplementedError
+
+    def subscribe(self, kind: ChangeKind, wake: Callable[[], None]) -> Callable[[], None]:
+        raise NotImplementedError
 
     async def rotate_keys(self, tell: Callable[[int, int], None]) -> int:
         return await rotate_payloads(self._database, self._payloads, tell)
