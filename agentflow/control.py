@@ -21,7 +21,7 @@ from uuid import UUID
 from langgraph.runtime import RunControl
 
 from agentflow.errors import LeaseLostError
-from agentflow.types import Lease
+from agentflow.types import Lease, StopReason
 
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
@@ -51,13 +51,18 @@ class AttemptControl:
         """The lease is gone, as far as is known here."""
         self.is_cancelled = False
         """Somebody cancelled the run."""
+        self.is_past_deadline = False
+        """The run should have ended by now."""
         self.is_paused = False
         """Somebody paused the run."""
+        self.is_isolated = False
+        """The run is suspected of killing its workers, and has not made progress yet."""
         self.is_given_up = False
         """Whoever drives the run is going away."""
         self.overdue: NodeCall | None = None
         """The call that has taken longer than it may."""
-        self._lease: Lease | None = None
+        self.lease: Lease | None = None
+        """What the attempt works under."""
         self._valid_until = float("inf")
         self._is_over = False
         self._shields = 0
@@ -73,20 +78,23 @@ class AttemptControl:
         """Stop before the next superstep, with the state saved."""
         self.run_control.request_drain("drain")
 
-    def pause(self) -> None:
-        """Stop before the next superstep: somebody paused the run."""
-        self.is_paused = True
-        self.run_control.request_drain("pause")
+    def stop(self, reason: StopReason) -> None:
+        """Stop as somebody has asked for; at once or, for a pause, before the next superstep.
 
-    def cancel(self) -> None:
-        """Stop at once, or after a shielded section: somebody cancelled the run."""
+        A shielded section is waited for.
+        """
+        if reason == "pause":
+            self.is_paused = True
+            self.run_control.request_drain(reason)
+            return
         with self._lock:
-            if self.is_cancelled:
-                return
-            self.is_cancelled = True
+            if self.is_cancelled or self.is_past_deadline:
+                return  # a node that cleans up after itself is not interrupted again
+            self.is_cancelled = reason == "cancel"
+            self.is_past_deadline = reason == "deadline"
             is_shielded = self._shields > 0
         # A node that does not let itself be cancelled is the last one.
-        self.run_control.request_drain("cancel")
+        self.run_control.request_drain(reason)
         if not is_shielded:
             self._interrupt()
 
@@ -122,7 +130,13 @@ class AttemptControl:
             task.cancel()
 
     def _is_stopped(self) -> bool:
-        return self.is_lost or self.is_cancelled or self.is_given_up or self.overdue is not None
+        return (
+            self.is_lost
+            or self.is_cancelled
+            or self.is_past_deadline
+            or self.is_given_up
+            or self.overdue is not None
+        )
 
     def _interrupt(self) -> None:
         loop, task = self._loop, self._task
@@ -136,8 +150,8 @@ class AttemptControl:
 
         The same lease under another token is not shorter for that.
         """
-        self._valid_until = until if self._lease is None else max(until, self._valid_until)
-        self._lease = lease
+        self._valid_until = until if self.lease is None else max(until, self._valid_until)
+        self.lease = lease
 
     def extend(self, until: float) -> None:
         """Note that the lease was extended."""
@@ -162,8 +176,8 @@ class AttemptControl:
         Raises:
             LeaseLostError: The attempt has ended, or its lease has, or is about to.
         """
-        if self.is_over and self._lease is not None:
-            raise LeaseLostError(self._lease.run_id, self._lease.token)
+        if self.is_over and self.lease is not None:
+            raise LeaseLostError(self.lease.run_id, self.lease.token)
 
     # Calls of nodes whose time is limited.
 
@@ -212,7 +226,7 @@ class AttemptControl:
         """Let cancellations through again, and say whether one was put off."""
         with self._lock:
             self._shields -= 1
-            is_due = self._shields == 0 and self.is_cancelled
+            is_due = self._shields == 0 and (self.is_cancelled or self.is_past_deadline)
         if is_due:
             self._interrupt()
         return is_due
@@ -250,9 +264,9 @@ class shield:  # noqa: N801 -- used like a function, as `contextlib.suppress` is
     """Let a cancellation wait until a section of a node is through.
 
     Use it with `async with` in an async node and with `with` in any other. A run that is cancelled
-    meanwhile stops when the section is left; so do the nodes beside it. It does not hold up the
-    loss of the lease, a node's timeout, or the end of the process. Outside of a run it does
-    nothing.
+    or reaches its deadline meanwhile stops when the section is left; so do the nodes beside it. It
+    does not hold up the loss of the lease, a node's timeout, or the end of the process. Outside of
+    a run it does nothing.
 
     Example:
         ```python

@@ -157,8 +157,8 @@ class LeaseKeeper:
             entry.control.lose()
             return
         entry.control.extend(self._safe_until(asked_at))
-        if beat.cancel_requested:
-            entry.control.cancel()
+        if beat.stop is not None:
+            entry.control.stop(beat.stop)
 
     def _is_held(self, lease: Lease) -> bool:
         """Whether the attempt still runs; it may have ended while the store was being asked."""

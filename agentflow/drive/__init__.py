@@ -9,3 +9,4 @@ was registered.
 from agentflow.drive.driver import Driver as Driver
 from agentflow.drive.driver import end_cancelled as end_cancelled
 from agentflow.drive.graph import RegisteredGraph as RegisteredGraph
+from agentflow.drive.graph import check_nodes as check_nodes

@@ -37,12 +37,13 @@ from agentflow.drive.graph import RegisteredGraph
 from agentflow.drive.questions import Key, Question, Waits, open_questions, owed
 from agentflow.errors import (
     AttemptsExhaustedError,
+    DeadlineExceededError,
     FencedError,
     LeaseLostError,
     RunError,
     StoreUnavailableError,
 )
-from agentflow.retry import Retry, decide
+from agentflow.retry import GiveUp, Retry, decide
 from agentflow.storage import RunStore
 from agentflow.telemetry import (
     CHECKPOINT_ID,
@@ -59,6 +60,8 @@ logger = logging.getLogger(__name__)
 
 _STRICT_RESUME = "__pregel_strict_resume"
 _PAGE = 200
+_LOSSES = 10
+"""How many times as often as it may fail a run may be lost with workers that others have killed."""
 # LangGraph's own errors that the same call would only raise again.
 _HOPELESS = (GraphRecursionError, InvalidUpdateError, EmptyInputError)
 
@@ -79,7 +82,8 @@ class Attempt:
         self._registered = registered
         self._run = claimed.run
         self._lease = claimed.lease
-        self._reason = claimed.reason
+        self._claimed = claimed
+        self._policies = registered.policies.as_stored(claimed.run.retry)
         self._control = control
         self._saver = (
             saver.with_lease(claimed.lease, check=control.check)
@@ -94,7 +98,7 @@ class Attempt:
                 "interrupt_after_nodes": [],
             }
         )
-        self._limits = registered.time_limits()
+        self._gate = Gate(control, registered.time_limits())
         self._started: AttemptStart | None = None
         self._begun_at: str | None = None
         self._is_released = False
@@ -126,17 +130,21 @@ class Attempt:
 
     async def _work(self, span: Span) -> None:
         config = self._config(span)
+        await self._prepare(config)
         before = await self._state(config)
         waits = await self._waits(before)
         questions = await open_questions(self._saver, before, waits)
         self._started = started = await self._start(before, questions)
+        self._control.is_isolated = started.is_isolated
         _show(span, before)
-        if self._run.cancel_requested_at is not None:
-            # Requested while its last worker was dying.
-            await self._cancel(span)
+        if started.stop is not None:
+            # Asked for while its last worker was dying.
+            self._control.stop(started.stop)
+            await self._settle_stop(span)
             return
-        if started.attempt > self._registered.retry.max_attempts:
-            raise AttemptsExhaustedError(self._run.id, started.attempt - 1)
+        most = self._policies.most_attempts(before.next)
+        if started.attempt > most or started.losses > most * _LOSSES:
+            raise AttemptsExhaustedError(self._run.id, max(started.attempt - 1, started.losses))
         is_begun = await self._is_begun(before)
         # Not `next`, which leaves out tasks whose writes are durable but not applied yet.
         if is_begun and not before.tasks:
@@ -153,7 +161,8 @@ class Attempt:
         try:
             await self._drive(graph_input, config)
         except GraphDrained:
-            await self._settle_drain(span)
+            await self._flush()
+            await self._settle_stop(span)
             return
         await self._flush()
         await self._conclude(await self._state(config), span)
@@ -181,11 +190,26 @@ class Attempt:
             control=self._control.run_control,
         )
         async for _ in stream:
-            pass
+            if self._control.is_isolated and self._gate.has_progressed:
+                await self._store.end_isolation(self._held())
+                self._control.is_isolated = False
+
+    async def _prepare(self, config: RunnableConfig) -> None:
+        """Bring the thread to where the run is to go on, if that is not where it stands."""
+        if gone := self._claimed.rolled_back:
+            await self._saver.adelete_for_runs(list(gone))
+            await self._store.finish_rollback(self._held(), gone)
+        if (checkpoint_id := self._run.resume_from) is not None:
+            place = {**config["configurable"], "checkpoint_id": checkpoint_id, "checkpoint_ns": ""}
+            # The state of that checkpoint becomes the head, and its tasks are due again.
+            await self._graph.aupdate_state(
+                {**config, "configurable": place}, None, as_node="__copy__"
+            )
+            await self._flush()
 
     def _config(self, span: Span) -> RunnableConfig:
         stored = self._run.config
-        callbacks: list[BaseCallbackHandler] = [Gate(self._control, self._limits)]
+        callbacks: list[BaseCallbackHandler] = [self._gate]
         if is_traced():
             callbacks.append(NodeSpans(self._run.id, span))
         config: RunnableConfig = {
@@ -227,7 +251,7 @@ class Attempt:
         return await self._store.start_attempt(
             self._held(),
             progress=f"{checkpoint_id}:{finished}:{answered}",
-            reason=self._reason,
+            reason=self._claimed.reason,
             checkpoint_id=checkpoint_id,
             step=(state.metadata or {}).get("step"),
             traceparent=traceparent(),
@@ -288,37 +312,27 @@ class Attempt:
         await self._store.finish_cancel(self._held())
         span.set_attribute(RUN_STATUS, "cancelled")
 
-    async def _release(self, span: Span, *, reason: str) -> None:
-        """Queue the run again, without that this attempt counts."""
-        await self._release_thread()
-        await self._store.release_run(self._held(), reason=reason, counts=False)
-        span.set_attribute(RUN_STATUS, "queued")
-
-    async def _settle_drain(self, span: Span) -> None:
-        """Settle a run whose graph has stopped at a superstep's end because it was asked to."""
-        await self._flush()
-        if self._control.overdue is not None or self._control.is_lost:
-            await self._settle_stop(span)
-            return
-        if self._control.is_cancelled:
-            await self._cancel(span)
-            return
-        await self._release(span, reason="drain")
-
     async def _settle_stop(self, span: Span) -> None:
-        """Settle a run that was stopped in the middle."""
+        """Settle a run that was stopped by what its control says."""
         control = self._control
         if control.is_lost:
             raise LeaseLostError(self._lease.run_id, self._lease.token)
         if (call := control.overdue) is not None:
             error = NodeTimeoutError(call.node, call.limit, kind="run", run_timeout=call.limit)
             await self._settle_failure(error, span)
-        elif control.is_cancelled:
-            await self._flush_quietly()
+            return
+        await self._flush_quietly()
+        if control.is_cancelled:
             await self._cancel(span)
+        elif control.is_past_deadline:
+            deadline = self._run.deadline_at
+            at = "" if deadline is None else deadline.isoformat()
+            await self._settle_failure(DeadlineExceededError(self._run.id, at), span)
         else:
-            await self._flush_quietly()
-            await self._release(span, reason="drain")
+            await self._release_thread()
+            reason = "pause" if control.is_paused else "drain"
+            await self._store.release_run(self._held(), reason=reason, counts=False)
+            span.set_attribute(RUN_STATUS, "queued")
 
     async def _give_back(self) -> None:
         """Queue the run again, because whoever drives it is going away.
@@ -344,11 +358,9 @@ class Attempt:
         fail_span(span, type(error).__name__)
         await self._flush_quietly()
         failed = await self._failed(span)
-        node = error.node if isinstance(error, NodeTimeoutError) else failed.node
-        failure = failures.describe(error, node, failed.attempt)
+        failure = failures.describe(error, failed.node, failed.attempt)
         await self._release_thread()
-        policy = self._registered.retry
-        verdict = None if isinstance(error, _HOPELESS) else decide(policy, failed.attempt, error)
+        verdict = self._judge(error, failed)
         if isinstance(verdict, Retry):
             await self._store.retry_run(
                 self._held(),
@@ -359,18 +371,28 @@ class Attempt:
                 step=failed.step,
             )
             span.set_attribute(RUN_STATUS, "queued")
-        else:
-            reason = verdict.reason if verdict else "not_retryable"
-            if isinstance(error, AttemptsExhaustedError):
-                reason = "exhausted"
-            await self._store.fail_run(
-                self._held(),
-                failure,
-                reason=reason,
-                checkpoint_id=failed.checkpoint_id,
-                step=failed.step,
-            )
-            span.set_attribute(RUN_STATUS, "failed")
+            return
+        is_paused = verdict.reason == "exhausted" and (
+            self._policies.of(failed.node).on_exhausted == "pause"
+        )
+        end = self._store.pause_failed_run if is_paused else self._store.fail_run
+        await end(
+            self._held(),
+            failure,
+            reason=verdict.reason,
+            checkpoint_id=failed.checkpoint_id,
+            step=failed.step,
+        )
+        span.set_attribute(RUN_STATUS, "queued" if is_paused else "failed")
+
+    def _judge(self, error: Exception, failed: Failed) -> Retry | GiveUp:
+        if isinstance(error, _HOPELESS):
+            return GiveUp("not_retryable")
+        if isinstance(error, DeadlineExceededError):
+            return GiveUp("deadline")
+        if isinstance(error, AttemptsExhaustedError):
+            return GiveUp("exhausted")
+        return decide(self._policies.of(failed.node), failed.attempt, error)
 
     async def _failed(self, span: Span) -> Failed:
         started = self._started or AttemptStart(attempt=self._run.attempt, failures={})
@@ -386,6 +408,7 @@ class Attempt:
             begun_at=self._begun_at,
             attempt=started.attempt,
             failures=started.failures,
+            timed_out=None if self._control.overdue is None else self._control.overdue.node,
         )
 
     async def _release_thread(self) -> None:

@@ -23,6 +23,9 @@ class Gate(BaseCallbackHandler):
         """Guard an attempt; `limits` are seconds by the names of nodes."""
         self._control = control
         self._limits = limits
+        self._first_step: int | None = None
+        self.has_progressed = False
+        """Whether a superstep of the graph has become durable since."""
 
     def on_chain_start(
         self,
@@ -38,10 +41,20 @@ class Gate(BaseCallbackHandler):
         """Check, and watch a node whose time is limited."""
         del serialized, inputs, parent_run_id
         self._control.check()
-        if self._limits:
-            node = node_of(tags, metadata, kwargs.get("name"))
-            if node is not None and (limit := self._limits.get(node)) is not None:
-                self._control.watch(run_id, node, limit)
+        node = node_of(tags, metadata, kwargs.get("name"))
+        if node is None or metadata is None:
+            return
+        if "|" not in metadata.get("langgraph_checkpoint_ns", ""):
+            self._note_step(metadata.get("langgraph_step", 0))
+        if (limit := self._limits.get(node)) is not None:
+            self._control.watch(run_id, node, limit)
+
+    def _note_step(self, step: int) -> None:
+        # A step begins when the one before it is durable.
+        if self._first_step is None:
+            self._first_step = step
+        elif step > self._first_step:
+            self.has_progressed = True
 
     def on_chain_end(self, outputs: Any, *, run_id: UUID, **kwargs: Any) -> None:
         """Stop watching."""

@@ -5,14 +5,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 from langgraph.pregel import Pregel
 from langgraph.types import TimeoutPolicy
 
 from agentflow.checkpoint import Retention
-from agentflow.retry import RetryPolicy
-from agentflow.types import Run
+from agentflow.errors import InvalidInputError
+from agentflow.retry import RetryPolicies, RetryPolicy
+from agentflow.types import Duration, Run, to_timedelta
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +26,8 @@ class RegisteredGraph:
     version: str
     queue: str
     retry: RetryPolicy
+    node_retry: Mapping[str, RetryPolicy] = field(default_factory=dict)
+    """For nodes with a policy of their own."""
     context: Callable[[Run], Any] | None
     input_schema: Any
     retention: Retention | None = None
@@ -32,6 +36,11 @@ class RegisteredGraph:
     """Called, and awaited, before a run that is being driven ends as cancelled."""
     node_timeouts: Mapping[str, float] = field(default_factory=dict)
     """Seconds that a call of a node may take, by the node's name."""
+
+    @property
+    def policies(self) -> RetryPolicies:
+        """What new runs are stored with."""
+        return RetryPolicies(graph=self.retry, nodes=self.node_retry)
 
     async def make_context(self, run: Run) -> Any:
         """Rebuild what cannot be stored, for one attempt."""
@@ -54,6 +63,34 @@ class RegisteredGraph:
             if node.timeout is not None and node.timeout.run_timeout is not None
         }
         return {**limits, **self.node_timeouts}
+
+
+def check_nodes(
+    graph: Pregel[Any, Any, Any, Any],
+    *,
+    node_retry: Mapping[str, Any],
+    node_timeout: Mapping[str, Duration],
+) -> None:
+    """Check what is said of single nodes.
+
+    Raises:
+        InvalidInputError: There is no such node, or a time that cannot be meant.
+    """
+    subgraphs = [each for _, each in graph.get_subgraphs(recurse=True) if isinstance(each, Pregel)]
+    nodes = set(graph.nodes).union(*(each.nodes for each in subgraphs))
+    found = [
+        f"{option}: the graph has no node {name!r}"
+        for option, given in (("node_retry", node_retry), ("node_timeout", node_timeout))
+        for name in given
+        if name not in nodes
+    ]
+    found += [
+        f"node_timeout: must be above 0 for node {name!r}"
+        for name, timeout in node_timeout.items()
+        if to_timedelta(timeout) <= timedelta(0)
+    ]
+    if found:
+        raise InvalidInputError("graph", tuple(found))
 
 
 def _longest(policy: TimeoutPolicy) -> float:

@@ -51,6 +51,7 @@ from agentflow.types import (
     Lease,
     NewEvent,
     NewWait,
+    NextDue,
     Page,
     Pause,
     PauseScope,
@@ -359,6 +360,13 @@ class SqlRunStore(RunStore):
 
     async def fire_due(self, tenant: str, *, limit: int) -> int:
         raise NotImplementedError
+
+    async def next_due(
+        self, tenant: str, *, queues: Collection[str], graphs: Collection[tuple[str, str]]
+    ) -> NextDue:
+        return await self._database.read(
+            lambda connection: claims.next_due(connection, tenant, queues, graphs)
+        )
 
     async def list_dead_letters(
         self, tenant: str, *, graph: str | None, reason: str | None, limit: int, cursor: str | None
