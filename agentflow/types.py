@@ -221,7 +221,7 @@ class ClaimedRun:
     """Why it runs now: `start`, `approval`, `retry`, `drain`, `pause`, `requeue` or `recovery`."""
     isolation: timedelta | None = None
     """If set, the run is suspected of killing its workers: whoever drives it claims nothing else
-    for so long, or until the run makes progress (`RunStore.end_isolation`)."""
+    for so long, or until the run makes progress; see `RunStore.end_isolation`."""
     rolled_back: tuple[str, ...] = ()
     """Cancelled runs of the thread whose checkpoints are to be deleted before the thread is read;
     then `RunStore.finish_rollback`."""
@@ -400,7 +400,9 @@ class AttemptStart:
     failures: Mapping[str, int]
     """Failures so far of each task of the current superstep, by task id."""
     losses: int = 0
-    """Attempts since then that ended with their worker, whether they count or not."""
+    """Attempts since then that were lost with their worker, whether they count or not."""
+    is_isolated: bool = False
+    """Whether the isolation of the claim goes on: there was no progress before this attempt."""
     stop: StopReason | None = None
     """Set if the attempt is to stop before it drives anything."""
 

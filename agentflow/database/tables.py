@@ -211,8 +211,8 @@ runs = _table(
     # Attempts without progress that ended with their worker, and whether the last one counted.
     Column("losses", Integer),
     Column("has_loss_counted", Boolean),
-    # Until when its worker does not drive anything else that might kill it.
-    Column("isolated_until", Timestamp),
+    # Whether its worker claims nothing else that might kill it.
+    Column("is_isolated", Boolean),
     Column("resume_from", _ID),
     Column("paused_at", Timestamp),
     Column("is_paused_by_failure", Boolean),

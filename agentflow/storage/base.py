@@ -174,7 +174,10 @@ class RunStore(ABC):
 
     @abstractmethod
     async def end_isolation(self, lease: Lease) -> None:
-        """Note that a run in isolation has made progress: it is no suspect any more."""
+        """Note that the isolation of a run is over: it has made progress, or its time has passed.
+
+        To be called before the worker claims anything else.
+        """
 
     @abstractmethod
     async def finish_rollback(self, lease: Lease, run_ids: Collection[str]) -> None:
@@ -199,9 +202,9 @@ class RunStore(ABC):
         `progress` names what is durable. If it differs from the last attempt's, the counts of
         attempts and losses start anew: with this one, or, if the last one was lost with its worker,
         with that one. The failures per task start anew if `checkpoint_id` differs. `resume_from` is
-        forgotten, so that the caller has made that checkpoint the thread's head before. Says what
-        `extend_leases` would: whether to stop. Event: `run.started` if `reason` is `start`, else
-        one `run.resumed` with reason and checkpoint.
+        forgotten: the caller has made that checkpoint the thread's head before. If the run is to be
+        cancelled, is paused by itself or has passed its deadline, that is said. Event:
+        `run.started` if `reason` is `start`, else one `run.resumed` with reason and checkpoint.
         """
 
     @abstractmethod
@@ -385,7 +388,7 @@ class RunStore(ABC):
     async def discard_dead_letter(
         self, tenant: str, run_id: str, *, reason: str | None, by: str | None
     ) -> Run:
-        """Delete the dead letter of a run, which stays `failed` for good.
+        """Delete the dead letter of a run, which stays `failed`.
 
         A run without one is `NotDeadLetterError`. Event: `dead_letter.discarded`.
         """

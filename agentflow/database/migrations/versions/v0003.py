@@ -14,7 +14,7 @@ RUNS = (
     ("claimed_at", sa.BigInteger()),
     ("losses", sa.Integer()),
     ("has_loss_counted", sa.Boolean()),
-    ("isolated_until", sa.BigInteger()),
+    ("is_isolated", sa.Boolean()),
     ("resume_from", sa.Text()),
     ("paused_at", sa.BigInteger()),
     ("is_paused_by_failure", sa.Boolean()),
