@@ -426,6 +426,16 @@ class DeadLetter:
     """The newest checkpoint: the state in which the run failed."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NextDue:
+    """How long it is until something happens by itself; `None` if nothing will."""
+
+    expiry: timedelta | None
+    """Until the next lease expires."""
+    deadline: timedelta | None
+    """Until the next deadline of a run that nobody drives; not above zero if one has passed."""
+
+
 PauseScope = Literal["graph", "queue", "all", "store"]
 """What is paused: a graph, a queue, everything of a tenant, or all tenants of a restored store."""
 

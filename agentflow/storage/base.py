@@ -27,6 +27,7 @@ from agentflow.types import (
     Heartbeat,
     Lease,
     NewWait,
+    NextDue,
     Page,
     Pause,
     PauseScope,
@@ -344,6 +345,16 @@ class RunStore(ABC):
         queued run at its deadline becomes `failed`, with a dead letter; its pending waits become
         `expired`. A running one is left to whoever holds or recovers it. Events: `run.cancelled` or
         `run.failed`, with the reason `start_deadline` or `deadline`.
+        """
+
+    @abstractmethod
+    async def next_due(
+        self, tenant: str, *, queues: Collection[str], graphs: Collection[tuple[str, str]]
+    ) -> NextDue:
+        """Return how long it is until there is something to claim or to fire by itself.
+
+        That is until the next lease of a run in one of `queues` and of one of the `graphs` expires,
+        leases that have expired apart, and until the next deadline that `fire_due` will see to.
         """
 
     @abstractmethod

@@ -42,6 +42,7 @@ from agentflow.types import (
     Heartbeat,
     Lease,
     NewEvent,
+    NextDue,
     RunStatus,
 )
 
@@ -141,6 +142,46 @@ def has_due(
             sa.select(runs.c.seq).where(*wanted, due, ~_is_behind_another()).limit(1)
         ).first()
         for due in (is_expired(now), _is_queued(payloads.time(now)))
+    )
+
+
+def next_due(
+    connection: Connection,
+    tenant: str,
+    queues: Collection[str],
+    graphs: Collection[tuple[str, str]],
+) -> NextDue:
+    """See `RunStore.next_due`."""
+    now = database_now(connection)
+
+    def soonest(column: sa.Column[Any], where: str, *conditions: Any) -> Any:
+        # In literals, as the partial indexes have it.
+        of_tenant = runs.c.tenant == tenant
+        query = sa.select(sa.func.min(column)).where(sa.text(where), of_tenant, *conditions)
+        return query.scalar_subquery()
+
+    wanted = _wanted(tenant, queues, graphs)
+    row = connection.execute(
+        sa.select(
+            soonest(
+                runs.c.lease_expires_at,
+                "status = 'running'",
+                runs.c.lease_expires_at > now,
+                *wanted,
+            ),
+            soonest(
+                runs.c.start_deadline_at, "status = 'queued' AND start_deadline_at IS NOT NULL"
+            ),
+            soonest(
+                runs.c.deadline_at, "status IN ('queued', 'waiting') AND deadline_at IS NOT NULL"
+            ),
+        )
+    ).one()
+    expiry, *deadlines = row
+    deadline = min((each for each in deadlines if each is not None), default=None)
+    return NextDue(
+        expiry=None if expiry is None else expiry - now,
+        deadline=None if deadline is None else deadline - now,
     )
 
 

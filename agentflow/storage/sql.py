@@ -41,6 +41,7 @@ from agentflow.types import (
     Heartbeat,
     Lease,
     NewWait,
+    NextDue,
     Page,
     Pause,
     PauseScope,
@@ -406,6 +407,13 @@ class SqlRunStore(RunStore):
         fired: int = await self._write(endings.fire_due, tenant, limit)
         self._tell("due", "settled")
         return fired
+
+    async def next_due(
+        self, tenant: str, *, queues: Collection[str], graphs: Collection[tuple[str, str]]
+    ) -> NextDue:
+        return await self._database.read(
+            lambda connection: claims.next_due(connection, tenant, queues, graphs)
+        )
 
     async def list_dead_letters(
         self,
