@@ -171,7 +171,7 @@ async def _is(app: AgentFlow, run_id: str, status: RunStatus) -> bool:
 
 async def _until(look: Callable[[], Awaitable[bool]]) -> None:
     async with asyncio.timeout(30):
-        while not await look():
+        while not await look():  # noqa: ASYNC110 -- it is for the database to say
             await asyncio.sleep(0.02)
 
 
