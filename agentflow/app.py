@@ -17,7 +17,8 @@ from langgraph.types import StateSnapshot
 
 from agentflow.checkpoint import Retention, Saver, SweepReport, open_checkpointer
 from agentflow.config import Settings, load_settings
-from agentflow.drive import AttemptControl, Driver, RegisteredGraph
+from agentflow.control import AttemptControl, monotonic
+from agentflow.drive import Driver, RegisteredGraph, check_nodes, end_cancelled
 from agentflow.errors import (
     InvalidInputError,
     RunCancelledError,
@@ -29,10 +30,12 @@ from agentflow.inputs import check_input, check_options
 from agentflow.interrupts import parse_decision, validate
 from agentflow.keys import KeyRing
 from agentflow.lease import LeaseKeeper
+from agentflow.listener import Listener
 from agentflow.retry import LangGraphRetryPolicy, RetryPolicy
 from agentflow.serializer import AllowList
 from agentflow.storage import OnExisting, RunStore
 from agentflow.telemetry import APPROVAL_OUTCOME, APPROVAL_WAIT, decide_span, traceparent
+from agentflow.threads import on_loop
 from agentflow.types import (
     Approval,
     AuditEvent,
@@ -48,7 +51,7 @@ from agentflow.types import (
     new_id,
     to_timedelta,
 )
-from agentflow.worker import Changes, Worker
+from agentflow.worker import Worker
 
 if TYPE_CHECKING:
     from agentflow.codec import Redact
@@ -148,8 +151,7 @@ class AgentFlow:
         else:
             self._saver = checkpoints
         self._graphs: dict[tuple[str, str], RegisteredGraph] = {}
-        self._changes = Changes()
-        self.approvals = Approvals(self._store, tenant, self._changes)
+        self.approvals = Approvals(self._store, tenant)
 
     def with_url(self, url: str) -> AgentFlow:
         """Return an `AgentFlow` with the same graphs and options on another database."""
@@ -164,10 +166,13 @@ class AgentFlow:
         name: str,
         version: str = "1",
         retry: RetryPolicy | LangGraphRetryPolicy | None = None,
+        node_retry: Mapping[str, RetryPolicy | LangGraphRetryPolicy] | None = None,
+        node_timeout: Mapping[str, Duration] | None = None,
         queue: str = "default",
         context: Callable[[Run], Any] | None = None,
         input_schema: Any = None,
         retention: Retention | None = None,
+        on_cancel: Callable[[Run], Any] | None = None,
     ) -> None:
         """Make a graph known under a name and version.
 
@@ -176,11 +181,20 @@ class AgentFlow:
                 replaced by agentflow's, in a copy.
             name: What runs refer to.
             version: Runs stay with the version that they were submitted under.
-            retry: When a failed attempt is tried again; LangGraph's policy is accepted too.
+            retry: When a failed attempt is tried again; LangGraph's policy is accepted too. Its
+                numbers are stored with each run.
+            node_retry: The same by node, for where a node of that name failed. It is not the
+                `retry_policy` of LangGraph's `add_node`, by which a node is tried again in its
+                process, before the attempt has failed.
+            node_timeout: How long a call of a node may take, by its name. It is for nodes that are
+                not async, which LangGraph's `timeout` is not: the attempt is given up and counts as
+                failed, the thread is left behind, and what it still returns is dropped.
             queue: Where runs are queued unless `submit` says otherwise.
             context: Makes the graph's context for each attempt, from the run; may be `async`.
             input_schema: A type that inputs must fit, instead of the graph's own input schema.
             retention: How long `sweep` keeps the threads whose newest run is one of this graph's.
+            on_cancel: Called, and awaited, when a run that is being driven is cancelled, before it
+                becomes `cancelled`; once more if the process dies in between.
 
         Raises:
             InvalidInputError: The name and version are taken by another graph.
@@ -193,12 +207,20 @@ class AgentFlow:
             raise InvalidInputError(
                 "graph", (f"name: {name!r} version {version!r} is registered already",)
             )
+        compiled = graph.compile() if isinstance(graph, StateGraph) else graph
+        check_nodes(compiled, node_retry=node_retry or {}, node_timeout=node_timeout or {})
         self._graphs[name, version] = RegisteredGraph(
-            graph=graph.compile() if isinstance(graph, StateGraph) else graph,
+            graph=compiled,
             name=name,
             version=version,
             queue=queue,
             retry=RetryPolicy.of(retry),
+            node_retry={node: RetryPolicy.of(each) for node, each in (node_retry or {}).items()},
+            node_timeouts={
+                node: to_timedelta(each).total_seconds()
+                for node, each in (node_timeout or {}).items()
+            },
+            on_cancel=on_cancel,
             context=context,
             input_schema=input_schema,
             retention=retention,
@@ -265,11 +287,11 @@ class AgentFlow:
             config=options.config,
             priority=priority,
             start_at=start_at,
+            retry=registered.policies.to_plain(),
             submitted_by=by,
             traceparent=traceparent(),
         )
         run, _ = await self._store.create_run(self.tenant, spec, on_existing=on_existing)
-        self._changes.notify()
         return RunHandle(self, run.id, run.thread_id)
 
     def handle(self, run_id: str) -> RunHandle:
@@ -310,7 +332,7 @@ class AgentFlow:
             TimeoutError: It took longer than `timeout`.
         """
         limit = None if timeout is None else to_timedelta(timeout).total_seconds()
-        with self._changes.listen() as listener:
+        with self._listen() as listener:
             async with asyncio.timeout(limit):
                 while True:
                     run = await self.get_run(run_id)
@@ -329,12 +351,13 @@ class AgentFlow:
         """
         name = f"drive-{new_id()[-6:]}"
         keeper = self._keeper()
-        with keeper, self._changes.listen() as listener:
+        with keeper, on_loop(1) as threads, self._listen() as listener:
             while True:
                 run = await self.get_run(run_id)
                 if run.status.is_ended or run.status is RunStatus.WAITING:
                     return run
                 registered = self._find_graph(run.graph, run.version)
+                since = monotonic()
                 claimed = await self._store.claim_run(
                     self.tenant, run_id, worker=name, lease=self._settings.lease
                 )
@@ -342,9 +365,8 @@ class AgentFlow:
                     # Not due yet, by the store's clock, or it has just ended.
                     await listener.wait(self._settings.poll_interval.total_seconds())
                 else:
-                    driver = Driver(self._store, self._saver, keeper)
-                    await driver.attempt(registered, claimed, AttemptControl())
-                    self._changes.notify()
+                    driver = Driver(self._store, self._saver, keeper, threads)
+                    await driver.attempt(registered, claimed, AttemptControl(), since=since)
 
     async def cancel(self, run_id: str, *, reason: str | None = None, by: str | None = None) -> Run:
         """Cancel a run: at once unless a worker has it, else as soon as that worker hears of it.
@@ -355,7 +377,6 @@ class AgentFlow:
         run = await self._store.cancel_run(self.tenant, run_id, reason=reason, by=by)
         if run.status is RunStatus.RUNNING:
             run = await self._cancel_abandoned(run)
-        self._changes.notify()
         return run
 
     async def _cancel_abandoned(self, run: Run) -> Run:
@@ -367,7 +388,7 @@ class AgentFlow:
         except ThreadBusyError:
             return run
         if claimed is not None:
-            await Driver(self._store, self._saver, self._keeper()).cancel(claimed)
+            await end_cancelled(self._store, self._saver, claimed)
         return await self.get_run(run.id)
 
     async def list_events(
@@ -380,7 +401,7 @@ class AgentFlow:
     async def events(self, run_id: str, *, after: int = 0) -> AsyncIterator[AuditEvent]:
         """Yield the run's audit events with numbers above `after`, until it has ended."""
         seen = after
-        with self._changes.listen() as listener:
+        with self._listen() as listener:
             while True:
                 run = await self.get_run(run_id)
                 page = await self._store.list_events(
@@ -418,7 +439,6 @@ class AgentFlow:
             self._saver,
             dict(self._graphs),
             self._settings,
-            self._changes,
             tenant=self.tenant,
             concurrency=concurrency,
             queues=queues,
@@ -538,6 +558,9 @@ class AgentFlow:
             self._store, lease=self._settings.lease, heartbeat=self._settings.heartbeat
         )
 
+    def _listen(self) -> Listener:
+        return Listener(partial(self._store.subscribe, "settled"))
+
     def _find_graph(self, name: str, version: str | None) -> RegisteredGraph:
         # The newest version is the one registered last.
         for (known, known_version), registered in reversed(self._graphs.items()):
@@ -550,11 +573,10 @@ class AgentFlow:
 class Approvals:
     """Questions to people, and their answers; `app.approvals`."""
 
-    def __init__(self, store: RunStore, tenant: str, changes: Changes) -> None:
+    def __init__(self, store: RunStore, tenant: str) -> None:
         """Work on the waits of `tenant` in `store`."""
         self._store = store
         self._tenant = tenant
-        self._changes = changes
 
     async def list(
         self,
@@ -628,7 +650,6 @@ class Approvals:
             if resolved.decided_at is not None:
                 waited = resolved.decided_at - resolved.created_at
                 span.set_attribute(APPROVAL_WAIT, waited.total_seconds())
-        self._changes.notify()
         return resolved
 
 

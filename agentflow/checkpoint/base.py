@@ -118,6 +118,7 @@ class Saver(BaseCheckpointSaver[str]):
         self._verify_deltas = verify_deltas
         self._intake = Intake(database, SavePolicy(save))
         self._lease: Lease | None = None
+        self._check: Callable[[], None] | None = None
         self._use(codec)
 
     def _use(self, codec: Codec) -> None:
@@ -135,10 +136,15 @@ class Saver(BaseCheckpointSaver[str]):
         """The keys, if what is saved is encrypted."""
         return self._codec.keys
 
-    def with_lease(self, lease: Lease) -> Saver:
-        """Return a copy whose writes are made under `lease`."""
+    def with_lease(self, lease: Lease, *, check: Callable[[], None] | None = None) -> Saver:
+        """Return a copy whose writes are made under `lease`.
+
+        Args:
+            lease: What the database compares with the thread's.
+            check: Called before anything is accepted; raises what the caller of a put is to get.
+        """
         clone = copy.copy(self)
-        clone._lease = lease
+        clone._lease, clone._check = lease, check
         return clone
 
     def with_allowlist(self, extra_allowlist: Collection[tuple[str, ...]]) -> Saver:
@@ -689,6 +695,8 @@ class Saver(BaseCheckpointSaver[str]):
         task_id: Any,
         task_path: Any,
     ) -> Future:
+        if self._check is not None:
+            self._check()
         key = self._head_key(config)
         if not config["configurable"].get("checkpoint_id"):
             raise InvalidInputError("config", ("configurable.checkpoint_id: is missing",))
@@ -705,6 +713,8 @@ class Saver(BaseCheckpointSaver[str]):
         metadata: CheckpointMetadata,
         new_versions: ChannelVersions,
     ) -> tuple[RunnableConfig, Future]:
+        if self._check is not None:
+            self._check()
         key = self._head_key(config)
         check_ids(checkpoint_id=checkpoint["id"])
         future = self._intake.checkpoint(

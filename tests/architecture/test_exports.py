@@ -8,7 +8,7 @@ import pytest
 from agentflow import errors
 
 EXPORTS = {
-    "agentflow": {"AgentFlow", "RetryPolicy", "request_approval"},
+    "agentflow": {"AgentFlow", "RetryPolicy", "request_approval", "shield"},
     "agentflow.checkpoint": {
         "Retention",
         "Save",
