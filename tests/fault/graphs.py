@@ -35,7 +35,7 @@ LINEAR = ("a", "b", "c", "d")
 BRANCHES = ("left", "middle", "right")
 GRAPHS = (
     *("linear", "single", "fan_out", "nested", "loop", "questions", "interview"),
-    *("poison", "flaky", "broken"),
+    *("poison", "flaky", "broken", "stubborn"),
 )
 """Every graph of this module, by the name of its method."""
 
@@ -155,6 +155,13 @@ class Nodes:
         graph.add_edge(START, "break")
         return graph
 
+    def stubborn(self) -> Graph:
+        """Return one node that fails, in a graph that is paused instead of given up."""
+        graph: Graph = StateGraph(Trace)
+        graph.add_node("balk", self._balk)
+        graph.add_edge(START, "balk")
+        return graph
+
     def _loop(self, name: str, node: Callable[..., dict[str, Any]]) -> Graph:
         graph = StateGraph(Count)
         graph.add_node(name, node)
@@ -215,6 +222,10 @@ class Nodes:
         self._enter(config["metadata"]["run_id"], "break")
         raise NotImplementedError
 
+    def _balk(self, state: Trace, config: RunnableConfig) -> dict[str, Any]:
+        self._enter(config["metadata"]["run_id"], "balk")
+        raise RuntimeError("no")
+
     def _enter(self, run: str, node: str, **facts: Any) -> None:
         record(self._ledger, event="enter", run=run, node=node, pid=os.getpid(), **facts)
         if self._sabotage is not None:
@@ -235,8 +246,10 @@ def register_all(
 ) -> None:
     """Register every graph of this module under the name of its method."""
     nodes = Nodes(ledger, sabotage, kill_at)
+    policies = {"stubborn": RetryPolicy(max_attempts=1, on_exhausted="pause")}
     for name in GRAPHS:
-        app.register(getattr(nodes, name)(), name=name, retry=RetryPolicy(initial_interval=0.05))
+        policy = policies.get(name, RetryPolicy(initial_interval=0.05))
+        app.register(getattr(nodes, name)(), name=name, retry=policy)
 
 
 def register_refunds(app: AgentFlow, _ledger: str = "", *, services: ServiceClient) -> None:
@@ -277,8 +290,9 @@ async def refunds_worker_main(url: str, ledger: str, services_url: str, options:
 
 def _sabotage(ledger: str, options: Options) -> Sabotage | None:
     if options.get("deaf"):
-        # A heartbeat that never comes: nothing but the fence tells this worker that it is late.
+        # Neither heartbeat nor watch: nothing but the fence tells this worker that it is late.
         LeaseKeeper._extend = _no_heartbeat  # type: ignore[assignment,method-assign]  # a plain function
+        LeaseKeeper._safe_until = _for_ever  # type: ignore[assignment,method-assign]  # likewise
     company = options.get("company", False)
     if options.get("reports"):
         sabotage = Sabotage(ledger, company=company)
@@ -293,6 +307,10 @@ def _sabotage(ledger: str, options: Options) -> Sabotage | None:
 
 async def _no_heartbeat(_keeper: LeaseKeeper, _held: object) -> None:
     return
+
+
+def _for_ever(_keeper: LeaseKeeper, _since: float) -> float:
+    return float("inf")
 
 
 async def _work(app: AgentFlow, options: Options) -> None:

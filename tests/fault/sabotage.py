@@ -48,7 +48,7 @@ exists only in company: where the batch holds something else as well, and is a t
 Moment = Literal["before", "uncommitted", "committed", "after"]
 MOMENTS: tuple[Moment, ...] = ("before", "uncommitted", "committed", "after")
 
-VERBS = transitions(RunStore, reads={"close", "survey", "subscribe"})
+VERBS = transitions(RunStore, reads={"close", "next_due", "subscribe", "survey"})
 """By which something becomes durable; whatever is added to the port is among them."""
 ROW_VERBS = transitions(Rows, reads={"exclusive", "locate", "scan", "sweep"})
 _PERIODIC = {
@@ -56,6 +56,7 @@ _PERIODIC = {
     "RunStore.claim_runs",
     "RunStore.extend_leases",
     "RunStore.fire_due",
+    "RunStore.remove_worker",
 }
 """Called again and again: how often, before something happens, is a matter of time."""
 

@@ -378,7 +378,7 @@ def is_lease_over(url: str, run_id: str) -> bool:
 def assert_sound(url: str, run_ids: Iterable[str], *, saved: str = "") -> None:
     """Hold what is stored of ended runs against the invariants that need no knowledge of the graph.
 
-    One outcome for each run; an unbroken chain of audit events; checkpoints of a thread that form
+    One outcome for each run, or one for each time that it was requeued; an unbroken chain of audit events; checkpoints of a thread that form
     one line in each namespace, and can all be read; fencing tokens that only grow along it; numbers
     of which none is given twice or left out; no value that no checkpoint has; and no writes for a
     checkpoint that already had a successor.
@@ -479,7 +479,9 @@ def _assert_one_outcome_each(stored: Sequence[Any], log: Sequence[Any]) -> None:
             assert event.hash == hash_event(event, _PAYLOADS)
             previous = event.hash
         assert run.event_hash == previous
-        assert [e.type for e in chain if e.type in ends] == [f"run.{run.status}"], run.run_id
+        requeued = sum(e.type == "run.requeued" for e in chain)
+        expected = [*["run.failed"] * requeued, f"run.{run.status}"]
+        assert [e.type for e in chain if e.type in ends] == expected, run.run_id
 
 
 def places(entries: Iterable[Entry]) -> list[Place]:
