@@ -30,6 +30,9 @@ class Settings:
     max_abandoned: int = 10
     """How many threads may be stuck in nodes that were given up, before the worker asks to be
     replaced (`AGENTFLOW_MAX_ABANDONED`)."""
+    max_payload: int = 32 * 1024 * 1024
+    """How many bytes a run's input, output or other payload may have, before compression
+    (`AGENTFLOW_MAX_PAYLOAD`)."""
     keys: KeyRing | None = None
     """With them everything that is stored is encrypted (`AGENTFLOW_KEYS`, as `name=base64` pairs
     separated by commas; the first one seals). With `AGENTFLOW_ACCEPT_PLAINTEXT=1` what was stored
@@ -57,6 +60,7 @@ def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
         store_timeout=_seconds(env, "AGENTFLOW_STORE_TIMEOUT", defaults.store_timeout),
         grace=_seconds(env, "AGENTFLOW_GRACE", defaults.grace),
         max_abandoned=_count(env, "AGENTFLOW_MAX_ABANDONED", defaults.max_abandoned),
+        max_payload=_count(env, "AGENTFLOW_MAX_PAYLOAD", defaults.max_payload),
         keys=_keys(env),
     )
 

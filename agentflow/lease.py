@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Self
@@ -49,20 +49,27 @@ class LeaseKeeper:
         self._interval = heartbeat.total_seconds()
         self._held: dict[str, _Held] = {}
         self._stopped = threading.Event()
+        self._is_urgent = threading.Event()
+        """Somebody wants an attempt to stop, perhaps one of these."""
         self._changed = threading.Condition()
         self._threads = [
             threading.Thread(target=target, name=f"agentflow-{name}", daemon=True)
             for name, target in (("heartbeat", self._serve), ("guard", self._guard))
         ]
         self._is_started = False
+        self._unsubscribe: Callable[[], None] | None = None
 
     def __enter__(self) -> Self:
         """Be ready to keep leases."""
+        self._unsubscribe = self._store.subscribe("stop", self._is_urgent.set)
         return self
 
     def __exit__(self, *_: object) -> None:
         """Stop; leases that are still held expire."""
+        if self._unsubscribe is not None:
+            self._unsubscribe()
         self._stopped.set()
+        self._is_urgent.set()
         self._wake_guard()
         if self._is_started:
             for thread in self._threads:
@@ -129,10 +136,12 @@ class LeaseKeeper:
         asyncio.run(self._beat())
 
     async def _beat(self) -> None:
-        while not self._stopped.wait(self._interval):
+        while not self._stopped.is_set():
+            self._is_urgent.wait(self._interval)
+            self._is_urgent.clear()
             with self._changed:
                 held = list(self._held.values())
-            if held:
+            if held and not self._stopped.is_set():
                 await self._extend(held)
 
     async def _extend(self, held: Sequence[_Held]) -> None:

@@ -61,6 +61,7 @@ from agentflow.codec import Codec
 from agentflow.database import Database
 from agentflow.database.futures import Future
 from agentflow.database.session import Session
+from agentflow.database.tables import EPOCH
 from agentflow.errors import AgentflowError, InvalidInputError
 from agentflow.keys import KeyRing
 from agentflow.types import Clock, FencingToken, Lease, SystemClock
@@ -222,6 +223,17 @@ class Saver(BaseCheckpointSaver[str]):
         released = self._intake.verb(thread, lambda rows: release_thread(rows, thread, lease))
         await self._database.settled(released)
         self._intake.forget_lease(thread, lease)
+
+    async def begin_epoch(self) -> None:
+        """Raise the tokens of all threads, of all tenants, above any that was given before.
+
+        For a database that was put back from a backup: who holds a lease from before cannot write.
+        """
+
+        def raise_tokens(connection: Connection) -> None:
+            open_rows(Session.inside(connection)).raise_tokens(EPOCH)
+
+        await self._database.write(raise_tokens)
 
     async def flush(self, thread_id: str) -> None:
         """Wait until everything accepted for the thread under this saver's lease is durable.

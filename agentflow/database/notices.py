@@ -186,7 +186,7 @@ class _Receiver:
             return True
         connection.execute(f"LISTEN {_CHANNEL}")
         if is_again:
-            self._wake(("due", "settled"))  # whatever was missed
+            self._wake(("due", "settled", "stop"))  # whatever was missed
         selector.register(connection, selectors.EVENT_READ)
         try:
             while True:

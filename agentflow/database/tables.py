@@ -82,6 +82,9 @@ _NAME = Text()
 # SQLite numbers rows by itself only where the primary key is a plain INTEGER.
 _AUTO = BigInteger().with_variant(Integer, "sqlite")
 
+EPOCH = 2**32
+"""By how much tokens jump when a backup was restored: more than any thread is claimed meanwhile."""
+
 metadata = MetaData()
 
 

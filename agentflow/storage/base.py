@@ -45,8 +45,9 @@ from agentflow.types import (
 OnExisting = Literal["return", "reject", "restart_if_failed"]
 OnBusy = Literal["enqueue", "reject", "interrupt", "rollback"]
 """What becomes of a new run whose thread has unfinished ones; LangGraph's multitask strategies."""
-ChangeKind = Literal["due", "settled"]
-"""`due`: a run may have become claimable. `settled`: a run parked or ended."""
+ChangeKind = Literal["due", "settled", "stop"]
+"""`due`: a run may have become claimable. `settled`: a run parked or ended. `stop`: a run that is
+being driven may have to stop."""
 
 
 class RunStore(ABC):

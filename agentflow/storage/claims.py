@@ -147,6 +147,7 @@ def has_due(
 
 def next_due(
     connection: Connection,
+    payloads: Payloads,
     tenant: str,
     queues: Collection[str],
     graphs: Collection[tuple[str, str]],
@@ -181,7 +182,7 @@ def next_due(
     deadline = min((each for each in deadlines if each is not None), default=None)
     return NextDue(
         expiry=None if expiry is None else expiry - now,
-        deadline=None if deadline is None else deadline - now,
+        deadline=None if deadline is None else deadline - payloads.time(now),
     )
 
 

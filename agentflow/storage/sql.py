@@ -105,6 +105,8 @@ class SqlRunStore(RunStore):
             # Another process has just stored a run of this id; now it can be compared.
             created = await self._database.write(create)
         self._tell("due", "settled")
+        if on_busy in {"interrupt", "rollback"}:
+            self._tell("stop")
         return created
 
     async def get_run(self, tenant: str, run_id: str) -> Run:
@@ -322,7 +324,7 @@ class SqlRunStore(RunStore):
         self, tenant: str, run_id: str, *, reason: str | None, by: str | None
     ) -> Run:
         run: Run = await self._write(attempts.cancel_run, tenant, run_id, reason=reason, by=by)
-        self._tell("due", "settled")
+        self._tell("due", "settled", "stop")
         return run
 
     async def get_wait(self, tenant: str, wait_id: str) -> Approval:
@@ -381,7 +383,9 @@ class SqlRunStore(RunStore):
     async def pause_run(
         self, tenant: str, run_id: str, *, reason: str | None, by: str | None
     ) -> Run:
-        return await self._write(pauses.pause_run, tenant, run_id, reason=reason, by=by)
+        run: Run = await self._write(pauses.pause_run, tenant, run_id, reason=reason, by=by)
+        self._tell("stop")
+        return run
 
     async def resume_run(self, tenant: str, run_id: str, *, by: str | None) -> Run:
         run: Run = await self._write(pauses.resume_run, tenant, run_id, by=by)
@@ -391,7 +395,9 @@ class SqlRunStore(RunStore):
     async def pause(
         self, tenant: str, scope: PauseScope, name: str, *, reason: str | None, by: str | None
     ) -> Pause:
-        return await self._write(pauses.pause, tenant, scope, name, reason=reason, by=by)
+        made: Pause = await self._write(pauses.pause, tenant, scope, name, reason=reason, by=by)
+        self._tell("stop")
+        return made
 
     async def resume(self, tenant: str, scope: PauseScope, name: str, *, by: str | None) -> bool:
         was_paused: bool = await self._write(pauses.resume, tenant, scope, name, by=by)
@@ -411,9 +417,7 @@ class SqlRunStore(RunStore):
     async def next_due(
         self, tenant: str, *, queues: Collection[str], graphs: Collection[tuple[str, str]]
     ) -> NextDue:
-        return await self._database.read(
-            lambda connection: claims.next_due(connection, tenant, queues, graphs)
-        )
+        return await self._read(claims.next_due, tenant, queues, graphs)
 
     async def list_dead_letters(
         self,

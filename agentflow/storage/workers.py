@@ -12,7 +12,7 @@ from sqlalchemy.engine import Connection
 
 from agentflow.database.engine import now as database_now
 from agentflow.database.statements import insert_new
-from agentflow.database.tables import dead_letters, epochs, leases, runs, workers
+from agentflow.database.tables import EPOCH, dead_letters, epochs, leases, runs, workers
 from agentflow.storage.claims import is_expired
 from agentflow.storage.pauses import STORE, list_pauses, pause
 from agentflow.storage.rows import UNFINISHED, Payloads, append_to_log
@@ -26,8 +26,6 @@ from agentflow.types import (
     WorkerReport,
 )
 
-EPOCH = 2**32
-"""By how much tokens jump: more than any thread is claimed while a backup is old."""
 _FORGET = timedelta(days=1)
 
 
@@ -123,7 +121,7 @@ def survey(connection: Connection, payloads: Payloads, tenant: str) -> Survey:
             for row in connection.execute(unfinished)
         ),
         paused=count(runs, of_tenant, is_unfinished, runs.c.paused_at.is_not(None)),
-        expired_leases=count(runs, of_tenant, is_expired(now)),
+        expired_leases=count(runs, of_tenant, is_expired(now), runs.c.paused_at.is_(None)),
         overdue=count(runs, of_tenant, is_unfinished, is_overdue),
         dead_letters=count(dead_letters, dead_letters.c.tenant == tenant),
         pauses=list_pauses(connection, payloads, tenant),

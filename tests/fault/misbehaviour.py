@@ -120,8 +120,8 @@ async def wrong_clock_worker_main(url: str, ledger: str, offset: float, options:
     """Be a worker on a machine whose clock is wrong by so many seconds."""
     true_time, true_time_ns, true_now = time.time, time.time_ns, SystemClock.now
 
-    def now(clock: SystemClock) -> datetime:
-        return true_now(clock) + timedelta(seconds=offset)
+    def now(self: SystemClock) -> datetime:
+        return true_now(self) + timedelta(seconds=offset)
 
     time.time = lambda: true_time() + offset
     time.time_ns = lambda: true_time_ns() + int(offset * 1e9)

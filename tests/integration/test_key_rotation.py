@@ -15,7 +15,6 @@ import sqlalchemy as sa
 from langchain_core.runnables import RunnableConfig
 
 from agentflow import AgentFlow
-from agentflow.app import Rotation
 from agentflow.checkpoint import open_checkpointer
 from agentflow.checkpoint.records import Place, unpack_record
 from agentflow.checkpoint.rows import CheckpointRow
@@ -34,6 +33,7 @@ from agentflow.storage.rows import GENESIS, Payloads, hash_event
 from agentflow.storage.sql import SqlRunStore
 from agentflow.testing.savers.graphs import DeltaState
 from agentflow.testing.savers.graphs import chain as delta_chain
+from agentflow.upkeep import Rotation
 from tests.golden import database_v1 as v1
 from tests.golden.listing import list_database
 from tests.integration.cli import REPOSITORY, Cli, fresh_cli
