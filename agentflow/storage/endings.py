@@ -10,6 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from agentflow.database.engine import now as database_now
 from agentflow.database.statements import replace as replace_row
 from agentflow.database.tables import dead_letters, runs
 from agentflow.errors import DeadlineExceededError
@@ -146,10 +147,9 @@ def honour_cancel(
     return True
 
 
-def fire_due(
-    connection: Connection, payloads: Payloads, tenant: str, now: datetime, limit: int
-) -> int:
+def fire_due(connection: Connection, payloads: Payloads, tenant: str, limit: int) -> int:
     """See `RunStore.fire_due`."""
+    now = database_now(connection)
     at = payloads.time(now)
     missed = _lock_due(connection, tenant, _missed_start(at), runs.c.start_deadline_at, limit)
     for row in missed:
@@ -163,8 +163,9 @@ def fire_due(
     return len(missed) + len(overdue)
 
 
-def has_due(connection: Connection, payloads: Payloads, tenant: str, now: datetime) -> bool:
+def has_due(connection: Connection, payloads: Payloads, tenant: str) -> bool:
     """Whether `fire_due` would find anything; reads only."""
+    now = database_now(connection)
     at = payloads.time(now)
     return any(
         connection.execute(

@@ -42,9 +42,11 @@ def isolation_of(row: sa.Row[Any], lease: timedelta) -> timedelta:
 
 def has_counted(connection: Connection, row: sa.Row[Any], now: datetime) -> bool:
     """Whether the attempt counts that a locked, expired run has lost."""
-    if row.is_isolated or row.instance is None:
+    if row.instance is None:
         return True
-    return _held_at_death(connection, row, now) <= 1
+    # Asked in any case: the first of its runs to be claimed again settles it for the others.
+    held = _held_at_death(connection, row, now)
+    return bool(row.is_isolated) or held <= 1
 
 
 def _held_at_death(connection: Connection, row: sa.Row[Any], now: datetime) -> int:
