@@ -7,16 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from agentflow.app import AgentFlow
+    from agentflow.control import shield
     from agentflow.interrupts import request_approval
     from agentflow.retry import RetryPolicy
 
-__all__ = ["AgentFlow", "RetryPolicy", "request_approval"]
+__all__ = ["AgentFlow", "RetryPolicy", "request_approval", "shield"]
 __version__ = "0.1.0"
 
 _HOMES = {
     "AgentFlow": "agentflow.app",
     "RetryPolicy": "agentflow.retry",
     "request_approval": "agentflow.interrupts",
+    "shield": "agentflow.control",
 }
 
 

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.graph import StateGraph
 from langgraph.pregel import Pregel
 from langgraph.types import StateSnapshot
 
+from agentflow import upkeep
+from agentflow.approvals import Approvals
 from agentflow.checkpoint import Retention, Saver, SweepReport, open_checkpointer
 from agentflow.config import Settings, load_settings
-from agentflow.drive import AttemptControl, Driver, RegisteredGraph
+from agentflow.control import AttemptControl, monotonic
+from agentflow.dead_letters import DeadLetters
+from agentflow.doctor import Diagnosis, diagnose
+from agentflow.drive import Driver, RegisteredGraph, check_nodes, end_cancelled
 from agentflow.errors import (
     InvalidInputError,
     RunCancelledError,
@@ -25,51 +29,38 @@ from agentflow.errors import (
     ThreadBusyError,
     UnknownGraphError,
 )
-from agentflow.inputs import check_input, check_options
-from agentflow.interrupts import parse_decision, validate
+from agentflow.inputs import check_input, check_options, member, pause_scope
 from agentflow.keys import KeyRing
 from agentflow.lease import LeaseKeeper
+from agentflow.listener import Listener
 from agentflow.retry import LangGraphRetryPolicy, RetryPolicy
 from agentflow.serializer import AllowList
-from agentflow.storage import OnExisting, RunStore
-from agentflow.telemetry import APPROVAL_OUTCOME, APPROVAL_WAIT, decide_span, traceparent
+from agentflow.storage import OnBusy, OnExisting, RunStore
+from agentflow.telemetry import traceparent
+from agentflow.threads import on_loop
 from agentflow.types import (
     Approval,
     AuditEvent,
     Clock,
-    Decision,
     Duration,
     Page,
+    Pause,
+    Restored,
     Run,
     RunSpec,
     RunStatus,
     SystemClock,
-    WaitStatus,
     new_id,
     to_timedelta,
 )
-from agentflow.worker import Changes, Worker
+from agentflow.upkeep import Progress, Rotation
+from agentflow.worker import Worker
 
 if TYPE_CHECKING:
     from agentflow.codec import Redact
 
 _EVENT_PAGE = 100
-_PASSES = 3
-"""How often everything is looked through for what is sealed by an old key."""
-
 Until = Literal["ended", "parked"]
-Progress = Callable[[str, int, int], None]
-_Status = TypeVar("_Status", RunStatus, WaitStatus)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rotation:
-    """What `AgentFlow.rotate_keys` has done."""
-
-    sealed: int
-    """How many rows and payloads were sealed by the current key."""
-    is_complete: bool
-    """Whether nothing is left. If not, some process still seals by an old key."""
 
 
 class AgentFlow:
@@ -136,7 +127,14 @@ class AgentFlow:
         self._keys = keys or self._settings.keys
         codec = Codec(allow=allow, keys=self._keys, redact=redact)
         database = Database(self.url, self._settings)
-        self._store: RunStore = SqlRunStore(database, codec=codec, owns_database=True)
+        self._store: RunStore = SqlRunStore(
+            database,
+            codec=codec,
+            owns_database=True,
+            # The database's own clock is better than this machine's, unless there is a reason.
+            clock=clock,
+            max_payload=self._settings.max_payload,
+        )
         self._owned_saver: Saver | None = None
         self._saver: BaseCheckpointSaver[Any]
         if checkpoints is None:
@@ -148,8 +146,8 @@ class AgentFlow:
         else:
             self._saver = checkpoints
         self._graphs: dict[tuple[str, str], RegisteredGraph] = {}
-        self._changes = Changes()
-        self.approvals = Approvals(self._store, tenant, self._changes)
+        self.approvals = Approvals(self._store, tenant)
+        self.dead_letters = DeadLetters(self._store, self._saver, tenant)
 
     def with_url(self, url: str) -> AgentFlow:
         """Return an `AgentFlow` with the same graphs and options on another database."""
@@ -164,10 +162,13 @@ class AgentFlow:
         name: str,
         version: str = "1",
         retry: RetryPolicy | LangGraphRetryPolicy | None = None,
+        node_retry: Mapping[str, RetryPolicy | LangGraphRetryPolicy] | None = None,
+        node_timeout: Mapping[str, Duration] | None = None,
         queue: str = "default",
         context: Callable[[Run], Any] | None = None,
         input_schema: Any = None,
         retention: Retention | None = None,
+        on_cancel: Callable[[Run], Any] | None = None,
     ) -> None:
         """Make a graph known under a name and version.
 
@@ -176,11 +177,20 @@ class AgentFlow:
                 replaced by agentflow's, in a copy.
             name: What runs refer to.
             version: Runs stay with the version that they were submitted under.
-            retry: When a failed attempt is tried again; LangGraph's policy is accepted too.
+            retry: When a failed attempt is tried again; LangGraph's policy is accepted too. Its
+                numbers are stored with each run.
+            node_retry: The same by node, for where a node of that name failed. It is not the
+                `retry_policy` of LangGraph's `add_node`, by which a node is tried again in its
+                process, before the attempt has failed.
+            node_timeout: How long a call of a node may take, by its name. It is for nodes that are
+                not async, which LangGraph's `timeout` is not: the attempt is given up and counts as
+                failed, the thread is left behind, and what it still returns is dropped.
             queue: Where runs are queued unless `submit` says otherwise.
             context: Makes the graph's context for each attempt, from the run; may be `async`.
             input_schema: A type that inputs must fit, instead of the graph's own input schema.
             retention: How long `sweep` keeps the threads whose newest run is one of this graph's.
+            on_cancel: Called, and awaited, when a run that is being driven is cancelled, before it
+                becomes `cancelled`; once more if the process dies in between.
 
         Raises:
             InvalidInputError: The name and version are taken by another graph.
@@ -193,12 +203,20 @@ class AgentFlow:
             raise InvalidInputError(
                 "graph", (f"name: {name!r} version {version!r} is registered already",)
             )
+        compiled = graph.compile() if isinstance(graph, StateGraph) else graph
+        check_nodes(compiled, node_retry=node_retry or {}, node_timeout=node_timeout or {})
         self._graphs[name, version] = RegisteredGraph(
-            graph=graph.compile() if isinstance(graph, StateGraph) else graph,
+            graph=compiled,
             name=name,
             version=version,
             queue=queue,
             retry=RetryPolicy.of(retry),
+            node_retry={node: RetryPolicy.of(each) for node, each in (node_retry or {}).items()},
+            node_timeouts={
+                node: to_timedelta(each).total_seconds()
+                for node, each in (node_timeout or {}).items()
+            },
+            on_cancel=on_cancel,
             context=context,
             input_schema=input_schema,
             retention=retention,
@@ -215,9 +233,12 @@ class AgentFlow:
         queue: str | None = None,
         priority: int = 0,
         start_at: datetime | None = None,
+        start_timeout: Duration | None = None,
+        timeout: Duration | None = None,
         config: Mapping[str, Any] | None = None,
         metadata: Mapping[str, Any] | None = None,
         on_existing: OnExisting = "return",
+        on_busy: OnBusy = "enqueue",
         by: str | None = None,
     ) -> RunHandle:
         """Store a run of a graph, to be driven by any worker; it is durable on return.
@@ -231,17 +252,27 @@ class AgentFlow:
             queue: The queue, if not the graph's.
             priority: Higher goes first.
             start_at: Not before this time.
+            start_timeout: How long it may wait for a worker, from `start_at` on; then it is
+                cancelled.
+            timeout: How long it may take in all, with all that it waits for; then it fails, with a
+                dead letter. A requeue gives it this time again.
             config: `configurable`, `recursion_limit` and `tags` for LangGraph.
             metadata: Kept with the run and with its checkpoints.
             on_existing: What to do if `run_id` is known with the same graph and input: return that
                 run, `reject`, or `restart_if_failed`.
+            on_busy: What to do if the thread has unfinished runs (LangGraph's multitask
+                strategies): wait until they have ended (`enqueue`), refuse (`reject`), or cancel
+                them and follow: keeping the state that they have reached (`interrupt`), or
+                without it, their checkpoints deleted (`rollback`).
             by: Who submits.
 
         Raises:
             UnknownGraphError: The graph or version is not registered here.
             InvalidInputError: The input does not fit the graph, or an option is malformed.
             SerializationError: The input could not be loaded back.
+            PayloadTooLargeError: The input is too large.
             IdempotencyConflictError: The id is known with another graph, thread or input.
+            ThreadBusyError: The thread is busy, and `on_busy` is `reject`.
         """
         registered = self._find_graph(name, version)
         check_input(registered, input)
@@ -250,9 +281,15 @@ class AgentFlow:
             metadata=metadata,
             start_at=start_at,
             on_existing=on_existing,
+            on_busy=on_busy,
             priority=priority,
+            timeouts={"start_timeout": start_timeout, "timeout": timeout},
             names={"run_id": run_id, "thread_id": thread_id, "queue": queue, "by": by},
         )
+        if on_busy == "rollback" and not isinstance(self._saver, Saver):
+            raise InvalidInputError(
+                "submission", ("on_busy: only agentflow's checkpointer can roll back",)
+            )
         chosen_id = run_id or new_id()
         spec = RunSpec(
             run_id=chosen_id,
@@ -265,11 +302,15 @@ class AgentFlow:
             config=options.config,
             priority=priority,
             start_at=start_at,
+            start_timeout=options.timeouts["start_timeout"],
+            timeout=options.timeouts["timeout"],
+            retry=registered.policies.to_plain(),
             submitted_by=by,
             traceparent=traceparent(),
         )
-        run, _ = await self._store.create_run(self.tenant, spec, on_existing=on_existing)
-        self._changes.notify()
+        run, _ = await self._store.create_run(
+            self.tenant, spec, on_existing=on_existing, on_busy=on_busy
+        )
         return RunHandle(self, run.id, run.thread_id)
 
     def handle(self, run_id: str) -> RunHandle:
@@ -292,7 +333,7 @@ class AgentFlow:
         """Return a page of runs, newest first; give `cursor` of one page for the next."""
         return await self._store.list_runs(
             self.tenant,
-            status=_member(RunStatus, status),
+            status=member(RunStatus, status),
             graph=graph,
             thread_id=thread_id,
             limit=limit,
@@ -310,7 +351,7 @@ class AgentFlow:
             TimeoutError: It took longer than `timeout`.
         """
         limit = None if timeout is None else to_timedelta(timeout).total_seconds()
-        with self._changes.listen() as listener:
+        with self._listen() as listener:
             async with asyncio.timeout(limit):
                 while True:
                     run = await self.get_run(run_id)
@@ -325,16 +366,18 @@ class AgentFlow:
         Raises:
             NotFoundError: There is no such run.
             ThreadBusyError: Somebody else holds the run, or its thread.
+            PausedError: The run is paused, or its graph, its queue or everything is.
             UnknownGraphError: The run's graph is not registered here.
         """
         name = f"drive-{new_id()[-6:]}"
         keeper = self._keeper()
-        with keeper, self._changes.listen() as listener:
+        with keeper, on_loop(1) as threads, self._listen() as listener:
             while True:
                 run = await self.get_run(run_id)
                 if run.status.is_ended or run.status is RunStatus.WAITING:
                     return run
                 registered = self._find_graph(run.graph, run.version)
+                since = monotonic()
                 claimed = await self._store.claim_run(
                     self.tenant, run_id, worker=name, lease=self._settings.lease
                 )
@@ -342,9 +385,8 @@ class AgentFlow:
                     # Not due yet, by the store's clock, or it has just ended.
                     await listener.wait(self._settings.poll_interval.total_seconds())
                 else:
-                    driver = Driver(self._store, self._saver, keeper)
-                    await driver.attempt(registered, claimed, AttemptControl())
-                    self._changes.notify()
+                    driver = Driver(self._store, self._saver, keeper, threads)
+                    await driver.attempt(registered, claimed, AttemptControl(), since=since)
 
     async def cancel(self, run_id: str, *, reason: str | None = None, by: str | None = None) -> Run:
         """Cancel a run: at once unless a worker has it, else as soon as that worker hears of it.
@@ -355,32 +397,87 @@ class AgentFlow:
         run = await self._store.cancel_run(self.tenant, run_id, reason=reason, by=by)
         if run.status is RunStatus.RUNNING:
             run = await self._cancel_abandoned(run)
-        self._changes.notify()
         return run
 
     async def _cancel_abandoned(self, run: Run) -> Run:
         """End a run whose worker is gone; leave it to its worker otherwise."""
         try:
             claimed = await self._store.claim_run(
-                self.tenant, run.id, worker=f"cancel-{new_id()[-6:]}", lease=self._settings.lease
+                self.tenant,
+                run.id,
+                worker=f"cancel-{new_id()[-6:]}",
+                lease=self._settings.lease,
+                although_paused=True,
             )
         except ThreadBusyError:
             return run
         if claimed is not None:
-            await Driver(self._store, self._saver, self._keeper()).cancel(claimed)
+            await end_cancelled(self._store, self._saver, claimed)
         return await self.get_run(run.id)
 
+    async def pause_run(
+        self, run_id: str, *, reason: str | None = None, by: str | None = None
+    ) -> Run:
+        """Pause a run; one that is being driven stops at its next superstep, its state saved.
+
+        Raises:
+            IllegalTransitionError: It has ended.
+        """
+        return await self._store.pause_run(self.tenant, run_id, reason=reason, by=by)
+
+    async def resume_run(self, run_id: str, *, by: str | None = None) -> Run:
+        """Let a paused run go on; one that was paused by its failures gets a new attempt budget.
+
+        Raises:
+            IllegalTransitionError: It has ended.
+        """
+        return await self._store.resume_run(self.tenant, run_id, by=by)
+
+    async def pause(
+        self,
+        *,
+        graph: str | None = None,
+        queue: str | None = None,
+        reason: str | None = None,
+        by: str | None = None,
+    ) -> Pause:
+        """Pause all runs of a graph, or of a queue, or simply all; also those to come.
+
+        What is being driven stops at its next superstep. Runs can still be submitted, decided about
+        and cancelled.
+        """
+        scope, name = pause_scope(graph, queue)
+        return await self._store.pause(self.tenant, scope, name, reason=reason, by=by)
+
+    async def resume(
+        self, *, graph: str | None = None, queue: str | None = None, by: str | None = None
+    ) -> bool:
+        """End the pause of a graph, of a queue, or that of everything; say whether there was one.
+
+        What is paused by itself, or by another pause, stays so.
+        """
+        scope, name = pause_scope(graph, queue)
+        return await self._store.resume(self.tenant, scope, name, by=by)
+
+    async def list_pauses(self) -> tuple[Pause, ...]:
+        """Return what is paused, but for single runs; the oldest first."""
+        return await self._store.list_pauses(self.tenant)
+
     async def list_events(
-        self, run_id: str, *, after: int = 0, limit: int = _EVENT_PAGE
+        self, run_id: str | None = None, *, after: int = 0, limit: int = _EVENT_PAGE
     ) -> tuple[AuditEvent, ...]:
-        """Return the run's audit events with numbers above `after`, as far as there are any now."""
-        await self.get_run(run_id)
-        return await self._store.list_events(self.tenant, run_id, after=after, limit=limit)
+        """Return the run's audit events with numbers above `after`, as far as there are any now.
+
+        Without a run, those that concern none: pauses, and restored backups.
+        """
+        if run_id is not None:
+            await self.get_run(run_id)
+        return await self._store.list_events(self.tenant, run_id or "", after=after, limit=limit)
 
     async def events(self, run_id: str, *, after: int = 0) -> AsyncIterator[AuditEvent]:
         """Yield the run's audit events with numbers above `after`, until it has ended."""
         seen = after
-        with self._changes.listen() as listener:
+        with self._listen() as listener:
             while True:
                 run = await self.get_run(run_id)
                 page = await self._store.list_events(
@@ -418,7 +515,6 @@ class AgentFlow:
             self._saver,
             dict(self._graphs),
             self._settings,
-            self._changes,
             tenant=self.tenant,
             concurrency=concurrency,
             queues=queues,
@@ -450,23 +546,7 @@ class AgentFlow:
             UnencryptedValueError: Something is not encrypted, and the ring does not accept that.
             HashMismatchError: Something is damaged; what comes before it is done.
         """
-        # As in `__init__`.
-        from agentflow.checkpoint import Saver
-        from agentflow.checkpoint.rotation import rotate_checkpoints
-
-        if self._keys is None:
-            raise InvalidInputError("key ring", ("there are no keys; set AGENTFLOW_KEYS",))
-        tell = progress or _silent
-        sealed = 0
-        for _ in range(_PASSES):
-            before = sealed
-            sealed += await self._store.rotate_keys(partial(tell, "runs"))
-            # A checkpointer of the caller's own may do without keys.
-            if isinstance(self._saver, Saver) and self._saver.keys is not None:
-                sealed += await rotate_checkpoints(self._saver, partial(tell, "checkpoints"))
-            if sealed == before:
-                return Rotation(sealed=sealed, is_complete=True)
-        return Rotation(sealed=sealed, is_complete=False)
+        return await upkeep.rotate_keys(self._store, self._saver, self._keys, progress)
 
     async def sweep(
         self, retention: Retention | None = None, *, dry_run: bool = False
@@ -485,35 +565,31 @@ class AgentFlow:
         Raises:
             InvalidInputError: The app was given a checkpointer that cannot be swept.
         """
-        if not isinstance(self._saver, Saver):
-            raise InvalidInputError(
-                "checkpoints", ("must be opened by open_checkpointer to be swept",)
-            )
-        default = retention or self._saver.retention
+        own = {key: each.retention for key, each in self._graphs.items()}
+        sweeper = upkeep.Sweeper(self._store, self._saver, self.tenant, own, self._clock)
+        return await sweeper.sweep(retention, dry_run=dry_run)
 
-        async def choose(thread_ids: Sequence[str]) -> dict[str, Retention]:
-            kept = {name: await self._retention(name, default) for name in thread_ids}
-            return {name: each for name, each in kept.items() if each is not None}
+    async def restore(self, *, reason: str | None = None, by: str | None = None) -> Restored:
+        """Mark that the database was put back from a backup; everything is paused then.
 
-        return await self._saver.asweep(choose, dry_run=dry_run, clock=self._clock)
+        To be called after the backup is back, before any worker starts. No process from before can
+        write any more. Look through the unfinished runs, of all tenants: what they did since the
+        backup was made, they are about to do again. Then call `resume_restored`.
 
-    async def _retention(self, thread_id: str, default: Retention | None) -> Retention | None:
-        """Say how long a thread is kept; `None` if it is to be let be."""
+        Raises:
+            InvalidInputError: The checkpointer is not agentflow's: it cannot be marked.
+        """
+        return await upkeep.restore(self._store, self._saver, reason=reason, by=by)
 
-        async def newest(status: RunStatus | None) -> Run | None:
-            page = await self._store.list_runs(
-                self.tenant, status=status, graph=None, thread_id=thread_id, limit=1, cursor=None
-            )
-            return page.items[0] if page.items else None
+    async def resume_restored(self, *, by: str | None = None) -> bool:
+        """Let the runs of a restored database go on; say whether they were paused."""
+        return await self._store.resume(self.tenant, "store", "", by=by)
 
-        for status in RunStatus:
-            if not status.is_ended and await newest(status) is not None:
-                return None
-        run = await newest(None)
-        registered = None if run is None else self._graphs.get((run.graph, run.version))
-        if registered is None or registered.retention is None:
-            return default
-        return registered.retention
+    async def doctor(self) -> Diagnosis:
+        """Look for what is wrong: with the database, with workers, with runs. Changes nothing."""
+        return await diagnose(
+            self._store, self._saver, url=self.url, tenant=self.tenant, lease=self._settings.lease
+        )
 
     async def aclose(self) -> None:
         """Write what is queued and close all connections."""
@@ -539,6 +615,9 @@ class AgentFlow:
             self._store, lease=self._settings.lease, heartbeat=self._settings.heartbeat
         )
 
+    def _listen(self) -> Listener:
+        return Listener(partial(self._store.subscribe, "settled"))
+
     def _find_graph(self, name: str, version: str | None) -> RegisteredGraph:
         # The newest version is the one registered last.
         for (known, known_version), registered in reversed(self._graphs.items()):
@@ -546,91 +625,6 @@ class AgentFlow:
                 return registered
         registered_names = tuple(f"{known}@{number}" for known, number in self._graphs)
         raise UnknownGraphError(name, version, registered_names)
-
-
-class Approvals:
-    """Questions to people, and their answers; `app.approvals`."""
-
-    def __init__(self, store: RunStore, tenant: str, changes: Changes) -> None:
-        """Work on the waits of `tenant` in `store`."""
-        self._store = store
-        self._tenant = tenant
-        self._changes = changes
-
-    async def list(
-        self,
-        *,
-        status: WaitStatus | str | None = WaitStatus.PENDING,
-        run_id: str | None = None,
-        graph: str | None = None,
-        limit: int = 100,
-        cursor: str | None = None,
-    ) -> Page[Approval]:
-        """Return a page of approvals, oldest first; `status=None` returns all."""
-        return await self._store.list_waits(
-            self._tenant,
-            status=_member(WaitStatus, status),
-            run_id=run_id,
-            graph=graph,
-            limit=limit,
-            cursor=cursor,
-        )
-
-    async def get(self, approval_id: str) -> Approval:
-        """Return an approval as it stands; `NotFoundError` if there is none."""
-        return await self._store.get_wait(self._tenant, approval_id)
-
-    async def decide(
-        self,
-        approval_id: str,
-        decision: Decision | Mapping[str, Any] | str,
-        *,
-        by: str,
-        comment: str | None = None,
-        version: int | None = None,
-        idempotency_key: str | None = None,
-    ) -> Approval:
-        """Answer a request, once; its run goes on with the answer.
-
-        The answer is checked against the request before anything is stored, and the graph sees it
-        only after that.
-
-        Args:
-            approval_id: Which request.
-            decision: A `Decision`, the same as a mapping, or a bare type like `"approve"`.
-            by: Who decides.
-            comment: Kept with the decision; the graph does not see it.
-            version: Decide only if the request still is at this version.
-            idempotency_key: Makes a repeated call return the first one's result.
-
-        Raises:
-            NotFoundError: There is no such request.
-            InvalidDecisionError: The answer does not fit the request.
-            AlreadyResolvedError: It was answered before; that answer stands.
-            SupersededError: It is gone: the run was cancelled or moved past it.
-            VersionChangedError: It is not at `version` any more.
-        """
-        with decide_span(approval_id) as span:
-            approval = await self.get(approval_id)
-            parsed = parse_decision(approval_id, decision)
-            if approval.status is WaitStatus.PENDING:
-                validate(approval_id, approval.request, parsed)
-            resolved = await self._store.resolve_wait(
-                self._tenant,
-                approval_id,
-                parsed,
-                by=by,
-                comment=comment,
-                version=version,
-                idempotency_key=idempotency_key,
-                request=approval.request,
-            )
-            span.set_attribute(APPROVAL_OUTCOME, parsed.type)
-            if resolved.decided_at is not None:
-                waited = resolved.decided_at - resolved.created_at
-                span.set_attribute(APPROVAL_WAIT, waited.total_seconds())
-        self._changes.notify()
-        return resolved
 
 
 class RunHandle:
@@ -660,7 +654,7 @@ class RunHandle:
         """
         run = await self.wait(timeout=timeout)
         if run.status is RunStatus.CANCELLED:
-            raise RunCancelledError(run.id)
+            raise RunCancelledError(run.id, run.cancel_reason)
         if run.status is RunStatus.FAILED:
             error = run.error
             raise RunFailedError(
@@ -688,20 +682,14 @@ class RunHandle:
         """Cancel the run; see `AgentFlow.cancel`."""
         return await self._app.cancel(self.id, reason=reason, by=by)
 
+    async def pause(self, *, reason: str | None = None, by: str | None = None) -> Run:
+        """Pause the run; see `AgentFlow.pause_run`."""
+        return await self._app.pause_run(self.id, reason=reason, by=by)
+
+    async def resume(self, *, by: str | None = None) -> Run:
+        """Let the paused run go on; see `AgentFlow.resume_run`."""
+        return await self._app.resume_run(self.id, by=by)
+
     def __repr__(self) -> str:
         """Show the id."""
         return f"RunHandle({self.id!r})"
-
-
-def _silent(what: str, seen: int, sealed: int) -> None:
-    del what, seen, sealed
-
-
-def _member(kind: type[_Status], value: _Status | str | None) -> _Status | None:
-    if value is None:
-        return None
-    try:
-        return kind(value)
-    except ValueError as exc:
-        allowed = ", ".join(member.value for member in kind)
-        raise InvalidInputError("status", (f"must be one of: {allowed}",)) from exc

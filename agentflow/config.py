@@ -25,7 +25,14 @@ class Settings:
     """How often a worker, or a wait, looks at the database (`AGENTFLOW_POLL_INTERVAL`, seconds)."""
     store_timeout: timedelta = timedelta(seconds=30)
     """How long to wait for a locked or unreachable database (`AGENTFLOW_STORE_TIMEOUT`)."""
-
+    grace: timedelta = timedelta(seconds=25)
+    """How long a worker that is told to stop may take (`AGENTFLOW_GRACE`, seconds)."""
+    max_abandoned: int = 10
+    """How many threads may be stuck in nodes that were given up, before the worker asks to be
+    replaced (`AGENTFLOW_MAX_ABANDONED`)."""
+    max_payload: int = 32 * 1024 * 1024
+    """How many bytes a run's input, output or other payload may have, before compression
+    (`AGENTFLOW_MAX_PAYLOAD`)."""
     keys: KeyRing | None = None
     """With them everything that is stored is encrypted (`AGENTFLOW_KEYS`, as `name=base64` pairs
     separated by commas; the first one seals). With `AGENTFLOW_ACCEPT_PLAINTEXT=1` what was stored
@@ -51,6 +58,9 @@ def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
         lease=_seconds(env, "AGENTFLOW_LEASE", defaults.lease),
         poll_interval=_seconds(env, "AGENTFLOW_POLL_INTERVAL", defaults.poll_interval),
         store_timeout=_seconds(env, "AGENTFLOW_STORE_TIMEOUT", defaults.store_timeout),
+        grace=_seconds(env, "AGENTFLOW_GRACE", defaults.grace),
+        max_abandoned=_count(env, "AGENTFLOW_MAX_ABANDONED", defaults.max_abandoned),
+        max_payload=_count(env, "AGENTFLOW_MAX_PAYLOAD", defaults.max_payload),
         keys=_keys(env),
     )
 
@@ -74,3 +84,12 @@ def _seconds(env: Mapping[str, str], name: str, default: timedelta) -> timedelta
     if not 0 < value < float("inf"):
         raise InvalidInputError("setting", (f"{name}: must be a positive number of seconds",))
     return timedelta(seconds=value)
+
+
+def _count(env: Mapping[str, str], name: str, default: int) -> int:
+    text = env.get(name)
+    if not text:
+        return default
+    if not text.isdecimal():
+        raise InvalidInputError("setting", (f"{name}: must be a whole number, 0 or more",))
+    return int(text)

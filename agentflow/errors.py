@@ -18,6 +18,7 @@ The tree::
     │   │   └── VersionChangedError
     │   ├── FencedError
     │   │   └── LeaseLostError
+    │   ├── PausedError
     │   └── StoreUnavailableError
     │       └── StoreDamagedError
     ├── CodecError
@@ -27,6 +28,7 @@ The tree::
     │   ├── HashMismatchError
     │   ├── MissingBlobError
     │   ├── SerializationError
+    │   ├── PayloadTooLargeError
     │   └── BlockedTypeError
     ├── InputError
     │   ├── InvalidInputError
@@ -36,7 +38,9 @@ The tree::
         ├── RunFailedError
         ├── RunCancelledError
         ├── AttemptsExhaustedError
+        ├── DeadlineExceededError
         ├── IllegalTransitionError
+        │   └── NotDeadLetterError
         └── ProposalUnstableError
 
 A message says what happened, to which id, and what to do about it. It never holds a payload or a
@@ -295,6 +299,27 @@ class LeaseLostError(FencedError):
         )
 
 
+class PausedError(StoreError):
+    """The run, its graph, its queue or everything is paused; nothing was done."""
+
+    def __init__(self, run_id: str, scope: str, name: str = "") -> None:
+        """Name the run and what is paused: `run`, `graph`, `queue`, `all` or `store`."""
+        super().__init__(run_id, scope, name)
+        self.run_id = run_id
+        self.scope = scope
+        self.name = name
+
+    def __str__(self) -> str:
+        """Say what to resume."""
+        what, command = {
+            "run": ("it is paused", f"agentflow run resume {self.run_id}"),
+            "graph": (f"graph {self.name!r} is paused", f"agentflow resume --graph {self.name}"),
+            "queue": (f"queue {self.name!r} is paused", f"agentflow resume --queue {self.name}"),
+            "store": ("the store was restored", "agentflow restore --resume"),
+        }.get(self.scope, ("everything is paused", "agentflow resume --all"))
+        return f"run {self.run_id!r} is not driven, since {what}; resume by '{command}'"
+
+
 class StoreUnavailableError(StoreError):
     """The store could not be reached within its deadline; it is the one error worth retrying."""
 
@@ -444,6 +469,25 @@ class SerializationError(CodecError):
         )
 
 
+class PayloadTooLargeError(CodecError):
+    """A value is larger than anything may be that is stored of a run."""
+
+    def __init__(self, size: int, limit: int, where: str = "") -> None:
+        """Name both sizes in bytes, and the place."""
+        AgentflowError.__init__(self, size, limit, where)
+        self.size = size
+        self.limit = limit
+        self.where = where
+
+    def __str__(self) -> str:
+        """Say how large it is and what to do instead."""
+        return (
+            f"a value of {self.size} bytes is too large to be stored{_at(self.where)}: the limit "
+            f"is {self.limit} bytes; store it elsewhere and keep a reference, or raise "
+            "AGENTFLOW_MAX_PAYLOAD"
+        )
+
+
 class BlockedTypeError(CodecError):
     """A stored value is of a type that this process may not build."""
 
@@ -571,6 +615,23 @@ class AttemptsExhaustedError(RunError):
         )
 
 
+class DeadlineExceededError(RunError):
+    """A run did not end by its deadline."""
+
+    def __init__(self, run_id: str, deadline: str) -> None:
+        """Name the run and its deadline, as ISO text."""
+        super().__init__(run_id, deadline)
+        self.run_id = run_id
+        self.deadline = deadline
+
+    def __str__(self) -> str:
+        """Say when it should have ended."""
+        return (
+            f"run {self.run_id!r} had not ended by its deadline, {self.deadline}; its state is "
+            "kept, and a requeue gives it the same time again"
+        )
+
+
 class IllegalTransitionError(RunError):
     """A status change that the table of statuses does not allow."""
 
@@ -584,6 +645,24 @@ class IllegalTransitionError(RunError):
     def __str__(self) -> str:
         """Say which change was refused."""
         return f"run {self.run_id!r} is {self.from_status}; it cannot become {self.to_status}"
+
+
+class NotDeadLetterError(IllegalTransitionError):
+    """A run without a dead letter was to be requeued, or its dead letter discarded."""
+
+    def __init__(self, run_id: str, status: str) -> None:
+        """Name the run and its status."""
+        AgentflowError.__init__(self, run_id, status)
+        self.run_id = run_id
+        self.from_status = status
+        self.to_status = "queued"
+
+    def __str__(self) -> str:
+        """Say what it is instead."""
+        return (
+            f"run {self.run_id!r} has no dead letter: it is {self.from_status}; "
+            "'agentflow dead-letter list' shows those that have one"
+        )
 
 
 class ProposalUnstableError(RunError):
@@ -626,6 +705,7 @@ _MEANINGS: dict[type[AgentflowError], Meaning] = {
     IdempotencyConflictError: Meaning("key_reused", 422, 4),
     VersionChangedError: Meaning("version_changed", 412, 4),
     FencedError: Meaning("fenced", 409, 4),
+    PausedError: Meaning("paused", 409, 4),
     StoreUnavailableError: Meaning("store_unavailable", 503, 1),
     StoreDamagedError: Meaning("store_damaged", 500, 1),
     InputError: Meaning("invalid", 422, 1),
@@ -633,6 +713,8 @@ _MEANINGS: dict[type[AgentflowError], Meaning] = {
     InvalidDecisionError: Meaning("invalid_answer", 422, 1),
     SupersededError: Meaning("superseded", 410, 5),
     IllegalTransitionError: Meaning("illegal_transition", 409, 4),
+    NotDeadLetterError: Meaning("not_dead_letter", 409, 4),
+    PayloadTooLargeError: Meaning("too_large", 413, 1),
 }
 
 

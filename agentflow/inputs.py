@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, is_dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import typing_extensions
 from langgraph.types import Command
@@ -15,7 +15,10 @@ from pydantic.errors import PydanticUserError
 
 from agentflow.drive import RegisteredGraph
 from agentflow.errors import InvalidInputError
-from agentflow.storage import OnExisting
+from agentflow.storage import OnBusy, OnExisting
+from agentflow.types import PauseScope, RunStatus, WaitStatus, to_timedelta
+
+_Status = TypeVar("_Status", RunStatus, WaitStatus)
 
 _QUALIFIERS = {
     typing_extensions.Required,
@@ -23,6 +26,7 @@ _QUALIFIERS = {
     typing_extensions.ReadOnly,
 }
 _MAX_PRIORITY = 2**31 - 1
+_MAX_LENGTH = timedelta(days=365_000)
 _CONFIG_KEYS = {"configurable", "recursion_limit", "tags"}
 
 
@@ -32,6 +36,7 @@ class Options:
 
     config: dict[str, Any]
     metadata: dict[str, Any]
+    timeouts: dict[str, timedelta | None]
 
 
 def check_options(
@@ -40,10 +45,14 @@ def check_options(
     metadata: Any,
     start_at: Any,
     on_existing: Any,
+    on_busy: Any = "enqueue",
     priority: Any = 0,
+    timeouts: Mapping[str, Any] | None = None,
     names: Mapping[str, Any] | None = None,
 ) -> Options:
-    """Check the options of a submission; `names` are those that must be text, if given.
+    """Check the options of a submission.
+
+    `names` are those that must be text, if given, `timeouts` those that must be lengths of time.
 
     Raises:
         InvalidInputError: Names every option that is malformed.
@@ -59,11 +68,62 @@ def check_options(
         found.append("start_at: must have a time zone")
     if on_existing not in get_args(OnExisting):
         found.append(f"on_existing: must be one of {', '.join(get_args(OnExisting))}")
+    if on_busy not in get_args(OnBusy):
+        found.append(f"on_busy: must be one of {', '.join(get_args(OnBusy))}")
+    lengths = {name: _length(value) for name, value in (timeouts or {}).items()}
+    found += [
+        f"{name}: must be a timedelta or seconds, above 0 and within a thousand years"
+        for name, value in (timeouts or {}).items()
+        if value is not None and lengths[name] is None
+    ]
     found += _config_problems({} if config is None else config)
     found += _metadata_problems({} if metadata is None else metadata)
     if found:
         raise InvalidInputError("submission", tuple(found))
-    return Options(config=dict(config or {}), metadata=dict(metadata or {}))
+    return Options(config=dict(config or {}), metadata=dict(metadata or {}), timeouts=lengths)
+
+
+def _length(value: Any) -> timedelta | None:
+    """Return a length of time, `None` if it is none."""
+    if isinstance(value, bool) or not isinstance(value, (timedelta, int, float)):
+        return None
+    try:
+        length = to_timedelta(value)
+    except (OverflowError, ValueError):
+        return None
+    return length if timedelta(0) < length < _MAX_LENGTH else None
+
+
+def member(kind: type[_Status], value: _Status | str | None) -> _Status | None:
+    """Return a status that may be given as text.
+
+    Raises:
+        InvalidInputError: There is no such status.
+    """
+    if value is None:
+        return None
+    try:
+        return kind(value)
+    except ValueError as exc:
+        allowed = ", ".join(each.value for each in kind)
+        raise InvalidInputError("status", (f"must be one of: {allowed}",)) from exc
+
+
+def pause_scope(graph: str | None, queue: str | None) -> tuple[PauseScope, str]:
+    """Return what a graph or a queue, or neither, stands for.
+
+    Raises:
+        InvalidInputError: Both are given, or one is not a name.
+    """
+    if graph is not None and queue is not None:
+        raise InvalidInputError("pause", ("give a graph or a queue, not both",))
+    name = graph if graph is not None else queue
+    if name is None:
+        return "all", ""
+    scope: PauseScope = "queue" if graph is None else "graph"
+    if not _is_name(name):
+        raise InvalidInputError("pause", (f"{scope}: must be text, not empty and without NUL",))
+    return scope, name
 
 
 def _config_problems(config: Any) -> list[str]:

@@ -1,7 +1,9 @@
-"""Keeps leases alive, and tells an attempt at once when it has to stop.
+"""Keeps leases alive, and stops an attempt in time when that fails.
 
-Heartbeats come from a thread with an event loop of its own, so that a node that blocks the worker's
-loop does not cost it its leases.
+Two threads, neither of which is the one that drives graphs. One sends heartbeats, from an event
+loop of its own, so that a node that blocks the worker's loop does not cost it its leases. The other
+only looks at the clock: it stops an attempt before its lease ends, whatever the heartbeat is stuck
+in, and one whose node takes longer than it may.
 """
 
 from __future__ import annotations
@@ -9,115 +11,165 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Self
 
+from agentflow.control import AttemptControl, monotonic
 from agentflow.errors import StoreError
 from agentflow.storage import RunStore
 from agentflow.types import Heartbeat, Lease
 
 logger = logging.getLogger(__name__)
 
+_SAFE = 0.8
+"""The part of a lease after which work stops that was not told of an extension.
+
+What is left covers a clock that runs at another speed, and what is still on its way.
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class _Held:
     lease: Lease
-    expires: float
-    """When the lease ends at the earliest, on this machine's monotonic clock."""
-    on_lost: Callable[[], None]
-    on_cancel: Callable[[], None]
+    control: AttemptControl
 
 
 class LeaseKeeper:
-    """Extends the leases of one worker from its own thread; use as a context manager."""
+    """Extends the leases of one worker; use as a context manager.
+
+    The threads start with the first lease.
+    """
 
     def __init__(self, store: RunStore, *, lease: timedelta, heartbeat: timedelta) -> None:
         """Extend leases to `lease` from now on, once every `heartbeat`."""
         self._store = store
         self._length = lease
         self._interval = heartbeat.total_seconds()
-        self._lock = threading.Lock()
         self._held: dict[str, _Held] = {}
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._serve, name="agentflow-heartbeat", daemon=True)
+        self._is_urgent = threading.Event()
+        """Somebody wants an attempt to stop, perhaps one of these."""
+        self._changed = threading.Condition()
+        self._threads = [
+            threading.Thread(target=target, name=f"agentflow-{name}", daemon=True)
+            for name, target in (("heartbeat", self._serve), ("guard", self._guard))
+        ]
+        self._is_started = False
+        self._unsubscribe: Callable[[], None] | None = None
 
     def __enter__(self) -> Self:
-        """Start the thread."""
-        self._thread.start()
+        """Be ready to keep leases."""
+        self._unsubscribe = self._store.subscribe("stop", self._is_urgent.set)
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop the thread; leases that are still held expire."""
+        """Stop; leases that are still held expire."""
+        if self._unsubscribe is not None:
+            self._unsubscribe()
         self._stopped.set()
-        self._thread.join()
+        self._is_urgent.set()
+        self._wake_guard()
+        if self._is_started:
+            for thread in self._threads:
+                thread.join()
 
-    def hold(
-        self,
-        lease: Lease,
-        *,
-        on_lost: Callable[[], None],
-        on_cancel: Callable[[], None],
-    ) -> None:
-        """Keep a lease alive until `drop`; the callbacks are called from the keeper's thread."""
-        expires = time.monotonic() + self._length.total_seconds()
-        with self._lock:
-            self._held[lease.run_id] = _Held(lease, expires, on_lost, on_cancel)
+    def hold(self, lease: Lease, control: AttemptControl, *, since: float) -> None:
+        """Keep a lease alive until `drop`, and tell `control` when that fails.
+
+        Args:
+            lease: What to extend.
+            control: The attempt that works under it.
+            since: When the lease was asked for, by `monotonic`: it began after that.
+        """
+        control.hold(lease, until=self._safe_until(since))
+        control.on_change(self._wake_guard)
+        with self._changed:
+            self._held[lease.run_id] = _Held(lease, control)
+            if not self._is_started:
+                self._is_started = True
+                for thread in self._threads:
+                    thread.start()
+            self._changed.notify()
 
     def drop(self, lease: Lease) -> None:
         """Stop keeping a lease."""
-        with self._lock:
-            held = self._held.get(lease.run_id)
-            if held is not None and held.lease.token == lease.token:
+        with self._changed:
+            if self._is_held(lease):
                 del self._held[lease.run_id]
+
+    def _safe_until(self, since: float) -> float:
+        return since + self._length.total_seconds() * _SAFE
+
+    def _wake_guard(self) -> None:
+        with self._changed:
+            self._changed.notify()
+
+    def _guard(self) -> None:
+        while not self._stopped.is_set():
+            with self._changed:
+                held = list(self._held.values())
+                soonest = min((entry.control.next_look for entry in held), default=None)
+                pause = None if soonest is None else soonest - monotonic()
+                if pause is None or pause > 0:
+                    self._changed.wait(pause)
+                    continue
+            for entry in held:
+                self._look(entry)
+
+    def _look(self, entry: _Held) -> None:
+        control = entry.control
+        control.look()
+        if control.is_lost:
+            logger.warning("lease not extended in time", extra={"run_id": entry.lease.run_id})
+            self.drop(entry.lease)
+        elif control.overdue is not None:
+            # Nor extended any more: should the attempt be unable to give it up, it expires.
+            logger.warning(
+                "node timed out",
+                extra={"run_id": entry.lease.run_id, "node": control.overdue.node},
+            )
+            self.drop(entry.lease)
 
     def _serve(self) -> None:
         asyncio.run(self._beat())
 
     async def _beat(self) -> None:
-        while not self._stopped.wait(self._interval):
-            with self._lock:
+        while not self._stopped.is_set():
+            self._is_urgent.wait(self._interval)
+            self._is_urgent.clear()
+            with self._changed:
                 held = list(self._held.values())
-            if held:
+            if held and not self._stopped.is_set():
                 await self._extend(held)
 
-    async def _extend(self, held: list[_Held]) -> None:
+    async def _extend(self, held: Sequence[_Held]) -> None:
         # Taken before the request: the store counts from when it sees it, which is later.
-        asked_at = time.monotonic()
+        asked_at = monotonic()
         try:
             async with asyncio.timeout(self._length.total_seconds()):
                 report = await self._store.extend_leases([h.lease for h in held], self._length)
         except (StoreError, TimeoutError) as exc:
+            # What this means for the leases, the guard knows.
             logger.warning("heartbeat failed", extra={"error": type(exc).__name__})
-            report = {}
+            return
         for entry in held:
-            if self._is_held(entry.lease):
-                self._tell(entry, report.get(entry.lease.run_id), asked_at)
+            beat = report.get(entry.lease.run_id)
+            if beat is not None and self._is_held(entry.lease):
+                self._tell(entry, beat, asked_at)
 
-    def _tell(self, entry: _Held, beat: Heartbeat | None, asked_at: float) -> None:
-        # Without a word from the store: past its time, somebody else may have it.
-        is_lost = time.monotonic() >= entry.expires if beat is None else beat.lost
-        if is_lost:
+    def _tell(self, entry: _Held, beat: Heartbeat, asked_at: float) -> None:
+        if beat.lost:
             logger.warning("lease lost", extra={"run_id": entry.lease.run_id})
             self.drop(entry.lease)
-            entry.on_lost()
-        elif beat is not None:
-            self._renew(entry, asked_at + self._length.total_seconds())
-            if beat.cancel_requested:
-                entry.on_cancel()
+            entry.control.lose()
+            return
+        entry.control.extend(self._safe_until(asked_at))
+        if beat.stop is not None:
+            entry.control.stop(beat.stop)
 
     def _is_held(self, lease: Lease) -> bool:
         """Whether the attempt still runs; it may have ended while the store was being asked."""
-        with self._lock:
-            current = self._held.get(lease.run_id)
-            return current is not None and current.lease.token == lease.token
-
-    def _renew(self, entry: _Held, expires: float) -> None:
-        with self._lock:
-            current = self._held.get(entry.lease.run_id)
-            if current is not None and current.lease.token == entry.lease.token:
-                self._held[entry.lease.run_id] = _Held(
-                    entry.lease, expires, entry.on_lost, entry.on_cancel
-                )
+        current = self._held.get(lease.run_id)
+        return current is not None and current.lease.token == lease.token

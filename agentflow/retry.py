@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Protocol
+from typing import Any, Literal, Protocol, get_args
 
-from agentflow.errors import AttemptsExhaustedError, CodecError, ConfigError, InputError
+from agentflow.errors import (
+    AttemptsExhaustedError,
+    CodecError,
+    ConfigError,
+    InputError,
+    InvalidInputError,
+)
 from agentflow.types import Duration, to_timedelta
 
 RetryOn = type[Exception] | Sequence[type[Exception]] | Callable[[Exception], bool]
+
+OnExhausted = Literal["dead_letter", "pause"]
 
 _LIMIT = timedelta(seconds=60)
 
@@ -95,6 +103,29 @@ class RetryPolicy:
     """Which exceptions are worth another attempt."""
     non_retryable: tuple[type[Exception], ...] = ()
     """Exceptions that end the run at once, whatever `retry_on` says."""
+    on_exhausted: OnExhausted = "dead_letter"
+    """What becomes of a run when its attempts are used up: it fails and has a dead letter, or it is
+    paused until somebody resumes it."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant.
+
+        Raises:
+            InvalidInputError: Names each field that is out of range.
+        """
+        found = [
+            f"{name}: must not be negative"
+            for name in ("initial_interval", "max_interval")
+            if to_timedelta(getattr(self, name)) < timedelta(0)
+        ]
+        if not self.backoff_factor > 0:
+            found.append("backoff_factor: must be above 0")
+        if self.max_attempts < 1:
+            found.append("max_attempts: must be at least 1; the first attempt counts")
+        if self.on_exhausted not in get_args(OnExhausted):
+            found.append(f"on_exhausted: must be one of {', '.join(get_args(OnExhausted))}")
+        if found:
+            raise InvalidInputError("retry policy", tuple(found))
 
     @classmethod
     def of(cls, policy: RetryPolicy | LangGraphRetryPolicy | None) -> RetryPolicy:
@@ -119,8 +150,57 @@ class RetryPolicy:
         if isinstance(self.retry_on, type):
             return isinstance(error, self.retry_on)
         if callable(self.retry_on):
-            return bool(self.retry_on(error))
+            try:
+                return bool(self.retry_on(error))
+            except Exception:  # noqa: BLE001 -- user code, which is not the failure to report
+                return False
         return isinstance(error, tuple(self.retry_on))
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return what is stored with a run: all but what only code can say.
+
+        Which exceptions are worth another attempt is judged by the graph as it is registered.
+        """
+        return {
+            "initial_interval": to_timedelta(self.initial_interval).total_seconds(),
+            "backoff_factor": self.backoff_factor,
+            "max_interval": to_timedelta(self.max_interval).total_seconds(),
+            "max_attempts": self.max_attempts,
+            "jitter": self.jitter,
+            "on_exhausted": self.on_exhausted,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetryPolicies:
+    """The retry policy of a graph, and those of its nodes that have one of their own."""
+
+    graph: RetryPolicy
+    nodes: Mapping[str, RetryPolicy] = field(default_factory=dict)
+
+    def of(self, node: str | None) -> RetryPolicy:
+        """Return the policy that holds where a node failed."""
+        return self.graph if node is None else self.nodes.get(node, self.graph)
+
+    def most_attempts(self, nodes: Collection[str]) -> int:
+        """Return how many attempts there are at one of these nodes, whichever it is."""
+        return max((self.of(node).max_attempts for node in nodes), default=self.graph.max_attempts)
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return what is stored with a run; see `RetryPolicy.to_plain`."""
+        nodes = {name: policy.to_plain() for name, policy in self.nodes.items()}
+        return {**self.graph.to_plain(), "nodes": nodes}
+
+    def as_stored(self, plain: Mapping[str, Any] | None) -> RetryPolicies:
+        """Return the policies with the numbers that were stored with a run."""
+        if plain is None:
+            return self
+        numbers = {name: value for name, value in plain.items() if name != "nodes"}
+        stored: Mapping[str, Mapping[str, Any]] = plain.get("nodes", {})
+        return RetryPolicies(
+            graph=replace(self.graph, **numbers),
+            nodes={name: replace(self.of(name), **each) for name, each in stored.items()},
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +215,7 @@ class GiveUp:
     """Fail for good."""
 
     reason: str
-    """`not_retryable` or `exhausted`."""
+    """`not_retryable`, `exhausted` or `deadline`."""
 
 
 def decide(

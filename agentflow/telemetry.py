@@ -8,7 +8,7 @@ and no span stays open while it waits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from uuid import UUID
@@ -106,7 +106,7 @@ def start_checkpoint_span(
 
     `None` without an SDK: this runs with every step of every graph.
     """
-    if isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
+    if not is_traced():
         return None
     attributes: dict[str, Any] = {
         THREAD_ID: thread_id,
@@ -132,6 +132,20 @@ def decide_span(approval_id: str) -> Iterator[Span]:
         except Exception as error:
             fail_span(span, type(error).__name__)
             raise
+
+
+def is_traced() -> bool:
+    """Whether there is an SDK that does something with spans."""
+    return not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)
+
+
+def node_of(
+    tags: Sequence[str] | None, metadata: Mapping[str, Any] | None, name: str | None
+) -> str | None:
+    """Return the name of the node, if what LangChain calls a chain is one and not a part of one."""
+    node = (metadata or {}).get("langgraph_node")
+    is_node = name == node and any(tag.startswith("graph:step:") for tag in tags or ())
+    return node if is_node else None
 
 
 class NodeSpans(BaseCallbackHandler):
@@ -160,15 +174,15 @@ class NodeSpans(BaseCallbackHandler):
         """Start a span if the chain is a node and not a part of one."""
         del serialized, inputs, parent_run_id
         meta = metadata or {}
-        is_node = any(tag.startswith("graph:step:") for tag in tags or ())
-        if not is_node or kwargs.get("name") != meta.get("langgraph_node"):
+        node = node_of(tags, metadata, kwargs.get("name"))
+        if node is None:
             return
         self._spans[run_id] = _tracer().start_span(
             SPAN_NODE,
             context=self._context,
             attributes={
                 RUN_ID: self._run_id,
-                NODE: meta["langgraph_node"],
+                NODE: node,
                 STEP: meta.get("langgraph_step", 0),
                 CHECKPOINT_NS: meta.get("langgraph_checkpoint_ns", ""),
             },

@@ -138,15 +138,28 @@ class Run:
     """Attempts since the last durable progress or clean release."""
     claims: int = 0
     """How often the run was claimed in all."""
+    losses: int = 0
+    """Attempts since then that were lost with their worker; `AttemptStart` says which count."""
     step: int | None = None
     """The superstep of the newest checkpoint known to the run store."""
     checkpoint_id: str | None = None
+    resume_from: str | None = None
+    """The checkpoint that the next attempt starts from, instead of the thread's head."""
+    retry: Mapping[str, Any] | None = None
+    """The retry policy as it was when the run was submitted, as plain data."""
     dead_letter: bool = False
     created_at: datetime
     available_at: datetime
     started_at: datetime | None = None
     ended_at: datetime | None = None
+    paused_at: datetime | None = None
+    """Since when the run is not to be driven; its status stays what it is."""
+    start_deadline_at: datetime | None = None
+    """When the run is cancelled if nobody has claimed it."""
+    deadline_at: datetime | None = None
+    """When the run fails unless it has ended."""
     cancel_requested_at: datetime | None = None
+    cancel_reason: str | None = None
     submitted_by: str | None = None
 
     def _repr_html_(self) -> str:
@@ -178,6 +191,11 @@ class RunSpec:
     config: Mapping[str, Any]
     priority: int = 0
     start_at: datetime | None = None
+    start_timeout: timedelta | None = None
+    """How long after `start_at` the run may stay unclaimed."""
+    timeout: timedelta | None = None
+    """How long the run may take in all, its waits included; a requeue starts it anew."""
+    retry: Mapping[str, Any] | None = None
     submitted_by: str | None = None
     traceparent: str | None = None
 
@@ -200,7 +218,13 @@ class ClaimedRun:
     run: Run
     lease: Lease
     reason: str
-    """Why it runs now: `start`, `approval`, `retry`, `drain` or `recovery`."""
+    """Why it runs now: `start`, `approval`, `retry`, `drain`, `pause`, `requeue` or `recovery`."""
+    isolation: timedelta | None = None
+    """If set, the run is suspected of killing its workers: whoever drives it claims nothing else
+    for so long, or until the run makes progress; see `RunStore.end_isolation`."""
+    rolled_back: tuple[str, ...] = ()
+    """Cancelled runs of the thread whose checkpoints are to be deleted before the thread is read;
+    then `RunStore.finish_rollback`."""
     traceparent: str | None = None
 
 
@@ -345,12 +369,22 @@ class NewEvent:
     data: Mapping[str, Any] = field(default_factory=dict)
 
 
+StopReason = Literal["cancel", "deadline", "pause"]
+"""Why an attempt is asked to stop: at once, or, for `pause`, at the next superstep."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Heartbeat:
     """What extending a lease tells its holder."""
 
     lost: bool
-    cancel_requested: bool
+    stop: StopReason | None = None
+    """The most urgent reason to stop, if there is one."""
+
+    @property
+    def cancel_requested(self) -> bool:
+        """Whether the run is to be cancelled."""
+        return self.stop == "cancel"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -358,9 +392,19 @@ class AttemptStart:
     """What the store says when an attempt begins."""
 
     attempt: int
-    """Attempts since the last durable progress, this one included."""
+    """Attempts since the last durable progress, this one included.
+
+    An attempt that was lost with its worker counts only if the run was the only one that the worker
+    held, or was driven in isolation: else another run may be to blame.
+    """
     failures: Mapping[str, int]
     """Failures so far of each task of the current superstep, by task id."""
+    losses: int = 0
+    """Attempts since then that were lost with their worker, whether they count or not."""
+    is_isolated: bool = False
+    """Whether the isolation of the claim goes on: there was no progress before this attempt."""
+    stop: StopReason | None = None
+    """Set if the attempt is to stop before it drives anything."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -368,11 +412,114 @@ class DeadLetter:
     """What is kept of a run that failed for good."""
 
     run_id: str
+    thread_id: str | None
+    graph: str | None
+    version: str | None
     at: datetime
+    reason: str | None
+    """`exhausted`, `not_retryable` or `deadline`; `None` in letters of older versions."""
     cause: RunFailure
     attempts: int
     claims: int
+    step: int | None
     checkpoint_id: str | None
+    """The newest checkpoint: the state in which the run failed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NextDue:
+    """How long it is until something happens by itself; `None` if nothing will."""
+
+    expiry: timedelta | None
+    """Until the next lease expires."""
+    deadline: timedelta | None
+    """Until the next deadline of a run that nobody drives; not above zero if one has passed."""
+
+
+PauseScope = Literal["graph", "queue", "all", "store"]
+"""What is paused: a graph, a queue, everything of a tenant, or all tenants of a restored store."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pause:
+    """Nothing of this is claimed, and what runs stops at its next superstep."""
+
+    scope: PauseScope
+    name: str
+    """The graph or queue; empty for `all` and `store`."""
+    at: datetime
+    by: str | None = None
+    reason: str | None = None
+
+
+WorkerHealth = Literal["ok", "draining", "overloaded"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerReport:
+    """What a worker tells about itself with each beat."""
+
+    instance: str
+    """Unique to one start of one worker."""
+    name: str
+    queues: tuple[str, ...]
+    graphs: tuple[tuple[str, str], ...]
+    """Names and versions."""
+    concurrency: int
+    active: int = 0
+    health: WorkerHealth = "ok"
+    """`overloaded`: it claims nothing more and asks to be replaced."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerRecord:
+    """A worker as it was when it last gave a sign of life."""
+
+    report: WorkerReport
+    started_at: datetime
+    beat_at: datetime
+    silence: timedelta
+    """How long ago that was, by the store's clock."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnfinishedRuns:
+    """How many runs of one kind have not ended."""
+
+    graph: str
+    version: str
+    queue: str
+    status: RunStatus
+    count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Survey:
+    """How a store is doing, for `agentflow doctor`; all of one moment."""
+
+    at: datetime
+    """The store's clock."""
+    epoch: int
+    """How often the store was restored from a backup."""
+    unfinished: tuple[UnfinishedRuns, ...]
+    paused: int
+    """Runs that are paused by themselves."""
+    expired_leases: int
+    overdue: int
+    """Runs that have passed a deadline and have not ended."""
+    dead_letters: int
+    pauses: tuple[Pause, ...]
+    workers: tuple[WorkerRecord, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restored:
+    """What marking a restored backup has found."""
+
+    epoch: int
+    at: datetime
+    unfinished: int
+    """Runs, of all tenants, that have not ended in the backup, whatever happened to them since."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,103 +5,66 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import random
 import socket
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
 from langgraph.checkpoint.base import BaseCheckpointSaver
 
 from agentflow.config import Settings
-from agentflow.drive import AttemptControl, Driver, RegisteredGraph
+from agentflow.control import AttemptControl, monotonic
+from agentflow.drive import Driver, RegisteredGraph
+from agentflow.errors import AgentflowError, FencedError
 from agentflow.lease import LeaseKeeper
+from agentflow.listener import Listener
 from agentflow.storage import RunStore
-from agentflow.types import ClaimedRun, new_id
+from agentflow.threads import NodeThreads, on_loop
+from agentflow.types import ClaimedRun, WorkerHealth, WorkerReport, new_id
 
 logger = logging.getLogger(__name__)
+
+_NOW = timedelta(0)
+_FIRED_AT_ONCE = 100
+_PATIENT = 0.8
+"""The part of the grace period in which graphs may come to the end of a superstep."""
 
 Graphs = Mapping[tuple[str, str], RegisteredGraph]
 
 
-class Changes:
-    """Tells whoever waits in this process that something changed, so that they look again."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerStats:
+    """What a worker is doing."""
 
-    def __init__(self) -> None:
-        """Start with nobody listening."""
-        self._lock = threading.Lock()
-        self._listeners: set[Callable[[], None]] = set()
-
-    def notify(self) -> None:
-        """Wake all listeners; safe from any thread."""
-        with self._lock:
-            listeners = list(self._listeners)
-        for listener in listeners:
-            listener()
-
-    def listen(self) -> Listener:
-        """Return a listener of the running event loop; use it as a context manager."""
-        return Listener(self)
-
-    def add(self, listener: Callable[[], None]) -> None:
-        """Call `listener` at each change."""
-        with self._lock:
-            self._listeners.add(listener)
-
-    def remove(self, listener: Callable[[], None]) -> None:
-        """Stop calling `listener`."""
-        with self._lock:
-            self._listeners.discard(listener)
+    name: str
+    health: WorkerHealth
+    concurrency: int
+    active: int
+    """Runs that it drives."""
+    claimed: int
+    """Runs that it has claimed since it started."""
+    abandoned: int
+    """Threads in nodes whose attempt is over."""
+    silence: float
+    """Seconds since the store last answered a claim."""
 
 
-class Listener:
-    """Waits for the next change, or for the next look at the database."""
-
-    def __init__(self, changes: Changes) -> None:
-        """Listen to `changes` from the running event loop."""
-        self._changes = changes
-        self._loop = asyncio.get_running_loop()
-        self._event = asyncio.Event()
-
-    def __enter__(self) -> Self:
-        """Start listening."""
-        self._changes.add(self._wake)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Stop listening."""
-        self._changes.remove(self._wake)
-
-    async def wait(self, timeout: float) -> None:
-        """Return at the next change, at the latest after about `timeout` seconds.
-
-        The time varies by a fifth, so that many processes do not look at the same moment.
-        """
-        jittered = timeout * (0.9 + random.random() / 5)  # noqa: S311 -- not a secret
-        try:
-            async with asyncio.timeout(jittered):
-                await self._event.wait()
-        except TimeoutError:
-            pass
-        self._event.clear()
-
-    def wake(self) -> None:
-        """End the current wait, from this event loop."""
-        self._event.set()
-
-    def _wake(self) -> None:
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._event.set)
+@dataclass(frozen=True, slots=True)
+class _Active:
+    control: AttemptControl
+    task: asyncio.Task[None]
 
 
 class Worker:
     """Drives runs of the registered graphs; made by `AgentFlow.worker`.
 
     Use it as an async context manager, or call `run()` and, from elsewhere, `stop()`. Leaving the
-    context
-    drains: no new claims, running graphs stop at their next superstep with their state saved, and
-    what they have left is continued by another worker.
+    context drains: no new claims, running graphs stop at their next superstep with their state
+    saved, and what they have left is continued by another worker.
     """
 
     def __init__(
@@ -110,7 +73,6 @@ class Worker:
         saver: BaseCheckpointSaver[Any],
         graphs: Graphs,
         settings: Settings,
-        changes: Changes,
         *,
         tenant: str,
         concurrency: int,
@@ -119,78 +81,201 @@ class Worker:
     ) -> None:
         """Drive up to `concurrency` runs of `queues` at a time, under the name `name`."""
         self.name = name or f"{socket.gethostname()}-{os.getpid()}-{new_id()[-6:]}"
+        self._instance = f"{self.name}-{new_id()}"
+        """Unlike the name, that of this start alone: it is what a dead worker is known by."""
         self._store = store
         self._saver = saver
         self._graphs = graphs
         self._settings = settings
-        self._changes = changes
         self._tenant = tenant
         self._concurrency = concurrency
         self._queues = tuple(queues)
-        self._active: dict[str, AttemptControl] = {}
+        self._active: dict[str, _Active] = {}
+        self._claimed = 0
+        self._answered_at = monotonic()
+        self._alone_until = 0.0
         self._is_stopping = False
+        self._is_overloaded = False
+        self._threads: NodeThreads | None = None
         self._listener: Listener | None = None
         self._group: asyncio.TaskGroup | None = None
 
     async def run(self) -> None:
-        """Claim and drive runs until `stop` is called and everything has been settled."""
-        keeper = LeaseKeeper(
-            self._store, lease=self._settings.lease, heartbeat=self._settings.heartbeat
-        )
-        with self._changes.listen() as listener, keeper:
-            self._listener = listener
-            driver = Driver(self._store, self._saver, keeper)
+        """Claim and drive runs until `stop` is called and everything has been settled.
+
+        It also ends by itself, drained, when more threads than `Settings.max_abandoned` are stuck
+        in nodes whose attempt is over. Then `stats().health` is `overloaded`: only a new process is
+        rid of them.
+        """
+        settings = self._settings
+        keeper = LeaseKeeper(self._store, lease=settings.lease, heartbeat=settings.heartbeat)
+        with (
+            on_loop(self._concurrency) as threads,
+            Listener(partial(self._store.subscribe, "due")) as listener,
+            keeper,
+        ):
+            self._listener, self._threads = listener, threads
+            driver = Driver(self._store, self._saver, keeper, threads)
             async with asyncio.TaskGroup() as group:
+                reports = group.create_task(self._report())
                 while not self._is_stopping:
-                    claimed = await self._claim()
-                    for run in claimed:
-                        self._begin(group, driver, run)
-                    if not claimed or len(self._active) >= self._concurrency:
-                        await listener.wait(self._settings.poll_interval.total_seconds())
+                    pause = await self._turn(group, driver)
+                    self._check_load(threads)
+                    if pause > 0 and not self._is_stopping:
+                        await listener.wait(pause)
+                await self._settle()
+                reports.cancel()
+        with suppress(AgentflowError):
+            await self._store.remove_worker(self._tenant, self._instance)
+
+    async def _turn(self, group: asyncio.TaskGroup, driver: Driver) -> float:
+        """Do what is due, and return for how many seconds there is nothing to do."""
+        poll = self._settings.poll_interval.total_seconds()
+        try:
+            if await self._claim(group, driver):
+                return 0
+            due = await self._store.next_due(
+                self._tenant, queues=self._queues, graphs=list(self._graphs)
+            )
+            is_late = due.deadline is not None and due.deadline <= _NOW
+            if is_late and await self._store.fire_due(self._tenant, limit=_FIRED_AT_ONCE):
+                return 0
+        except Exception as exc:  # noqa: BLE001 -- the runs that are being driven must go on
+            logger.warning("cannot look for work", extra={"error": type(exc).__name__})
+            return poll
+        soonest = [each.total_seconds() for each in (due.expiry, due.deadline) if each is not None]
+        return min([poll, *(each for each in soonest if each > 0)])
+
+    def _room(self) -> int:
+        """Return how many runs there is room for."""
+        is_alone = any(active.control.is_isolated for active in self._active.values())
+        return 0 if is_alone else self._concurrency - len(self._active)
+
+    async def _end_isolation(self) -> None:
+        """Let the worker claim again beside a suspect that has lived for long enough."""
+        for active in list(self._active.values()):
+            control = active.control
+            if control.is_isolated and monotonic() >= self._alone_until:
+                control.is_isolated = False
+                if (lease := control.lease) is not None:
+                    with suppress(FencedError):
+                        await self._store.end_isolation(lease)
 
     def stop(self) -> None:
-        """Drain: claim nothing more and let running graphs stop at their next superstep."""
+        """Drain: claim nothing more and let running graphs stop at their next superstep.
+
+        A node that takes longer than `Settings.grace` is stopped in the middle, and is executed
+        again elsewhere.
+        """
         self._is_stopping = True
-        for control in self._active.values():
-            control.drain()
+        for active in self._active.values():
+            active.control.drain()
         if self._listener is not None:
             self._listener.wake()
 
-    async def _claim(self) -> list[ClaimedRun]:
-        room = self._concurrency - len(self._active)
-        if room <= 0:
-            return []
-        try:
-            return await self._store.claim_runs(
-                self._tenant,
-                worker=self.name,
-                queues=self._queues,
-                graphs=list(self._graphs),
-                limit=room,
-                lease=self._settings.lease,
-            )
-        except Exception as exc:  # noqa: BLE001 -- the runs that are being driven must go on
-            logger.warning("cannot claim runs", extra={"error": type(exc).__name__})
-            return []
+    def stats(self) -> WorkerStats:
+        """Say what the worker is doing."""
+        return WorkerStats(
+            name=self.name,
+            health=self._health(),
+            concurrency=self._concurrency,
+            active=len(self._active),
+            claimed=self._claimed,
+            abandoned=0 if self._threads is None else self._threads.abandoned(),
+            silence=monotonic() - self._answered_at,
+        )
 
-    def _begin(self, group: asyncio.TaskGroup, driver: Driver, claimed: ClaimedRun) -> None:
+    def _health(self) -> WorkerHealth:
+        if self._is_overloaded:
+            return "overloaded"
+        return "draining" if self._is_stopping else "ok"
+
+    def _check_load(self, threads: NodeThreads) -> None:
+        if not self._is_overloaded and threads.abandoned() > self._settings.max_abandoned:
+            self._is_overloaded = True
+            logger.error("too many threads are stuck in nodes", extra={"worker": self.name})
+            self.stop()
+
+    async def _settle(self) -> None:
+        """Wait for what is still being driven, for as long as there is time."""
+        grace = self._settings.grace.total_seconds()
+        await self._wait_for_active(grace * _PATIENT)
+        for active in self._active.values():
+            active.control.give_up()
+        await self._wait_for_active(grace * (1 - _PATIENT))
+        for active in self._active.values():
+            # The store does not answer; the leases will expire.
+            logger.warning("run was not given back in time", extra={"worker": self.name})
+            active.task.cancel()
+
+    async def _wait_for_active(self, timeout: float) -> None:
+        if tasks := [active.task for active in self._active.values()]:
+            await asyncio.wait(tasks, timeout=timeout)
+
+    async def _claim(self, group: asyncio.TaskGroup, driver: Driver) -> int:
+        await self._end_isolation()
+        if (room := self._room()) <= 0:
+            return 0
+        since = monotonic()
+        claimed = await self._store.claim_runs(
+            self._tenant,
+            worker=self.name,
+            instance=self._instance,
+            queues=self._queues,
+            graphs=list(self._graphs),
+            limit=room,
+            lease=self._settings.lease,
+        )
+        self._answered_at = monotonic()
+        self._claimed += len(claimed)
+        for run in claimed:
+            if run.isolation is not None:
+                self._alone_until = since + run.isolation.total_seconds()
+            self._begin(group, driver, run, since)
+        return len(claimed)
+
+    async def _report(self) -> None:
+        """Tell the store, time and again, that this worker lives."""
+        while True:
+            report = WorkerReport(
+                instance=self._instance,
+                name=self.name,
+                queues=self._queues,
+                graphs=tuple(self._graphs),
+                concurrency=self._concurrency,
+                active=len(self._active),
+                health=self._health(),
+            )
+            try:
+                await self._store.beat_worker(self._tenant, report)
+            except AgentflowError as exc:
+                logger.warning("cannot report", extra={"error": type(exc).__name__})
+            await asyncio.sleep(self._settings.lease.total_seconds())
+
+    def _begin(
+        self, group: asyncio.TaskGroup, driver: Driver, claimed: ClaimedRun, since: float
+    ) -> None:
         control = AttemptControl()
+        control.is_isolated = claimed.isolation is not None
         if self._is_stopping:
             control.drain()  # claimed while the worker was being told to stop
-        self._active[claimed.run.id] = control
-        group.create_task(self._drive(driver, claimed, control))
+        task = group.create_task(self._drive(driver, claimed, control, since))
+        self._active[claimed.run.id] = _Active(control, task)
 
-    async def _drive(self, driver: Driver, claimed: ClaimedRun, control: AttemptControl) -> None:
+    async def _drive(
+        self, driver: Driver, claimed: ClaimedRun, control: AttemptControl, since: float
+    ) -> None:
         run = claimed.run
         registered = self._graphs[run.graph, run.version]
         try:
-            await driver.attempt(registered, claimed, control)
+            await driver.attempt(registered, claimed, control, since=since)
         except Exception:
             # A defect here must not take the other runs with it; this one's lease will expire.
             logger.exception("attempt ended unexpectedly", extra={"run_id": run.id})
         finally:
             del self._active[run.id]
-            self._changes.notify()
+            if self._listener is not None:
+                self._listener.wake()
 
     async def __aenter__(self) -> Self:
         """Start driving runs in the background."""

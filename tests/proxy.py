@@ -3,17 +3,21 @@
 `Proxy` forwards connections until it is told to do harm, and forwards again after `heal`. Of the
 protocol it knows where a message and where a reply ends, so that a whole reply can be lost after
 the server has done what it was asked to.
+
+The process at the other end can `ask` for harm itself, at the exact place that a test is about; the
+wire heals by itself then.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import threading
 from collections.abc import Coroutine
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from sqlalchemy.engine import make_url
 
@@ -32,6 +36,8 @@ class _Harm:
     """Cut in place of this reply, once the server has given it, ..."""
     size: int = 0
     """... or after so many bytes from the server."""
+    heals: bool = False
+    """Whether new connections are welcome at once."""
     done: Future[bool] = field(default_factory=Future)
 
     def strikes(self, message: bytes) -> bool:
@@ -47,6 +53,18 @@ class _Harm:
         return False
 
 
+def ask(address: str) -> None:
+    """Ask a proxy in another process for the harm of `Proxy.harm`, and return once it is prepared.
+
+    Whatever comes through the wire after that is subject to it.
+    """
+    where, _, harm = address.partition("/")
+    host, _, port = where.rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=_LIMIT) as connection:
+        connection.sendall(harm.encode() + b"\n")
+        assert connection.recv(1) == b"."
+
+
 class Proxy:
     """Forwards a port of its own to another port of this machine; may be used from any thread."""
 
@@ -57,17 +75,23 @@ class Proxy:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
         self._listener: asyncio.Server | None = None
+        self._control: asyncio.Server | None = None
         self._wires: set[asyncio.Task[None]] = set()
         self._harm: _Harm | None = None
         self._striking: asyncio.Task[None] | None = None
         self._swallows = False
+        self.was_asked = False
+        """Whether another process has asked for harm, and it was done."""
 
     def __enter__(self) -> Self:
         self._thread.start()
         self._call(self._listen())
+        self._call(self._listen_for_orders())
         return self
 
     def __exit__(self, *exc_info: object) -> None:
+        if self._control is not None:
+            self._control.close()
         self.refuse()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(_LIMIT)
@@ -79,6 +103,15 @@ class Proxy:
         plain = {"sslmode": "disable", "gssencmode": "disable"}
         through = make_url(url).set(host="127.0.0.1", port=self.port).update_query_dict(plain)
         return through.render_as_string(hide_password=False)
+
+    def harm(self, how: Literal["cut", "lose"]) -> str:
+        """Return what another process gives to `ask`.
+
+        `cut` cuts every connection at once; `lose` loses the reply to what is sent next, after the
+        server has done it, and then cuts. New connections are welcome in both cases.
+        """
+        assert self._control is not None
+        return f"127.0.0.1:{self._control.sockets[0].getsockname()[1]}/{how}"
 
     def refuse(self) -> None:
         """Cut every connection and refuse new ones."""
@@ -116,6 +149,20 @@ class Proxy:
         if self._listener is None:
             self._listener = await asyncio.start_server(self._connect, "127.0.0.1", self.port)
             self.port = self._listener.sockets[0].getsockname()[1]
+
+    async def _listen_for_orders(self) -> None:
+        self._control = await asyncio.start_server(self._obey, "127.0.0.1", 0)
+
+    async def _obey(self, orders: asyncio.StreamReader, replies: asyncio.StreamWriter) -> None:
+        if await orders.readline() == b"cut\n":
+            await self._refuse()
+            await self._listen()
+            self.was_asked = True
+        else:
+            self._harm = _Harm(reply=1, heals=True)
+        replies.write(b".")
+        await replies.drain()
+        replies.close()
 
     async def _refuse(self) -> None:
         if self._listener is not None:
@@ -173,6 +220,9 @@ class Proxy:
 
     async def _strike(self, harm: _Harm, is_idle: bool) -> None:
         await self._refuse()
+        if harm.heals:
+            await self._listen()
+            self.was_asked = True
         harm.done.set_result(is_idle)
 
 

@@ -61,6 +61,7 @@ from agentflow.codec import Codec
 from agentflow.database import Database
 from agentflow.database.futures import Future
 from agentflow.database.session import Session
+from agentflow.database.tables import EPOCH
 from agentflow.errors import AgentflowError, InvalidInputError
 from agentflow.keys import KeyRing
 from agentflow.types import Clock, FencingToken, Lease, SystemClock
@@ -123,6 +124,7 @@ class Saver(BaseCheckpointSaver[str]):
         self.retention = retention
         self._intake = Intake(database, SavePolicy(save))
         self._lease: Lease | None = None
+        self._check: Callable[[], None] | None = None
         self._use(codec)
 
     def _use(self, codec: Codec) -> None:
@@ -140,10 +142,15 @@ class Saver(BaseCheckpointSaver[str]):
         """The keys, if what is saved is encrypted."""
         return self._codec.keys
 
-    def with_lease(self, lease: Lease) -> Saver:
-        """Return a copy whose writes are made under `lease`."""
+    def with_lease(self, lease: Lease, *, check: Callable[[], None] | None = None) -> Saver:
+        """Return a copy whose writes are made under `lease`.
+
+        Args:
+            lease: What the database compares with the thread's.
+            check: Called before anything is accepted; raises what the caller of a put is to get.
+        """
         clone = copy.copy(self)
-        clone._lease = lease
+        clone._lease, clone._check = lease, check
         return clone
 
     def with_allowlist(self, extra_allowlist: Collection[tuple[str, ...]]) -> Saver:
@@ -223,6 +230,17 @@ class Saver(BaseCheckpointSaver[str]):
         released = self._intake.verb(thread, lambda rows: release_thread(rows, thread, lease))
         await self._database.settled(released)
         self._intake.forget_lease(thread, lease)
+
+    async def begin_epoch(self) -> None:
+        """Raise the tokens of all threads, of all tenants, above any that was given before.
+
+        For a database that was put back from a backup: who holds a lease from before cannot write.
+        """
+
+        def raise_tokens(connection: Connection) -> None:
+            open_rows(Session.inside(connection)).raise_tokens(EPOCH)
+
+        await self._database.write(raise_tokens)
 
     async def flush(self, thread_id: str) -> None:
         """Wait until everything accepted for the thread under this saver's lease is durable.
@@ -713,6 +731,8 @@ class Saver(BaseCheckpointSaver[str]):
         task_id: Any,
         task_path: Any,
     ) -> Future:
+        if self._check is not None:
+            self._check()
         key = self._head_key(config)
         if not config["configurable"].get("checkpoint_id"):
             raise InvalidInputError("config", ("configurable.checkpoint_id: is missing",))
@@ -729,6 +749,8 @@ class Saver(BaseCheckpointSaver[str]):
         metadata: CheckpointMetadata,
         new_versions: ChannelVersions,
     ) -> tuple[RunnableConfig, Future]:
+        if self._check is not None:
+            self._check()
         key = self._head_key(config)
         check_ids(checkpoint_id=checkpoint["id"])
         future = self._intake.checkpoint(

@@ -436,6 +436,10 @@ class Rows(ABC):
         """Change who may write a thread that is locked."""
 
     @abstractmethod
+    def raise_tokens(self, by: int) -> None:
+        """Raise the tokens of all threads."""
+
+    @abstractmethod
     def retire(self, thread: ThreadState) -> None:
         """Give the name, the token and the lease of a locked thread to a new one without rows.
 

@@ -543,6 +543,9 @@ class SqlRows(Rows):
             (token, is_leased, thread.number),
         )
 
+    def raise_tokens(self, by: int) -> None:
+        self._session.execute("UPDATE agentflow_threads SET token = token + ?", (by,))
+
     def retire(self, thread: ThreadState) -> None:
         number, session = thread.number, self._session
         ((tenant, thread_id),) = session.fetch(

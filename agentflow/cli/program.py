@@ -9,7 +9,18 @@ from typing import Annotated
 
 import typer
 
-from agentflow.cli import approvals, checkpoints, keys, migrations, runs, sweeps, workers
+from agentflow.cli import (
+    approvals,
+    checkpoints,
+    keys,
+    letters,
+    migrations,
+    operations,
+    pauses,
+    runs,
+    sweeps,
+    workers,
+)
 from agentflow.cli.command import (
     AppOption,
     Call,
@@ -28,10 +39,15 @@ program = typer.Typer(
 )
 program.add_typer(runs.group, name="run")
 program.add_typer(approvals.group, name="approval")
+program.add_typer(letters.group, name="dead-letter")
 program.add_typer(checkpoints.group, name="checkpoint")
 program.add_typer(migrations.group, name="migrate")
 program.add_typer(keys.group, name="keys")
 command(program, "worker")(workers.work)
+command(program, "pause")(pauses.pause)
+command(program, "resume")(pauses.resume)
+command(program, "doctor")(operations.doctor)
+command(program, "restore")(operations.restore)
 command(program, "sweep")(sweeps.sweep)
 
 

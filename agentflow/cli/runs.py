@@ -1,7 +1,8 @@
-"""`agentflow run`: submit, list, show, cancel."""
+"""`agentflow run`: submit, list, show, cancel, pause, resume."""
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 group = typer.Typer(help="Submit runs and look at them.", no_args_is_help=True)
 
-_COLUMNS = ("id", "graph", "version", "status", "step", "attempt", "created_at")
+_COLUMNS = ("id", "graph", "version", "status", "step", "attempt", "paused_at", "created_at")
 _FIELDS = (
     "id",
     "status",
@@ -31,18 +32,36 @@ _FIELDS = (
     "checkpoint_id",
     "attempt",
     "claims",
+    "losses",
     "dead_letter",
+    "paused_at",
+    "resume_from",
     "submitted_by",
     "created_at",
     "available_at",
+    "start_deadline_at",
+    "deadline_at",
     "started_at",
     "ended_at",
     "cancel_requested_at",
+    "cancel_reason",
     "metadata",
     "config",
     "input",
     "output",
 )
+
+_PAUSED = ("id", "status", "graph", "paused_at", "attempt")
+
+
+class OnBusy(StrEnum):
+    """The choices of `--on-busy`; those of `AgentFlow.submit`."""
+
+    ENQUEUE = "enqueue"
+    REJECT = "reject"
+    INTERRUPT = "interrupt"
+    ROLLBACK = "rollback"
+
 
 RunId = Annotated[str, typer.Argument(metavar="ID", help="The run's id.")]
 
@@ -66,6 +85,15 @@ async def submit(
     metadata: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Repeatable.")
     ] = None,
+    on_busy: Annotated[
+        OnBusy, typer.Option(help="What to do if the thread has unfinished runs.")
+    ] = OnBusy.ENQUEUE,
+    run_timeout: Annotated[
+        float | None, typer.Option(help="Seconds in which the run has to end, or it fails.")
+    ] = None,
+    start_timeout: Annotated[
+        float | None, typer.Option(help="Seconds in which a worker has to begin, or never.")
+    ] = None,
     by: Annotated[str | None, typer.Option(help="Who submits.")] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Wait until the run has ended.")] = False,
     wait_timeout: Annotated[
@@ -87,6 +115,9 @@ async def submit(
             version=version,
             queue=queue,
             metadata=pairs or None,
+            on_busy=on_busy.value,
+            timeout=run_timeout,
+            start_timeout=start_timeout,
             by=by,
         )
         if wait:
@@ -121,7 +152,7 @@ async def _wait_ended(call: Call, app: AgentFlow, run_id: str, timeout: float | 
 
 def _failure(run: Run) -> RunError:
     if run.status is RunStatus.CANCELLED:
-        return RunCancelledError(run.id)
+        return RunCancelledError(run.id, run.cancel_reason)
     kind, node = (run.error.type, run.error.node) if run.error else ("no recorded error", None)
     return RunFailedError(run.id, kind, node, run.attempt)
 
@@ -227,3 +258,32 @@ async def cancel(
     else:
         call.output.message(f"run {run.id} is asked to stop and is still {run.status.value}")
     call.output.record(run, ("id", "status", "graph", "cancel_requested_at", "ended_at"))
+
+
+@command(group, "pause")
+async def pause(
+    call: Call,
+    run_id: RunId,
+    *,
+    reason: Annotated[str | None, typer.Option(help="Why; it is kept.")] = None,
+    by: Annotated[str | None, typer.Option(help="Who pauses.")] = None,
+) -> None:
+    """Pause a run; one that is running stops at its next step, with its state saved."""
+    async with call.open_app() as app:
+        run = await app.pause_run(run_id, reason=reason, by=by)
+    call.output.message(f"run {run.id} is {run.status.value}, and paused")
+    call.output.record(run, _PAUSED)
+
+
+@command(group, "resume")
+async def resume(
+    call: Call,
+    run_id: RunId,
+    *,
+    by: Annotated[str | None, typer.Option(help="Who resumes.")] = None,
+) -> None:
+    """Let a paused run go on; one that its failures have paused gets a new attempt budget."""
+    async with call.open_app() as app:
+        run = await app.resume_run(run_id, by=by)
+    call.output.message(f"run {run.id} is {run.status.value}, and not paused")
+    call.output.record(run, _PAUSED)

@@ -26,6 +26,7 @@ from agentflow.database import migrate
 from agentflow.database.connections import Connections
 from agentflow.database.engine import READERS, parse_url, snapshot, translated
 from agentflow.database.futures import Future
+from agentflow.database.notices import Notices
 from agentflow.database.pace import Pace
 from agentflow.database.session import Session
 from agentflow.database.writer import Call, GroupCommitWriter, Operation
@@ -66,6 +67,7 @@ class Database:
             deadline=self._deadline,
             settled=self._wake_loops,
         )
+        self._notices = Notices(self._url, self._settings)
         self._readers: ThreadPoolExecutor | None = None
         self._pace = Pace()
         self._wakers: WeakKeyDictionary[asyncio.AbstractEventLoop, _Waker] = WeakKeyDictionary()
@@ -92,6 +94,12 @@ class Database:
             # parent's connections alone.
             self._connections.abandon()
             self._open()
+
+    @property
+    def notices(self) -> Notices:
+        """Who tells of changes, and hears of them."""
+        self._check_fork()
+        return self._notices
 
     def submit(self, operation: Operation) -> Future:
         """Queue an operation with the writer; the future ends when it is durable, or has failed."""
@@ -199,6 +207,7 @@ class Database:
         if self._pid != os.getpid():
             return
         self._writer.close()
+        self._notices.close()
         if self._readers is not None:
             self._readers.shutdown()
         self._connections.dispose()

@@ -122,6 +122,25 @@ def _postgres_engine(url: URL, settings: Settings, *, is_patient: bool) -> Engin
     return engine
 
 
+def connect_bare(url: URL, settings: Settings) -> Any:
+    """Connect to PostgreSQL beside the pool; each statement commits by itself."""
+    import psycopg
+
+    arguments, options = url.get_dialect()().create_connect_args(url)
+    limit = int(settings.store_timeout.total_seconds())
+    return psycopg.connect(
+        *arguments,
+        **options,
+        autocommit=True,
+        connect_timeout=max(2, min(limit, _CONNECT_TIMEOUT)),
+        # A connection on which nothing is said is not noticed to be dead by anybody else.
+        keepalives_idle=10,
+        keepalives_interval=5,
+        keepalives_count=3,
+        tcp_user_timeout=limit * 1000,
+    )
+
+
 def _give_up_in_time(engine: Engine, limit: timedelta) -> None:
     """Close a connection whose server does not answer; the network may swallow all in silence."""
     import psycopg

@@ -25,6 +25,7 @@ from sqlalchemy import (
     Text,
     TypeDecorator,
     UniqueConstraint,
+    text,
 )
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -48,11 +49,41 @@ class Timestamp(TypeDecorator[datetime]):
         return None if value is None else _EPOCH + timedelta(microseconds=int(value))
 
 
+class Length(TypeDecorator[timedelta]):
+    """A length of time, stored as microseconds."""
+
+    impl = BigInteger
+    cache_ok = True
+
+    def process_bind_param(self, value: timedelta | None, dialect: Dialect) -> int | None:
+        """Turn a length of time into microseconds."""
+        del dialect
+        return None if value is None else value // _MICROSECOND
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> timedelta | None:
+        """Turn microseconds into a length of time."""
+        del dialect
+        return None if value is None else timedelta(microseconds=int(value))
+
+
+def partial_index(name: str, *columns: Any, where: str) -> Index:
+    """Describe an index of the rows for which `where` holds.
+
+    Queries that are to use it have to say the same in literals: neither database compares them
+    with parameters.
+    """
+    condition = text(where)
+    return Index(name, *columns, sqlite_where=condition, postgresql_where=condition)
+
+
 # Ids and names come from users and from LangGraph's nested namespaces: no length fits all.
 _ID = Text()
 _NAME = Text()
 # SQLite numbers rows by itself only where the primary key is a plain INTEGER.
 _AUTO = BigInteger().with_variant(Integer, "sqlite")
+
+EPOCH = 2**32
+"""By how much tokens jump when a backup was restored: more than any thread is claimed meanwhile."""
 
 metadata = MetaData()
 
@@ -177,11 +208,56 @@ runs = _table(
     Column("error", LargeBinary),
     # task id -> failures, of the superstep that is being tried.
     Column("failures", LargeBinary),
+    # Which start of which worker has it, and since when.
+    Column("instance", _ID),
+    Column("claimed_at", Timestamp),
+    # Attempts without progress that ended with their worker, and whether the last one counted.
+    Column("losses", Integer),
+    Column("has_loss_counted", Boolean),
+    # Whether its worker claims nothing else that might kill it.
+    Column("is_isolated", Boolean),
+    # The losses for which it has proved not to be to blame.
+    Column("pardoned", Integer),
+    Column("resume_from", _ID),
+    Column("paused_at", Timestamp),
+    Column("is_paused_by_failure", Boolean),
+    Column("start_deadline_at", Timestamp),
+    Column("deadline_at", Timestamp),
+    Column("timeout", Length),
+    # `pending` until the checkpoints of a cancelled run are gone, then `done`.
+    Column("rollback", _NAME),
+    # Why and by whom the run was cancelled.
+    Column("cancellation", LargeBinary),
+    Column("retry", LargeBinary),
     UniqueConstraint("tenant", "run_id", name="agentflow_runs_id"),
-    Index("agentflow_runs_claim", "status", "queue", "priority", "available_at"),
     Index("agentflow_runs_expiry", "status", "lease_expires_at"),
     Index("agentflow_runs_thread", "tenant", "thread_id", "status", "seq"),
     Index("agentflow_runs_graph", "tenant", "graph", "seq"),
+)
+# What is waited for by many must be found without passing by what waits.
+partial_index(
+    "agentflow_runs_due",
+    runs.c.tenant,
+    runs.c.queue,
+    runs.c.priority.desc(),
+    runs.c.seq,
+    where="status = 'queued' AND paused_at IS NULL",
+)
+partial_index(
+    "agentflow_runs_start_deadline",
+    runs.c.tenant,
+    runs.c.start_deadline_at,
+    where="status = 'queued' AND start_deadline_at IS NOT NULL",
+)
+partial_index(
+    "agentflow_runs_deadline",
+    runs.c.tenant,
+    runs.c.deadline_at,
+    where="status IN ('queued', 'waiting') AND deadline_at IS NOT NULL",
+)
+partial_index("agentflow_runs_instance", runs.c.instance, where="status = 'running'")
+partial_index(
+    "agentflow_runs_rollback", runs.c.tenant, runs.c.thread_id, where="rollback = 'pending'"
 )
 
 waits = _table(
@@ -244,5 +320,56 @@ dead_letters = _table(
     Column("claims", Integer, nullable=False),
     Column("checkpoint_id", _ID),
     Column("cause", LargeBinary, nullable=False),
+    Column("thread_id", _ID),
+    Column("graph", _NAME),
+    Column("version", _NAME),
+    Column("reason", _NAME),
+    Column("step", Integer),
     PrimaryKeyConstraint("tenant", "run_id"),
+    Index("agentflow_dead_letters_at", "tenant", "at", "run_id"),
+)
+
+pauses = _table(
+    "pauses",
+    Column("tenant", _ID, nullable=False),
+    # `graph`, `queue`, `all`, or `store`, which holds for all tenants.
+    Column("scope", _NAME, nullable=False),
+    Column("name", _NAME, nullable=False),
+    Column("at", Timestamp, nullable=False),
+    Column("paused_by", _NAME),
+    Column("reason", LargeBinary),
+    PrimaryKeyConstraint("tenant", "scope", "name"),
+)
+
+workers = _table(
+    "workers",
+    Column("tenant", _ID, nullable=False),
+    Column("instance", _ID, nullable=False),
+    Column("name", _NAME, nullable=False),
+    # JSON: what the worker says about itself. Empty until it has said something.
+    Column("report", _NAME, nullable=False),
+    Column("started_at", Timestamp, nullable=False),
+    Column("beat_at", Timestamp, nullable=False),
+    # How many runs it held when the first of them was found to have expired.
+    Column("lost", Integer),
+    Column("lost_at", Timestamp),
+    PrimaryKeyConstraint("tenant", "instance"),
+)
+
+# The ends of the chains of those audit events that concern no single run.
+logs = _table(
+    "logs",
+    Column("tenant", _ID, nullable=False),
+    Column("event_seq", BigInteger, nullable=False),
+    Column("event_hash", _NAME, nullable=False),
+    PrimaryKeyConstraint("tenant"),
+)
+
+epochs = _table(
+    "epochs",
+    Column("epoch", BigInteger, autoincrement=False, nullable=False),
+    Column("at", Timestamp, nullable=False),
+    # The least token that threads have which are new since.
+    Column("token", BigInteger, nullable=False),
+    PrimaryKeyConstraint("epoch"),
 )

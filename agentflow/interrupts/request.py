@@ -16,6 +16,7 @@ from langgraph.types import interrupt
 from pydantic import ValidationError
 from pydantic.errors import PydanticUndefinedAnnotation, PydanticUserError
 
+from agentflow.control import check_attempt
 from agentflow.errors import (
     InvalidDecisionError,
     InvalidInputError,
@@ -81,7 +82,9 @@ def request_approval(
         SerializationError: The proposal or the policy could not be read back.
         InvalidDecisionError: The answer did not come through agentflow.
         ProposalUnstableError: With `ask_again`, each repetition proposed something else.
+        LeaseLostError: The node goes on although its attempt is over.
     """
+    check_attempt()
     plain, cls = to_plain(proposal, "proposal"), typed(proposal)
     payload = {
         "type": PAYLOAD_TYPE,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -10,11 +10,20 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from agentflow.database.engine import now as database_now
-from agentflow.database.statements import replace
-from agentflow.database.tables import dead_letters, runs, waits
+from agentflow.database.tables import runs, waits
 from agentflow.errors import IllegalTransitionError
+from agentflow.storage.endings import (
+    cancel,
+    cancel_or_ask,
+    clipped,
+    facts_of,
+    fail,
+    honour_cancel,
+)
+from agentflow.storage.pauses import reason_to_stop
 from agentflow.storage.questions import pack_question, redacted_question
 from agentflow.storage.rows import (
+    CLEARED,
     RELEASED,
     Payloads,
     change_run,
@@ -49,10 +58,13 @@ def start_attempt(
     """See `RunStore.start_attempt`."""
     now = database_now(connection)
     row = get_held_run(connection, lease, now)
-    attempt = row.attempt
+    attempt, losses, is_isolated = row.attempt, row.losses or 0, bool(row.is_isolated)
+    pardoned = row.pardoned
     if row.progress not in {None, progress}:
         # A worker that died after its progress died at what comes next: that was the first attempt.
-        attempt = 2 if reason == "recovery" else 1
+        was_lost = reason == "recovery"
+        attempt = 2 if was_lost and row.has_loss_counted is not False else 1
+        losses, is_isolated, pardoned = int(was_lost), False, None
     failures: dict[str, int] = payloads.load(runs.c.failures, row) or {}
     if row.checkpoint_id != checkpoint_id:
         failures = {}
@@ -68,14 +80,53 @@ def start_attempt(
         now,
         log=[event],
         attempt=attempt,
+        losses=losses,
+        is_isolated=is_isolated,
+        pardoned=pardoned,
         progress=progress,
+        resume_from=None,
         checkpoint_id=checkpoint_id,
         step=step,
         failures=payloads.dump(failures, runs.c.failures, row),
         # Only a segment that is being traced becomes the origin of the next one.
         traceparent=traceparent or row.traceparent,
     )
-    return AttemptStart(attempt=attempt, failures=failures)
+    return AttemptStart(
+        attempt=attempt,
+        failures=failures,
+        losses=losses,
+        is_isolated=is_isolated,
+        stop=reason_to_stop(row, payloads.time(now)),
+    )
+
+
+def end_isolation(connection: Connection, payloads: Payloads, lease: Lease) -> None:
+    """See `RunStore.end_isolation`."""
+    now = database_now(connection)
+    row = get_held_run(connection, lease, now)
+    change_run(connection, row, payloads, now, is_isolated=False, pardoned=row.losses)
+
+
+def finish_rollback(
+    connection: Connection, payloads: Payloads, lease: Lease, run_ids: Collection[str]
+) -> None:
+    """See `RunStore.finish_rollback`."""
+    now = database_now(connection)
+    held = get_held_run(connection, lease, now)
+    query = (
+        sa.select(runs)
+        .where(
+            runs.c.tenant == held.tenant,
+            runs.c.thread_id == held.thread_id,
+            runs.c.run_id.in_(sorted(run_ids)),
+            runs.c.rollback == sa.literal_column("'pending'"),
+        )
+        .order_by(runs.c.seq)
+        .with_for_update()
+    )
+    for row in connection.execute(query).all():
+        event = NewEvent(type="run.rolled_back", data={"for": held.run_id})
+        change_run(connection, row, payloads, now, log=[event], rollback="done")
 
 
 def park_run(
@@ -90,7 +141,7 @@ def park_run(
     """See `RunStore.park_run`."""
     now = database_now(connection)
     row = get_held_run(connection, lease, now)
-    if _honour_cancel(connection, payloads, row, now):
+    if honour_cancel(connection, payloads, row, now):
         return
     known = {
         (wait.ns, wait.interrupt_id, wait.checkpoint_id): wait
@@ -115,9 +166,9 @@ def park_run(
     ]
     is_answered = any(known[key].status == WaitStatus.RESOLVED for key in asked if key in known)
     log.append(NewEvent(type="run.parked", data={"waits": len(asked), "checkpoint": checkpoint_id}))
-    changes = {**RELEASED, "attempt": 0, "checkpoint_id": checkpoint_id, "step": step}
+    changes = {**RELEASED, **CLEARED, "checkpoint_id": checkpoint_id, "step": step}
     if is_answered:
-        changes |= {"wake_reason": "approval", "available_at": now}
+        changes |= {"wake_reason": "approval", "available_at": payloads.time(now)}
     change_run(
         connection,
         row,
@@ -180,12 +231,12 @@ def finish_run(
     connection: Connection,
     payloads: Payloads,
     lease: Lease,
-    output: Any,
+    output: bytes,
     *,
     checkpoint_id: str | None,
     step: int | None,
 ) -> None:
-    """See `RunStore.finish_run`."""
+    """See `RunStore.finish_run`; the output is sealed already."""
     now = database_now(connection)
     row = get_held_run(connection, lease, now)
     log = withdraw_waits(connection, row, now, status=WaitStatus.SUPERSEDED)
@@ -197,7 +248,7 @@ def finish_run(
         now,
         status=RunStatus.SUCCEEDED,
         log=log,
-        output=payloads.dump(output, runs.c.output, row),
+        output=output,
         error=None,
         checkpoint_id=checkpoint_id,
         step=step,
@@ -219,11 +270,12 @@ def retry_run(
     """See `RunStore.retry_run`."""
     now = database_now(connection)
     row = get_held_run(connection, lease, now)
-    if _honour_cancel(connection, payloads, row, now):
+    if honour_cancel(connection, payloads, row, now):
         return
+    failure = clipped(failure)
     event = NewEvent(
         type="run.retried",
-        data={**_facts(failure), "delay": delay.total_seconds()},
+        data={**facts_of(failure), "delay": delay.total_seconds()},
     )
     change_run(
         connection,
@@ -237,7 +289,7 @@ def retry_run(
         checkpoint_id=checkpoint_id,
         step=step,
         wake_reason="retry",
-        available_at=now + delay,
+        available_at=payloads.time(now) + delay,
         **RELEASED,
     )
 
@@ -255,31 +307,51 @@ def fail_run(
     """See `RunStore.fail_run`."""
     now = database_now(connection)
     row = get_held_run(connection, lease, now)
-    if _honour_cancel(connection, payloads, row, now):
+    if honour_cancel(connection, payloads, row, now):
         return
-    log = withdraw_waits(connection, row, now, status=WaitStatus.WITHDRAWN)
-    log.append(NewEvent(type="run.failed", data={**_facts(failure), "reason": reason}))
-    letter = {
-        "tenant": row.tenant,
-        "run_id": row.run_id,
-        "at": now,
-        "attempts": row.attempt,
-        "claims": row.claims,
-        "checkpoint_id": checkpoint_id,
-        "cause": payloads.dump(failure, dead_letters.c.cause, row),
-    }
-    replace(connection, dead_letters, [letter])
+    fail(
+        connection,
+        payloads,
+        row,
+        failure,
+        now,
+        reason=reason,
+        checkpoint_id=checkpoint_id,
+        step=step,
+    )
+
+
+def pause_failed_run(
+    connection: Connection,
+    payloads: Payloads,
+    lease: Lease,
+    failure: RunFailure,
+    *,
+    reason: str,
+    checkpoint_id: str | None,
+    step: int | None,
+) -> None:
+    """See `RunStore.pause_failed_run`."""
+    now = database_now(connection)
+    row = get_held_run(connection, lease, now)
+    if honour_cancel(connection, payloads, row, now):
+        return
+    failure = clipped(failure)
+    event = NewEvent(type="run.paused", data={**facts_of(failure), "reason": reason})
     change_run(
         connection,
         row,
         payloads,
         now,
-        status=RunStatus.FAILED,
-        log=log,
+        status=RunStatus.QUEUED,
+        log=[event],
         error=payloads.dump(failure, runs.c.error, row),
-        is_dead_letter=True,
         checkpoint_id=checkpoint_id,
         step=step,
+        wake_reason="pause",
+        available_at=payloads.time(now),
+        paused_at=now,
+        is_paused_by_failure=True,
         **RELEASED,
     )
 
@@ -290,7 +362,7 @@ def release_run(
     """See `RunStore.release_run`."""
     now = database_now(connection)
     row = get_held_run(connection, lease, now)
-    if _honour_cancel(connection, payloads, row, now):
+    if honour_cancel(connection, payloads, row, now):
         return
     change_run(
         connection,
@@ -300,8 +372,8 @@ def release_run(
         status=RunStatus.QUEUED,
         log=[NewEvent(type="run.released", data={"reason": reason})],
         wake_reason=reason,
-        available_at=now,
-        attempt=row.attempt if counts else 0,
+        available_at=payloads.time(now),
+        **({} if counts else CLEARED),
         **RELEASED,
     )
 
@@ -310,7 +382,7 @@ def finish_cancel(connection: Connection, payloads: Payloads, lease: Lease) -> N
     """See `RunStore.finish_cancel`."""
     now = database_now(connection)
     row = get_held_run(connection, lease, now)
-    _cancel(connection, payloads, row, now, NewEvent(type="run.cancelled"))
+    cancel(connection, payloads, row, now, payloads.load(runs.c.cancellation, row) or {})
 
 
 def cancel_run(
@@ -326,36 +398,8 @@ def cancel_run(
     now = database_now(connection)
     row = get_run(connection, tenant, run_id, lock=True)
     status = RunStatus(row.status)
-    data = {"reason": reason, "by": by}
     if status in {RunStatus.SUCCEEDED, RunStatus.FAILED}:
         raise IllegalTransitionError(run_id, status.value, RunStatus.CANCELLED.value)
-    if status is RunStatus.RUNNING:
-        # Whoever holds the run, or recovers it, ends it: only under its lease can the thread be
-        # given back.
-        if row.cancel_requested_at is None:
-            event = NewEvent(type="run.cancel_requested", data=data)
-            change_run(connection, row, payloads, now, log=[event], cancel_requested_at=now)
-    elif status is not RunStatus.CANCELLED:
-        _cancel(connection, payloads, row, now, NewEvent(type="run.cancelled", data=data))
+    if status is not RunStatus.CANCELLED:
+        cancel_or_ask(connection, payloads, row, now, {"reason": reason, "by": by})
     return to_run(get_run(connection, tenant, run_id, lock=False), payloads)
-
-
-def _cancel(
-    connection: Connection, payloads: Payloads, row: sa.Row[Any], now: datetime, event: NewEvent
-) -> None:
-    log = [*withdraw_waits(connection, row, now, status=WaitStatus.WITHDRAWN), event]
-    change_run(connection, row, payloads, now, status=RunStatus.CANCELLED, log=log, **RELEASED)
-
-
-def _honour_cancel(
-    connection: Connection, payloads: Payloads, row: sa.Row[Any], now: datetime
-) -> bool:
-    """End a run whose cancellation was requested while it ran; say whether it was."""
-    if row.cancel_requested_at is None:
-        return False
-    _cancel(connection, payloads, row, now, NewEvent(type="run.cancelled"))
-    return True
-
-
-def _facts(failure: RunFailure) -> dict[str, Any]:
-    return {"error": failure.type, "node": failure.node, "attempt": failure.attempt}

@@ -2,7 +2,8 @@
 
 A verb is a whole transition: it happens entirely, with its audit events, or not at all, in one
 transaction. Verbs of an attempt take its `Lease`; a verb whose lease is no longer the run's raises
-`LeaseLostError` and changes nothing. Leases are judged by the store's own clock.
+`LeaseLostError` and changes nothing. Leases are judged by the store's own clock; so are times of
+starting, backoff and deadlines, unless the store was given a `Clock` for them.
 
 Every sentence in the docstrings below is a rule for each backend.
 """
@@ -26,27 +27,48 @@ from agentflow.types import (
     Heartbeat,
     Lease,
     NewWait,
+    NextDue,
     Page,
+    Pause,
+    PauseScope,
+    Restored,
     Run,
     RunFailure,
     RunSpec,
     RunStatus,
+    Survey,
     WaitStatus,
+    WorkerRecord,
+    WorkerReport,
 )
 
 OnExisting = Literal["return", "reject", "restart_if_failed"]
+OnBusy = Literal["enqueue", "reject", "interrupt", "rollback"]
+"""What becomes of a new run whose thread has unfinished ones; LangGraph's multitask strategies."""
+ChangeKind = Literal["due", "settled", "stop"]
+"""`due`: a run may have become claimable. `settled`: a run parked or ended. `stop`: a run that is
+being driven may have to stop."""
 
 
 class RunStore(ABC):
     """Runs, leases, waits, audit events and dead letters of all tenants in one database.
 
     A run whose cancellation was requested becomes `cancelled` by `park_run`, `retry_run`,
-    `fail_run` and `release_run`.
+    `fail_run`, `pause_failed_run` and `release_run`. What is paused, a run by itself or all of a
+    graph, a queue, a tenant or the store, keeps its status and is not claimed; it can be cancelled,
+    decided about and read as always, and its deadlines go on.
+
+    Events that concern no single run stand in the tenant's own log, under the run id `""`.
     """
 
     @abstractmethod
     async def create_run(
-        self, tenant: str, spec: RunSpec, *, on_existing: OnExisting
+        self,
+        tenant: str,
+        spec: RunSpec,
+        *,
+        on_existing: OnExisting,
+        on_busy: OnBusy = "enqueue",
     ) -> tuple[Run, bool]:
         """Store a new run as `queued`; it is durable on return.
 
@@ -54,6 +76,12 @@ class RunStore(ABC):
         `IdempotencyConflictError` (`reject`), or queues a failed run again with a new attempt
         budget (`restart_if_failed`). The same id with another graph, thread or input is always
         `IdempotencyConflictError`. Events: `run.submitted`, or `run.requeued`.
+
+        `on_busy` says what happens if the thread has unfinished runs: the new one waits for them
+        (`enqueue`), or is refused with `ThreadBusyError` (`reject`), or they are cancelled as by
+        `cancel_run`, in the same transaction (`interrupt`, `rollback`), and the new one follows
+        when the last of them has ended. After `rollback`, claims of the thread say whose
+        checkpoints to delete first, for each of those runs that did end as `cancelled`.
         """
 
     @abstractmethod
@@ -77,11 +105,10 @@ class RunStore(ABC):
     async def list_events(
         self, tenant: str, run_id: str, *, after: int, limit: int
     ) -> tuple[AuditEvent, ...]:
-        """Return audit events of a run with numbers above `after`, in order."""
+        """Return audit events of a run with numbers above `after`, in order.
 
-    @abstractmethod
-    async def find_dead_letter(self, tenant: str, run_id: str) -> DeadLetter | None:
-        """Return the dead letter of a run, or `None`."""
+        Those of the tenant's own log stand under the run id `""`.
+        """
 
     @abstractmethod
     async def claim_runs(
@@ -89,6 +116,7 @@ class RunStore(ABC):
         tenant: str,
         *,
         worker: str,
+        instance: str | None = None,
         queues: Collection[str],
         graphs: Collection[tuple[str, str]],
         limit: int,
@@ -96,23 +124,38 @@ class RunStore(ABC):
     ) -> list[ClaimedRun]:
         """Take up to `limit` runs that are due: higher priority first, then the older.
 
-        Due is a queued run whose time has come, and a running one whose lease has expired; in one
-        of `queues`, of one of the `graphs` (name and version), and the oldest unfinished run of its
-        thread. Each gets a lease under a token higher than any before on its thread. Its attempt
-        and its claims are counted now, so that a run that kills its worker is counted too. No run
-        is given to two claimers. An expired run whose cancellation was requested becomes
-        `cancelled` instead.
+        Due is a queued run whose time has come and whose start deadline has not, and a running one
+        whose lease has expired; in one of `queues`, of one of the `graphs` (name and version), not
+        paused, and the oldest unfinished run of its thread. Each gets a lease under a token higher
+        than any before on its thread. No run is given to two claimers. A start deadline is met by
+        the claim.
         Events: `run.claimed`, before it `run.recovered` for an expired one.
+
+        Its attempt and its claims are counted now, so that a run that kills its worker is counted
+        too. `instance` names one start of one worker (by default, `worker` does). The attempt that
+        an expired run has lost counts if the instance that lost it held no other run at the time,
+        or if the run was in isolation; otherwise another run may have killed the worker, and the
+        lost attempt is counted in `losses` alone. A run that lost two attempts or more since its
+        last progress is a suspect: it is claimed alone, in isolation, for as long as the lost
+        attempt may have lived.
         """
 
     @abstractmethod
     async def claim_run(
-        self, tenant: str, run_id: str, *, worker: str, lease: timedelta
+        self,
+        tenant: str,
+        run_id: str,
+        *,
+        worker: str,
+        instance: str | None = None,
+        lease: timedelta,
+        although_paused: bool = False,
     ) -> ClaimedRun | None:
         """Take one run if it is due by the rules of `claim_runs`.
 
         `None` if it has ended, waits, or its time has not come; `ThreadBusyError` if it, or another
-        run of its thread, is in the way.
+        run of its thread, is in the way; `PausedError` if it is paused, unless it is taken
+        `although_paused`.
         """
 
     @abstractmethod
@@ -125,7 +168,25 @@ class RunStore(ABC):
     ) -> Mapping[str, Heartbeat]:
         """Extend each lease that still holds, and report on all of them by run id.
 
-        A lease that has expired and was not taken over is lost all the same.
+        A lease that has expired and was not taken over is lost all the same. The report says
+        whether the attempt is to stop: since the run is to be cancelled, has passed its deadline,
+        or is paused, in this order.
+        """
+
+    @abstractmethod
+    async def end_isolation(self, lease: Lease) -> None:
+        """Note that the isolation of a run is over: it has made progress, or its time has passed.
+
+        It becomes a suspect again when it has lost two more attempts.
+
+        To be called before the worker claims anything else.
+        """
+
+    @abstractmethod
+    async def finish_rollback(self, lease: Lease, run_ids: Collection[str]) -> None:
+        """Note that the checkpoints of rolled back runs of the lease's thread are gone.
+
+        Claims do not name them any more. Event, of each of those runs: `run.rolled_back`.
         """
 
     @abstractmethod
@@ -141,10 +202,12 @@ class RunStore(ABC):
     ) -> AttemptStart:
         """Note, before the first step, that an attempt begins and from where.
 
-        `progress` names what is durable. If it differs from the last attempt's, the count of
-        attempts starts anew: with this one, or, if the last one lost its worker, with that one. The
-        failures per task start anew if `checkpoint_id` differs. Event: `run.started` if `reason` is
-        `start`, else one `run.resumed` with reason and checkpoint.
+        `progress` names what is durable. If it differs from the last attempt's, the counts of
+        attempts and losses start anew: with this one, or, if the last one was lost with its worker,
+        with that one. The failures per task start anew if `checkpoint_id` differs. `resume_from` is
+        forgotten: the caller has made that checkpoint the thread's head before. If the run is to be
+        cancelled, is paused by itself or has passed its deadline, that is said. Event:
+        `run.started` if `reason` is `start`, else one `run.resumed` with reason and checkpoint.
         """
 
     @abstractmethod
@@ -155,7 +218,7 @@ class RunStore(ABC):
 
         A wait that exists for the same question is kept; a pending one that is not asked any more
         becomes `superseded`. The run becomes `waiting`, or `queued` if a wait was resolved
-        meanwhile and not delivered. The lease ends and the attempts are cleared.
+        meanwhile and not delivered. The lease ends; attempts and losses are cleared.
         Events: `approval.requested` for each new wait, `run.parked`.
         """
 
@@ -163,7 +226,10 @@ class RunStore(ABC):
     async def finish_run(
         self, lease: Lease, output: Any, *, checkpoint_id: str | None, step: int | None
     ) -> None:
-        """End the run as `succeeded`; its lease ends. Event: `run.succeeded`."""
+        """End the run as `succeeded`; its lease ends. Event: `run.succeeded`.
+
+        An output that cannot be stored, or is too large (`PayloadTooLargeError`), changes nothing.
+        """
 
     @abstractmethod
     async def retry_run(
@@ -193,14 +259,30 @@ class RunStore(ABC):
     ) -> None:
         """End the run as `failed` and keep a dead letter, together; its lease ends.
 
-        Pending waits become `withdrawn`. Event: `run.failed` with the reason.
+        Pending waits become `withdrawn`. What is too long of a message or traceback is cut. Event:
+        `run.failed` with the reason.
+        """
+
+    @abstractmethod
+    async def pause_failed_run(
+        self,
+        lease: Lease,
+        failure: RunFailure,
+        *,
+        reason: str,
+        checkpoint_id: str | None,
+        step: int | None,
+    ) -> None:
+        """Queue the run again, paused, instead of failing it; its lease ends.
+
+        Whoever resumes it gives it a new attempt budget. Event: `run.paused` with the reason.
         """
 
     @abstractmethod
     async def release_run(self, lease: Lease, *, reason: str, counts: bool) -> None:
         """Queue the run again, for at once. Event: `run.released`.
 
-        Its attempts are cleared, unless this one `counts`.
+        Its attempts and losses are cleared, unless this one `counts`.
         """
 
     @abstractmethod
@@ -214,7 +296,104 @@ class RunStore(ABC):
         """Cancel a run: at once if it is queued or waiting, by request if it is running.
 
         Pending waits become `withdrawn`. A cancelled run is returned as it is; a run that succeeded
-        or failed is `IllegalTransitionError`. Event: `run.cancelled` or `run.cancel_requested`.
+        or failed is `IllegalTransitionError`. The first reason is kept. Event: `run.cancelled` or
+        `run.cancel_requested`.
+        """
+
+    @abstractmethod
+    async def pause_run(
+        self, tenant: str, run_id: str, *, reason: str | None, by: str | None
+    ) -> Run:
+        """Pause a run; one that is running is asked to stop at its next superstep.
+
+        A paused run is returned as it is; one that has ended is `IllegalTransitionError`. Event:
+        `run.paused`.
+        """
+
+    @abstractmethod
+    async def resume_run(self, tenant: str, run_id: str, *, by: str | None) -> Run:
+        """Let a paused run go on, with a new attempt budget if it was paused by a failure.
+
+        A run that is not paused is returned as it is; one that has ended is
+        `IllegalTransitionError`. Event: `run.unpaused`.
+        """
+
+    @abstractmethod
+    async def pause(
+        self, tenant: str, scope: PauseScope, name: str, *, reason: str | None, by: str | None
+    ) -> Pause:
+        """Pause all runs of a graph or a queue (`name`), or all of the tenant; also future ones.
+
+        Those that are running are asked to stop at their next superstep. What is paused already is
+        returned as it is. Event, in the tenant's own log: `<scope>.paused`.
+        """
+
+    @abstractmethod
+    async def resume(self, tenant: str, scope: PauseScope, name: str, *, by: str | None) -> bool:
+        """End a pause and say whether there was one. Event, likewise: `<scope>.unpaused`.
+
+        Runs that are paused by themselves, or by another pause, stay so. The scope `store` ends
+        the pause that `restore` has made, for all tenants.
+        """
+
+    @abstractmethod
+    async def list_pauses(self, tenant: str) -> tuple[Pause, ...]:
+        """Return what is paused, but for single runs; the oldest first."""
+
+    @abstractmethod
+    async def fire_due(self, tenant: str, *, limit: int) -> int:
+        """End up to `limit` runs whose time is over, and return how many that were.
+
+        A queued run that nobody claimed by its start deadline becomes `cancelled`. A waiting or
+        queued run at its deadline becomes `failed`, with a dead letter; its pending waits become
+        `expired`. A running one is left to whoever holds or recovers it. Events: `run.cancelled` or
+        `run.failed`, with the reason `start_deadline` or `deadline`.
+        """
+
+    @abstractmethod
+    async def next_due(
+        self, tenant: str, *, queues: Collection[str], graphs: Collection[tuple[str, str]]
+    ) -> NextDue:
+        """Return how long it is until there is something to claim or to fire by itself.
+
+        That is until the next lease of a run in one of `queues` and of one of the `graphs` expires,
+        leases that have expired apart, and until the next deadline that `fire_due` will see to.
+        """
+
+    @abstractmethod
+    async def list_dead_letters(
+        self,
+        tenant: str,
+        *,
+        graph: str | None,
+        reason: str | None,
+        limit: int,
+        cursor: str | None,
+    ) -> Page[DeadLetter]:
+        """Return a page of dead letters, newest first."""
+
+    @abstractmethod
+    async def find_dead_letter(self, tenant: str, run_id: str) -> DeadLetter | None:
+        """Return the dead letter of a run, or `None`."""
+
+    @abstractmethod
+    async def requeue_dead_letter(
+        self, tenant: str, run_id: str, *, checkpoint_id: str | None, by: str | None
+    ) -> Run:
+        """Queue a failed run again, with a new attempt budget and its whole time, once.
+
+        It continues from where it failed, or, by `resume_from`, from `checkpoint_id`; if another
+        run of its thread has started since it failed, from its own newest checkpoint. Its dead
+        letter is gone. A run without one is `NotDeadLetterError`. Event: `run.requeued`.
+        """
+
+    @abstractmethod
+    async def discard_dead_letter(
+        self, tenant: str, run_id: str, *, reason: str | None, by: str | None
+    ) -> Run:
+        """Delete the dead letter of a run, which stays `failed`.
+
+        A run without one is `NotDeadLetterError`. Event: `dead_letter.discarded`.
         """
 
     @abstractmethod
@@ -254,6 +433,44 @@ class RunStore(ABC):
         under the same idempotency key by the same decision gives the stored result; any other
         resolved one is `AlreadyResolvedError`, and one that is gone `SupersededError`. Event:
         `approval.resolved`.
+        """
+
+    @abstractmethod
+    async def beat_worker(self, tenant: str, report: WorkerReport) -> None:
+        """Note that a worker lives, and what it says about itself; no event.
+
+        Workers that have been silent for a day are forgotten.
+        """
+
+    @abstractmethod
+    async def remove_worker(self, tenant: str, instance: str) -> None:
+        """Forget a worker that has stopped; no event."""
+
+    @abstractmethod
+    async def list_workers(self, tenant: str) -> tuple[WorkerRecord, ...]:
+        """Return the workers that are known, by name."""
+
+    @abstractmethod
+    async def survey(self, tenant: str) -> Survey:
+        """Return how a tenant's runs and workers are doing, all as of one moment."""
+
+    @abstractmethod
+    async def restore(self, *, reason: str | None, by: str | None) -> Restored:
+        """Mark that the store was put back from a backup; it begins a new epoch, paused.
+
+        Every token of every thread becomes higher than any that was given before, so that no lease
+        from before holds; leases that the backup holds have expired. Nothing of any tenant is
+        claimed until the pause of scope `store` is ended. Event, in the log of the tenant `""`:
+        `store.restored`.
+        """
+
+    @abstractmethod
+    def subscribe(self, kind: ChangeKind, wake: Callable[[], None]) -> Callable[[], None]:
+        """Call `wake` soon after a change of this kind, whoever made it; return what ends that.
+
+        It is a hint: it may come late, twice, for nothing, or not at all, and it comes from any
+        thread. Changes through this store are told at once, those of other processes where the
+        database can tell.
         """
 
     @abstractmethod

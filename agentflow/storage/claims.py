@@ -1,13 +1,14 @@
 """Who may drive which run: claims, fencing tokens and leases.
 
 A claim locks the row of the thread in `leases` before it decides, so that two claims of one thread,
-also of two runs of it, never both succeed.
+also of two runs of it, never both succeed. Whoever locks both takes the thread first and then its
+runs; only the claim of whatever is due finds runs first, and passes by threads that are locked.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -16,7 +17,7 @@ from sqlalchemy.engine import Connection
 
 from agentflow.database.engine import now as database_now
 from agentflow.database.statements import insert_new
-from agentflow.database.tables import leases, runs
+from agentflow.database.tables import epochs, leases, runs
 from agentflow.errors import (
     BlockedTypeError,
     CodecError,
@@ -24,6 +25,8 @@ from agentflow.errors import (
     UnencryptedValueError,
     UnknownKeyError,
 )
+from agentflow.storage.losses import has_counted, is_suspect, isolation_of, losses_of
+from agentflow.storage.pauses import check_not_paused, paused, reason_to_stop
 from agentflow.storage.rows import (
     UNFINISHED,
     Payloads,
@@ -39,6 +42,7 @@ from agentflow.types import (
     Heartbeat,
     Lease,
     NewEvent,
+    NextDue,
     RunStatus,
 )
 
@@ -50,16 +54,30 @@ _REPAIR = timedelta(minutes=1)
 
 def lock_thread(connection: Connection, tenant: str, thread_id: str) -> int:
     """Lock a thread against claims and submissions, and return its token."""
+    token = _lock(connection, tenant, thread_id)
+    if token is None:
+        base = sa.select(sa.func.coalesce(sa.func.max(epochs.c.token), 0))
+        first = {
+            "tenant": tenant,
+            "thread_id": thread_id,
+            "token": connection.execute(base).scalar_one(),
+        }
+        insert_new(connection, leases, [first])
+        token = _lock(connection, tenant, thread_id)
+    assert token is not None
+    return token
+
+
+def _lock(
+    connection: Connection, tenant: str, thread_id: str, *, is_patient: bool = True
+) -> int | None:
     query = (
         sa.select(leases.c.token)
         .where(leases.c.tenant == tenant, leases.c.thread_id == thread_id)
-        .with_for_update()
+        .with_for_update(skip_locked=not is_patient)
     )
     token = connection.execute(query).scalar_one_or_none()
-    if token is None:
-        insert_new(connection, leases, [{"tenant": tenant, "thread_id": thread_id, "token": 0}])
-        token = connection.execute(query).scalar_one()
-    return int(token)
+    return None if token is None else int(token)
 
 
 def claim_runs(
@@ -68,6 +86,7 @@ def claim_runs(
     tenant: str,
     *,
     worker: str,
+    instance: str | None,
     queues: Collection[str],
     graphs: Collection[tuple[str, str]],
     limit: int,
@@ -75,10 +94,14 @@ def claim_runs(
 ) -> list[ClaimedRun]:
     """See `RunStore.claim_runs`."""
     now = database_now(connection)
-    wanted = _wanted(tenant, queues, graphs)
+    claimant = _Claimant(worker, instance or worker, lease)
+    open_queues, open_graphs = paused(connection, tenant).without(queues, graphs)
+    if not open_queues or not open_graphs:
+        return []
+    wanted = _wanted(tenant, open_queues, open_graphs)
     claimed: list[ClaimedRun] = []
     # Expired runs first: somebody has been waiting for them already.
-    for due in (_is_expired(now), _is_queued(now)):
+    for due in (is_expired(now), _is_queued(payloads.time(now))):
         seen: list[int] = []
         while (room := limit - len(claimed)) > 0 and len(seen) < _LOOK_AT_MOST:
             query = (
@@ -90,10 +113,14 @@ def claim_runs(
             )
             rows = connection.execute(query).all()
             seen += [row.seq for row in rows]
-            taken = (
-                _take(connection, payloads, row, now, worker=worker, lease=lease) for row in rows
-            )
-            claimed += [run for run in taken if run is not None]
+            for row in rows:
+                if is_suspect(row) and claimed:
+                    continue  # to be claimed alone, as soon as it is the first
+                taken = _take(connection, payloads, row, now, claimant, is_patient=False)
+                if taken is not None:
+                    claimed.append(taken)
+                if claimed and claimed[0].isolation is not None:
+                    return claimed
             if len(rows) < room:
                 break
     return claimed
@@ -101,18 +128,61 @@ def claim_runs(
 
 def has_due(
     connection: Connection,
+    payloads: Payloads,
     tenant: str,
     queues: Collection[str],
     graphs: Collection[tuple[str, str]],
 ) -> bool:
     """Whether there may be something to claim; reads only, so that idle workers disturb nobody."""
     now = database_now(connection)
+    queues, graphs = paused(connection, tenant).without(queues, graphs)
     wanted = _wanted(tenant, queues, graphs)
     return any(
         connection.execute(
             sa.select(runs.c.seq).where(*wanted, due, ~_is_behind_another()).limit(1)
         ).first()
-        for due in (_is_expired(now), _is_queued(now))
+        for due in (is_expired(now), _is_queued(payloads.time(now)))
+    )
+
+
+def next_due(
+    connection: Connection,
+    payloads: Payloads,
+    tenant: str,
+    queues: Collection[str],
+    graphs: Collection[tuple[str, str]],
+) -> NextDue:
+    """See `RunStore.next_due`."""
+    now = database_now(connection)
+
+    def soonest(column: sa.Column[Any], where: str, *conditions: Any) -> Any:
+        # In literals, as the partial indexes have it.
+        of_tenant = runs.c.tenant == tenant
+        query = sa.select(sa.func.min(column)).where(sa.text(where), of_tenant, *conditions)
+        return query.scalar_subquery()
+
+    wanted = _wanted(tenant, queues, graphs)
+    row = connection.execute(
+        sa.select(
+            soonest(
+                runs.c.lease_expires_at,
+                "status = 'running'",
+                runs.c.lease_expires_at > now,
+                *wanted,
+            ),
+            soonest(
+                runs.c.start_deadline_at, "status = 'queued' AND start_deadline_at IS NOT NULL"
+            ),
+            soonest(
+                runs.c.deadline_at, "status IN ('queued', 'waiting') AND deadline_at IS NOT NULL"
+            ),
+        )
+    ).one()
+    expiry, *deadlines = row
+    deadline = min((each for each in deadlines if each is not None), default=None)
+    return NextDue(
+        expiry=None if expiry is None else expiry - now,
+        deadline=None if deadline is None else deadline - payloads.time(now),
     )
 
 
@@ -121,9 +191,19 @@ def _wanted(
 ) -> tuple[sa.ColumnElement[bool], ...]:
     return (
         runs.c.tenant == tenant,
-        runs.c.queue.in_(sorted(queues)),
-        sa.tuple_(runs.c.graph, runs.c.version).in_(sorted(graphs)),
+        runs.c.queue.in_(queues),
+        sa.tuple_(runs.c.graph, runs.c.version).in_(graphs),
+        runs.c.paused_at.is_(None),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Claimant:
+    """Who claims, and for how long."""
+
+    worker: str
+    instance: str
+    lease: timedelta
 
 
 def claim_run(
@@ -133,47 +213,65 @@ def claim_run(
     run_id: str,
     *,
     worker: str,
+    instance: str | None,
     lease: timedelta,
+    although_paused: bool,
 ) -> ClaimedRun | None:
     """See `RunStore.claim_run`."""
     now = database_now(connection)
+    at = payloads.time(now)
+    lock_thread(connection, tenant, get_run(connection, tenant, run_id, lock=False).thread_id)
     row = get_run(connection, tenant, run_id, lock=True)
     status = RunStatus(row.status)
     if status.is_ended or status is RunStatus.WAITING:
         return None
+    if not although_paused:
+        check_not_paused(connection, row)
     query = sa.select(runs.c.run_id).where(
         runs.c.tenant == tenant,
         runs.c.run_id == run_id,
-        sa.or_(_is_expired(now), _is_queued(now)),
+        sa.or_(is_expired(now), _is_queued(at)),
         ~_is_behind_another(),
     )
     if connection.execute(query).first() is None:
-        if status is RunStatus.QUEUED and row.available_at > now:
+        is_late = row.start_deadline_at is not None and row.start_deadline_at <= at
+        if status is RunStatus.QUEUED and (row.available_at > at or is_late):
             return None
         raise ThreadBusyError(row.thread_id, run_id if status is RunStatus.RUNNING else None)
-    return _take(connection, payloads, row, now, worker=worker, lease=lease)
+    claimant = _Claimant(worker, instance or worker, lease)
+    return _take(connection, payloads, row, now, claimant, is_patient=True)
 
 
-def _is_queued(now: datetime) -> sa.ColumnElement[bool]:
-    return sa.and_(runs.c.status == RunStatus.QUEUED.value, runs.c.available_at <= now)
+def _is_queued(at: datetime) -> sa.ColumnElement[bool]:
+    # Statuses are literals where an index covers only the rows that have them.
+    return sa.and_(
+        runs.c.status == sa.literal_column("'queued'"),
+        runs.c.available_at <= at,
+        sa.or_(runs.c.start_deadline_at.is_(None), runs.c.start_deadline_at > at),
+    )
 
 
-def _is_expired(now: datetime) -> sa.ColumnElement[bool]:
-    return sa.and_(runs.c.status == RunStatus.RUNNING.value, runs.c.lease_expires_at <= now)
+def is_expired(now: datetime) -> sa.ColumnElement[bool]:
+    """Whether a run is held under a lease that has expired."""
+    return sa.and_(runs.c.status == sa.literal_column("'running'"), runs.c.lease_expires_at <= now)
 
 
 def _is_behind_another() -> sa.ColumnElement[bool]:
     """Whether an older run of the thread is unfinished, or any other one holds it."""
     other = runs.alias("other")
     holding = (RunStatus.RUNNING.value, RunStatus.WAITING.value)
-    return sa.exists().where(
-        other.c.tenant == runs.c.tenant,
-        other.c.thread_id == runs.c.thread_id,
-        other.c.seq != runs.c.seq,
-        sa.or_(
-            sa.and_(other.c.status.in_(UNFINISHED), other.c.seq < runs.c.seq),
-            other.c.status.in_(holding),
-        ),
+    return sa.exists(
+        sa.select(sa.literal_column("1"))
+        .where(
+            other.c.tenant == runs.c.tenant,
+            other.c.thread_id == runs.c.thread_id,
+            other.c.seq != runs.c.seq,
+            other.c.status.in_(UNFINISHED),
+            sa.or_(other.c.seq < runs.c.seq, other.c.status.in_(holding)),
+        )
+        .correlate(runs)
+        # Keeps PostgreSQL from reading all runs at once instead of those of one thread.
+        .offset(0)
     )
 
 
@@ -182,15 +280,20 @@ def _take(
     payloads: Payloads,
     row: sa.Row[Any],
     now: datetime,
+    claimant: _Claimant,
     *,
-    worker: str,
-    lease: timedelta,
+    is_patient: bool,
 ) -> ClaimedRun | None:
     """Give a due run to a worker; `None` if it turns out not to be due any more."""
-    lock_thread(connection, row.tenant, row.thread_id)
+    last_token = _lock(connection, row.tenant, row.thread_id, is_patient=is_patient)
+    if last_token is None:
+        if _is_known(connection, row):
+            return None  # somebody is about to take it, or to add a run to its thread
+        last_token = lock_thread(connection, row.tenant, row.thread_id)
     # Read again under the lock on the thread: a claim of another run of it may have been first.
-    behind = sa.select(runs.c.run_id).where(runs.c.seq == row.seq, _is_behind_another())
-    if connection.execute(behind).first() is not None:
+    query = sa.select(_is_behind_another(), _has_rollback()).where(runs.c.seq == row.seq)
+    is_behind, has_rollback = connection.execute(query).one()
+    if is_behind:
         return None
     is_recovery = row.status == RunStatus.RUNNING
     try:
@@ -202,10 +305,20 @@ def _take(
         event = NewEvent(type="run.unreadable", data={"error": type(exc).__name__})
         _put_off(connection, payloads, row, now, event)
         return None
-    token = _next_token(connection, row.tenant, row.thread_id)
-    log = [NewEvent(type="run.claimed", data={"worker": worker, "token": token})]
+    counted = has_counted(connection, row, now) if is_recovery else None
+    counts = {
+        # The attempt that begins always counts; so the one that was lost is taken back or not.
+        "attempt": max(row.attempt, 1) if counted is False else row.attempt + 1,
+        "claims": row.claims + 1,
+        "losses": losses_of(row),
+    }
+    isolation = isolation_of(row, claimant.lease) if is_suspect(row) else None
+    token = _set_token(connection, row.tenant, row.thread_id, last_token + 1)
+    log = [NewEvent(type="run.claimed", data={"worker": claimant.worker, "token": token})]
     if is_recovery:
-        log.insert(0, NewEvent(type="run.recovered", data={"worker": row.worker}))
+        log.insert(
+            0, NewEvent(type="run.recovered", data={"worker": row.worker, "counts": counted})
+        )
     change_run(
         connection,
         row,
@@ -213,32 +326,69 @@ def _take(
         now,
         status=None if is_recovery else RunStatus.RUNNING,
         log=log,
-        worker=worker,
+        worker=claimant.worker,
+        instance=claimant.instance,
         token=token,
-        lease_expires_at=now + lease,
-        attempt=row.attempt + 1,
-        claims=row.claims + 1,
+        lease_expires_at=now + claimant.lease,
+        claimed_at=now,
         started_at=row.started_at or now,
+        start_deadline_at=None,
+        has_loss_counted=counted,
+        is_isolated=isolation is not None,
+        **counts,
     )
     return ClaimedRun(
-        run=replace(run, status=RunStatus.RUNNING, attempt=row.attempt + 1, claims=row.claims + 1),
+        run=replace(run, status=RunStatus.RUNNING, start_deadline_at=None, **counts),
         lease=Lease(
             tenant=row.tenant,
             run_id=row.run_id,
             thread_id=row.thread_id,
-            worker=worker,
+            worker=claimant.worker,
             token=token,
         ),
         reason="recovery" if is_recovery else row.wake_reason,
+        isolation=isolation,
+        rolled_back=_rolled_back(connection, row) if has_rollback else (),
         traceparent=row.traceparent,
     )
 
 
-def _next_token(
-    connection: Connection, tenant: str, thread_id: str, above: int = 0
-) -> FencingToken:
-    """Lock the thread and return a token higher than any it had, and than `above`."""
-    token = max(lock_thread(connection, tenant, thread_id), above) + 1
+def _is_known(connection: Connection, row: sa.Row[Any]) -> bool:
+    query = sa.select(leases.c.token).where(
+        leases.c.tenant == row.tenant, leases.c.thread_id == row.thread_id
+    )
+    return connection.execute(query).first() is not None
+
+
+def _has_rollback() -> sa.ColumnElement[bool]:
+    other = runs.alias("rolled_back")
+    return (
+        sa.exists()
+        .where(
+            other.c.tenant == runs.c.tenant,
+            other.c.thread_id == runs.c.thread_id,
+            other.c.rollback == sa.literal_column("'pending'"),
+        )
+        .correlate(runs)
+    )
+
+
+def _rolled_back(connection: Connection, row: sa.Row[Any]) -> tuple[str, ...]:
+    """Return the runs of a thread whose checkpoints have to go."""
+    query = (
+        sa.select(runs.c.run_id)
+        .where(
+            runs.c.tenant == row.tenant,
+            runs.c.thread_id == row.thread_id,
+            runs.c.rollback == sa.literal_column("'pending'"),
+            runs.c.status == RunStatus.CANCELLED.value,
+        )
+        .order_by(runs.c.seq)
+    )
+    return tuple(connection.execute(query).scalars())
+
+
+def _set_token(connection: Connection, tenant: str, thread_id: str, token: int) -> FencingToken:
     connection.execute(
         sa.update(leases)
         .where(leases.c.tenant == tenant, leases.c.thread_id == thread_id)
@@ -271,14 +421,15 @@ def raise_token(
 ) -> Lease:
     """See `RunStore.raise_token`."""
     now = database_now(connection)
+    last_token = lock_thread(connection, lease.tenant, lease.thread_id)
     row = get_held_run(connection, lease, now)
-    token = _next_token(connection, lease.tenant, lease.thread_id, above)
+    token = _set_token(connection, lease.tenant, lease.thread_id, max(last_token, above) + 1)
     change_run(connection, row, payloads, now, token=token)
     return replace(lease, token=token)
 
 
 def extend_leases(
-    connection: Connection, held: Sequence[Lease], duration: timedelta
+    connection: Connection, payloads: Payloads, held: Sequence[Lease], duration: timedelta
 ) -> dict[str, Heartbeat]:
     """See `RunStore.extend_leases`."""
     if not held:
@@ -293,15 +444,16 @@ def extend_leases(
     )
     rows = {(row.tenant, row.run_id): row for row in connection.execute(query)}
     report = {}
+    scopes = {tenant: paused(connection, tenant) for tenant in {lease.tenant for lease in held}}
+    at = payloads.time(now)
     for lease in held:
         row = rows.get((lease.tenant, lease.run_id))
-        holds = row is not None and is_held(row, lease, now)
-        report[lease.run_id] = Heartbeat(
-            lost=not holds,
-            cancel_requested=holds and row is not None and row.cancel_requested_at is not None,
+        if row is None or not is_held(row, lease, now):
+            report[lease.run_id] = Heartbeat(lost=True)
+            continue
+        stop = reason_to_stop(row, at, scopes[lease.tenant])
+        report[lease.run_id] = Heartbeat(lost=False, stop=stop)
+        connection.execute(
+            sa.update(runs).where(runs.c.seq == row.seq).values(lease_expires_at=now + duration)
         )
-        if holds and row is not None:
-            connection.execute(
-                sa.update(runs).where(runs.c.seq == row.seq).values(lease_expires_at=now + duration)
-            )
     return report

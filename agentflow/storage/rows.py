@@ -17,15 +17,18 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from agentflow.codec import Codec, context_of, envelope_of_version_1
-from agentflow.database.tables import dead_letters, events, runs, waits
+from agentflow.database.statements import insert_new
+from agentflow.database.tables import dead_letters, events, logs, pauses, runs, waits
 from agentflow.errors import (
     IllegalTransitionError,
     LeaseLostError,
     NotFoundError,
+    PayloadTooLargeError,
 )
 from agentflow.types import (
     TRANSITIONS,
     AuditEvent,
+    Clock,
     DeadLetter,
     Lease,
     NewEvent,
@@ -42,6 +45,7 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     waits.name: ("tenant", "wait_id"),
     events.name: ("tenant", "run_id", "seq"),
     dead_letters.name: ("tenant", "run_id"),
+    pauses.name: ("tenant", "scope", "name"),
 }
 """By table, the columns that say whose a payload is; it opens nowhere else."""
 
@@ -55,18 +59,35 @@ Keyed = sa.Row[Any] | Mapping[str, Any]
 UNFINISHED = (RunStatus.QUEUED.value, RunStatus.RUNNING.value, RunStatus.WAITING.value)
 
 
+LOG = ""
+"""What stands for the run in audit events that concern none."""
+
+MAX_PAYLOAD = 32 * 1024 * 1024
+"""How many bytes a payload may have before it is compressed, unless a store says otherwise."""
+
+
 @dataclass(frozen=True, slots=True)
 class Payloads:
-    """The two codecs of the store: one to run with, one to look with."""
+    """How a store encodes: two codecs, one to run with and one to look with; and its clock."""
 
     strict: Codec
     """For what a graph gets: every class must be known here."""
     lenient: Codec
     """For what is shown: classes that are not known here come as typed plain data."""
+    limit: int = MAX_PAYLOAD
+    clock: Clock | None = None
+    """Judges times of starting, backoff and deadlines; by default the database's clock does."""
+
+    def time(self, now: datetime) -> datetime:
+        """Return the time that timers go by when the database's clock shows `now`."""
+        return now if self.clock is None else self.clock.now()
 
     def dump(self, value: Any, column: Column, row: Keyed) -> bytes:
         """Encode a payload for its column of a row."""
-        return self.seal(self.serialize(self.redacted(value, column), column, row), column, row)
+        body = self.serialize(self.redacted(value, column), column, row)
+        if len(body) > self.limit:
+            raise PayloadTooLargeError(len(body), self.limit, place_of(column, row))
+        return self.seal(body, column, row)
 
     def load(self, column: Column, row: Keyed, *, strict: bool = False) -> Any:
         """Decode the payload in a column of a row; `None` stays `None`."""
@@ -122,6 +143,7 @@ def place_of(column: Column, row: Keyed) -> str:
 
 def to_run(row: sa.Row[Any], payloads: Payloads, *, strict: bool = False) -> Run:
     """Build the record of a run; `strict` refuses an input with classes that are not known."""
+    cancellation = payloads.load(runs.c.cancellation, row) or {}
     return Run(
         id=row.run_id,
         thread_id=row.thread_id,
@@ -138,14 +160,21 @@ def to_run(row: sa.Row[Any], payloads: Payloads, *, strict: bool = False) -> Run
         priority=row.priority,
         attempt=row.attempt,
         claims=row.claims,
+        losses=row.losses or 0,
         step=row.step,
         checkpoint_id=row.checkpoint_id,
+        resume_from=row.resume_from,
+        retry=payloads.load(runs.c.retry, row),
         dead_letter=row.is_dead_letter,
         created_at=row.created_at,
         available_at=row.available_at,
         started_at=row.started_at,
         ended_at=row.ended_at,
+        paused_at=row.paused_at,
+        start_deadline_at=row.start_deadline_at,
+        deadline_at=row.deadline_at,
         cancel_requested_at=row.cancel_requested_at,
+        cancel_reason=cancellation.get("reason"),
         submitted_by=row.submitted_by,
     )
 
@@ -167,10 +196,15 @@ def to_dead_letter(row: sa.Row[Any], payloads: Payloads) -> DeadLetter:
     """Build the record of a dead letter."""
     return DeadLetter(
         run_id=row.run_id,
+        thread_id=row.thread_id,
+        graph=row.graph,
+        version=row.version,
         at=row.at,
+        reason=row.reason,
         cause=payloads.load(dead_letters.c.cause, row),
         attempts=row.attempts,
         claims=row.claims,
+        step=row.step,
         checkpoint_id=row.checkpoint_id,
     )
 
@@ -207,8 +241,21 @@ def is_held(row: sa.Row[Any], lease: Lease, now: datetime) -> bool:
     )
 
 
-RELEASED: Mapping[str, Any] = {"worker": None, "lease_expires_at": None}
+RELEASED: Mapping[str, Any] = {
+    "worker": None,
+    "instance": None,
+    "lease_expires_at": None,
+    "is_isolated": None,
+}
 """The columns of a run that nobody holds."""
+
+CLEARED: Mapping[str, Any] = {
+    "attempt": 0,
+    "losses": 0,
+    "has_loss_counted": None,
+    "pardoned": None,
+}
+"""What counts attempts, of a run with a new budget."""
 
 
 def change_run(
@@ -231,13 +278,49 @@ def change_run(
         values["status"] = status.value
         if status.is_ended:
             values["ended_at"] = now
-    seq, previous = row.event_seq, row.event_hash
+    end = _append(connection, payloads, row, row.run_id, log, now)
+    connection.execute(
+        sa.update(runs)
+        .where(runs.c.tenant == row.tenant, runs.c.run_id == row.run_id)
+        .values(**end, **values)
+    )
+
+
+def append_to_log(
+    connection: Connection, payloads: Payloads, tenant: str, now: datetime, event: NewEvent
+) -> None:
+    """Append an event that concerns no run to the tenant's own log, which is locked."""
+    end = _append(connection, payloads, lock_log(connection, tenant), LOG, [event], now)
+    connection.execute(sa.update(logs).where(logs.c.tenant == tenant).values(**end))
+
+
+def lock_log(connection: Connection, tenant: str) -> sa.Row[Any]:
+    """Lock the tenant's own log, and so all else that happens to the tenant as a whole."""
+    query = sa.select(logs).where(logs.c.tenant == tenant).with_for_update()
+    row = connection.execute(query).first()
+    if row is None:
+        first = {"tenant": tenant, "event_seq": 0, "event_hash": GENESIS}
+        insert_new(connection, logs, [first])
+        row = connection.execute(query).one()
+    return row
+
+
+def _append(
+    connection: Connection,
+    payloads: Payloads,
+    end: sa.Row[Any],
+    run_id: str,
+    log: Sequence[NewEvent],
+    now: datetime,
+) -> dict[str, Any]:
+    """Insert events behind the end of a chain, and return its new end."""
+    seq, previous = end.event_seq, end.event_hash
     entries = []
     for event in log:
         seq += 1
         entry = {
-            "tenant": row.tenant,
-            "run_id": row.run_id,
+            "tenant": end.tenant,
+            "run_id": run_id,
             "seq": seq,
             "type": event.type,
             "at": now,
@@ -251,11 +334,7 @@ def change_run(
         entries.append(entry)
     if entries:
         connection.execute(sa.insert(events), entries)
-    connection.execute(
-        sa.update(runs)
-        .where(runs.c.tenant == row.tenant, runs.c.run_id == row.run_id)
-        .values(event_seq=seq, event_hash=previous, **values)
-    )
+    return {"event_seq": seq, "event_hash": previous}
 
 
 def check_transition(run_id: str, current: RunStatus, wanted: RunStatus) -> None:
@@ -324,12 +403,3 @@ def _close_waits(
             sa.update(waits).where(*pending).values(status=status.value, decided_at=now)
         )
     return list(ids)
-
-
-def drop_dead_letter(connection: Connection, row: sa.Row[Any]) -> None:
-    """Forget the dead letter of a run that is queued again."""
-    connection.execute(
-        sa.delete(dead_letters).where(
-            dead_letters.c.tenant == row.tenant, dead_letters.c.run_id == row.run_id
-        )
-    )

@@ -13,50 +13,47 @@ from sqlalchemy.engine import Connection
 
 from agentflow.codec import Codec
 from agentflow.database import Database
-from agentflow.database.engine import now as database_now
 from agentflow.database.tables import dead_letters, events, runs, waits
-from agentflow.errors import (
-    AlreadyResolvedError,
-    IdempotencyConflictError,
-    InvalidInputError,
-    NotFoundError,
-    SupersededError,
-    VersionChangedError,
-)
-from agentflow.storage import attempts, claims
-from agentflow.storage.base import OnExisting, RunStore
+from agentflow.errors import InvalidInputError
+from agentflow.storage import attempts, claims, endings, letters, pauses, submission, workers
+from agentflow.storage.base import ChangeKind, OnBusy, OnExisting, RunStore
 from agentflow.storage.questions import to_approval
 from agentflow.storage.rotation import rotate_payloads
 from agentflow.storage.rows import (
-    GENESIS,
+    MAX_PAYLOAD,
     Payloads,
-    change_run,
-    drop_dead_letter,
-    find_run,
     get_run,
     to_dead_letter,
     to_event,
     to_run,
 )
+from agentflow.storage.waits import get_wait, resolve_wait
 from agentflow.types import (
     Approval,
     ApprovalRequest,
     AttemptStart,
     AuditEvent,
     ClaimedRun,
+    Clock,
     DeadLetter,
     Decision,
     FencingToken,
     Heartbeat,
     Lease,
-    NewEvent,
     NewWait,
+    NextDue,
     Page,
+    Pause,
+    PauseScope,
+    Restored,
     Run,
     RunFailure,
     RunSpec,
     RunStatus,
+    Survey,
     WaitStatus,
+    WorkerRecord,
+    WorkerReport,
 )
 
 T = TypeVar("T")
@@ -65,23 +62,52 @@ T = TypeVar("T")
 class SqlRunStore(RunStore):
     """Runs in a SQL database."""
 
-    def __init__(self, database: Database, *, codec: Codec, owns_database: bool = False) -> None:
-        """Keep runs in `database`, their payloads encoded by `codec`."""
+    def __init__(
+        self,
+        database: Database,
+        *,
+        codec: Codec,
+        owns_database: bool = False,
+        clock: Clock | None = None,
+        max_payload: int = MAX_PAYLOAD,
+    ) -> None:
+        """Keep runs in `database`.
+
+        Args:
+            database: Where.
+            codec: Encodes their payloads.
+            owns_database: Whether closing the store closes it.
+            clock: Judges times of starting, backoff and deadlines instead of the database's.
+            max_payload: How many bytes a payload may have.
+        """
         self._database = database
         self._owns_database = owns_database
-        self._payloads = Payloads(strict=codec, lenient=codec.readable_anywhere())
+        self._payloads = Payloads(
+            strict=codec, lenient=codec.readable_anywhere(), limit=max_payload, clock=clock
+        )
 
     async def create_run(
-        self, tenant: str, spec: RunSpec, *, on_existing: OnExisting
+        self,
+        tenant: str,
+        spec: RunSpec,
+        *,
+        on_existing: OnExisting,
+        on_busy: OnBusy = "enqueue",
     ) -> tuple[Run, bool]:
         # Encoded before the writer is asked, so that an unstorable input costs the batch nothing.
-        row = _new_run(self._payloads, tenant, spec)
-        create = partial(_create_run, self._payloads, tenant, spec, row, on_existing)
+        row = submission.new_run(self._payloads, tenant, spec)
+        create = partial(
+            submission.create_run, self._payloads, tenant, spec, row, on_existing, on_busy
+        )
         try:
-            return await self._database.write(create)
+            created = await self._database.write(create)
         except sa.exc.IntegrityError:
             # Another process has just stored a run of this id; now it can be compared.
-            return await self._database.write(create)
+            created = await self._database.write(create)
+        self._tell("due", "settled")
+        if on_busy in {"interrupt", "rollback"}:
+            self._tell("stop")
+        return created
 
     async def get_run(self, tenant: str, run_id: str) -> Run:
         def read(connection: Connection) -> Run:
@@ -134,6 +160,7 @@ class SqlRunStore(RunStore):
         tenant: str,
         *,
         worker: str,
+        instance: str | None = None,
         queues: Collection[str],
         graphs: Collection[tuple[str, str]],
         limit: int,
@@ -142,13 +169,14 @@ class SqlRunStore(RunStore):
         if limit <= 0 or not queues or not graphs:
             return []
         if not await self._database.read(
-            lambda connection: claims.has_due(connection, tenant, queues, graphs)
+            lambda connection: claims.has_due(connection, self._payloads, tenant, queues, graphs)
         ):
             return []
         return await self._write(
             claims.claim_runs,
             tenant,
             worker=worker,
+            instance=instance,
             queues=queues,
             graphs=graphs,
             limit=limit,
@@ -156,9 +184,24 @@ class SqlRunStore(RunStore):
         )
 
     async def claim_run(
-        self, tenant: str, run_id: str, *, worker: str, lease: timedelta
+        self,
+        tenant: str,
+        run_id: str,
+        *,
+        worker: str,
+        instance: str | None = None,
+        lease: timedelta,
+        although_paused: bool = False,
     ) -> ClaimedRun | None:
-        return await self._write(claims.claim_run, tenant, run_id, worker=worker, lease=lease)
+        return await self._write(
+            claims.claim_run,
+            tenant,
+            run_id,
+            worker=worker,
+            instance=instance,
+            lease=lease,
+            although_paused=although_paused,
+        )
 
     async def raise_token(self, lease: Lease, *, above: FencingToken) -> Lease:
         return await self._write(claims.raise_token, lease, above=above)
@@ -166,9 +209,13 @@ class SqlRunStore(RunStore):
     async def extend_leases(
         self, leases: Sequence[Lease], duration: timedelta
     ) -> Mapping[str, Heartbeat]:
-        return await self._database.write(
-            lambda connection: claims.extend_leases(connection, leases, duration)
-        )
+        return await self._write(claims.extend_leases, leases, duration)
+
+    async def end_isolation(self, lease: Lease) -> None:
+        await self._write(attempts.end_isolation, lease)
+
+    async def finish_rollback(self, lease: Lease, run_ids: Collection[str]) -> None:
+        await self._write(attempts.finish_rollback, lease, run_ids)
 
     async def start_attempt(
         self,
@@ -194,13 +241,18 @@ class SqlRunStore(RunStore):
         self, lease: Lease, waits: Sequence[NewWait], *, checkpoint_id: str | None, step: int | None
     ) -> None:
         await self._write(attempts.park_run, lease, waits, checkpoint_id=checkpoint_id, step=step)
+        self._tell("due", "settled")
 
     async def finish_run(
         self, lease: Lease, output: Any, *, checkpoint_id: str | None, step: int | None
     ) -> None:
+        # Here, so that an output that cannot be stored costs the batch nothing.
+        key = {"tenant": lease.tenant, "run_id": lease.run_id}
+        sealed = self._payloads.dump(output, runs.c.output, key)
         await self._write(
-            attempts.finish_run, lease, output, checkpoint_id=checkpoint_id, step=step
+            attempts.finish_run, lease, sealed, checkpoint_id=checkpoint_id, step=step
         )
+        self._tell("due", "settled")
 
     async def retry_run(
         self,
@@ -239,21 +291,45 @@ class SqlRunStore(RunStore):
             checkpoint_id=checkpoint_id,
             step=step,
         )
+        self._tell("due", "settled")
+
+    async def pause_failed_run(
+        self,
+        lease: Lease,
+        failure: RunFailure,
+        *,
+        reason: str,
+        checkpoint_id: str | None,
+        step: int | None,
+    ) -> None:
+        await self._write(
+            attempts.pause_failed_run,
+            lease,
+            failure,
+            reason=reason,
+            checkpoint_id=checkpoint_id,
+            step=step,
+        )
+        self._tell("settled")
 
     async def release_run(self, lease: Lease, *, reason: str, counts: bool) -> None:
         await self._write(attempts.release_run, lease, reason=reason, counts=counts)
+        self._tell("due")
 
     async def finish_cancel(self, lease: Lease) -> None:
         await self._write(attempts.finish_cancel, lease)
+        self._tell("due", "settled")
 
     async def cancel_run(
         self, tenant: str, run_id: str, *, reason: str | None, by: str | None
     ) -> Run:
-        return await self._write(attempts.cancel_run, tenant, run_id, reason=reason, by=by)
+        run: Run = await self._write(attempts.cancel_run, tenant, run_id, reason=reason, by=by)
+        self._tell("due", "settled", "stop")
+        return run
 
     async def get_wait(self, tenant: str, wait_id: str) -> Approval:
         def read(connection: Connection) -> Approval:
-            return to_approval(_get_wait(connection, tenant, wait_id), self._payloads)
+            return to_approval(get_wait(connection, tenant, wait_id), self._payloads)
 
         return await self._database.read(read)
 
@@ -290,8 +366,8 @@ class SqlRunStore(RunStore):
         idempotency_key: str | None,
         request: ApprovalRequest,
     ) -> Approval:
-        return await self._write(
-            _resolve_wait,
+        resolved: Approval = await self._write(
+            resolve_wait,
             tenant,
             wait_id,
             decision,
@@ -301,6 +377,97 @@ class SqlRunStore(RunStore):
             idempotency_key=idempotency_key,
             request=request,
         )
+        self._tell("due")
+        return resolved
+
+    async def pause_run(
+        self, tenant: str, run_id: str, *, reason: str | None, by: str | None
+    ) -> Run:
+        run: Run = await self._write(pauses.pause_run, tenant, run_id, reason=reason, by=by)
+        self._tell("stop")
+        return run
+
+    async def resume_run(self, tenant: str, run_id: str, *, by: str | None) -> Run:
+        run: Run = await self._write(pauses.resume_run, tenant, run_id, by=by)
+        self._tell("due")
+        return run
+
+    async def pause(
+        self, tenant: str, scope: PauseScope, name: str, *, reason: str | None, by: str | None
+    ) -> Pause:
+        made: Pause = await self._write(pauses.pause, tenant, scope, name, reason=reason, by=by)
+        self._tell("stop")
+        return made
+
+    async def resume(self, tenant: str, scope: PauseScope, name: str, *, by: str | None) -> bool:
+        was_paused: bool = await self._write(pauses.resume, tenant, scope, name, by=by)
+        self._tell("due")
+        return was_paused
+
+    async def list_pauses(self, tenant: str) -> tuple[Pause, ...]:
+        return await self._read(pauses.list_pauses, tenant)
+
+    async def fire_due(self, tenant: str, *, limit: int) -> int:
+        if not await self._read(endings.has_due, tenant):
+            return 0
+        fired: int = await self._write(endings.fire_due, tenant, limit)
+        self._tell("due", "settled")
+        return fired
+
+    async def next_due(
+        self, tenant: str, *, queues: Collection[str], graphs: Collection[tuple[str, str]]
+    ) -> NextDue:
+        return await self._read(claims.next_due, tenant, queues, graphs)
+
+    async def list_dead_letters(
+        self,
+        tenant: str,
+        *,
+        graph: str | None,
+        reason: str | None,
+        limit: int,
+        cursor: str | None,
+    ) -> Page[DeadLetter]:
+        return await self._read(
+            letters.list_dead_letters,
+            tenant,
+            graph=graph,
+            reason=reason,
+            limit=limit,
+            cursor=cursor,
+        )
+
+    async def requeue_dead_letter(
+        self, tenant: str, run_id: str, *, checkpoint_id: str | None, by: str | None
+    ) -> Run:
+        run: Run = await self._write(
+            letters.requeue_dead_letter, tenant, run_id, checkpoint_id=checkpoint_id, by=by
+        )
+        self._tell("due")
+        return run
+
+    async def discard_dead_letter(
+        self, tenant: str, run_id: str, *, reason: str | None, by: str | None
+    ) -> Run:
+        return await self._write(letters.discard_dead_letter, tenant, run_id, reason=reason, by=by)
+
+    async def beat_worker(self, tenant: str, report: WorkerReport) -> None:
+        await self._write(workers.beat_worker, tenant, report)
+
+    async def remove_worker(self, tenant: str, instance: str) -> None:
+        await self._write(workers.remove_worker, tenant, instance)
+
+    async def list_workers(self, tenant: str) -> tuple[WorkerRecord, ...]:
+        return await self._read(workers.list_workers, tenant)
+
+    async def survey(self, tenant: str) -> Survey:
+        return await self._read(workers.survey, tenant)
+
+    async def restore(self, *, reason: str | None, by: str | None) -> Restored:
+        return await self._write(workers.restore, reason=reason, by=by)
+
+    def subscribe(self, kind: ChangeKind, wake: Callable[[], None]) -> Callable[[], None]:
+        return self._database.notices.subscribe(kind, wake)
 
     async def rotate_keys(self, tell: Callable[[int, int], None]) -> int:
         return await rotate_payloads(self._database, self._payloads, tell)
@@ -313,6 +480,14 @@ class SqlRunStore(RunStore):
         return await self._database.write(
             lambda connection: verb(connection, self._payloads, *args, **named)
         )
+
+    async def _read(self, look: Callable[..., T], *args: Any, **named: Any) -> T:
+        return await self._database.read(
+            lambda connection: look(connection, self._payloads, *args, **named)
+        )
+
+    def _tell(self, *kinds: ChangeKind) -> None:
+        self._database.notices.tell(*kinds)
 
     async def _page(
         self, query: sa.Select[Any], limit: int, build: Callable[[sa.Row[Any], Payloads], T]
@@ -330,169 +505,3 @@ def _parse_cursor(cursor: str) -> int:
         return int(cursor)
     except ValueError as exc:
         raise InvalidInputError("cursor", ("it is not one that a listing returned",)) from exc
-
-
-def _new_run(payloads: Payloads, tenant: str, spec: RunSpec) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "tenant": tenant,
-        "run_id": spec.run_id,
-        "thread_id": spec.thread_id,
-        "graph": spec.graph,
-        "version": spec.version,
-        "queue": spec.queue,
-        "status": RunStatus.QUEUED.value,
-        "priority": spec.priority,
-        "wake_reason": "start",
-        "attempt": 0,
-        "claims": 0,
-        "is_dead_letter": False,
-        "submitted_by": spec.submitted_by,
-        "traceparent": spec.traceparent,
-        "event_seq": 0,
-        "event_hash": GENESIS,
-    }
-    row["input"] = payloads.dump(spec.input, runs.c.input, row)
-    row["config"] = payloads.dump(dict(spec.config), runs.c.config, row)
-    row["metadata"] = payloads.dump(dict(spec.metadata), runs.c.metadata, row)
-    return row
-
-
-def _create_run(
-    payloads: Payloads,
-    tenant: str,
-    spec: RunSpec,
-    row: dict[str, Any],
-    on_existing: OnExisting,
-    connection: Connection,
-) -> tuple[Run, bool]:
-    now = database_now(connection)
-    stored = find_run(connection, tenant, spec.run_id, lock=True)
-    is_new = stored is None
-    if stored is None:
-        # Under the lock the runs of a thread are numbered in the order in which they are committed.
-        claims.lock_thread(connection, tenant, spec.thread_id)
-        values = {**row, "created_at": now, "available_at": spec.start_at or now}
-        connection.execute(sa.insert(runs).values(values))
-        stored = get_run(connection, tenant, spec.run_id, lock=True)
-        submitted = NewEvent(
-            type="run.submitted",
-            data={"graph": spec.graph, "version": spec.version, "by": spec.submitted_by},
-        )
-        change_run(connection, stored, payloads, now, log=[submitted])
-    else:
-        _check_same(payloads, stored, row)
-        if on_existing == "reject":
-            raise IdempotencyConflictError(spec.run_id, "submission (on_existing is 'reject')")
-        if on_existing == "restart_if_failed" and stored.status == RunStatus.FAILED:
-            _requeue(connection, payloads, stored, now)
-    final = find_run(connection, tenant, spec.run_id, lock=False)
-    assert final is not None
-    return to_run(final, payloads), is_new
-
-
-def _check_same(payloads: Payloads, stored: sa.Row[Any], new: Mapping[str, Any]) -> None:
-    """Raise unless a known run id comes again with what it came with before."""
-    for column in ("graph", "thread_id"):
-        if getattr(stored, column) != new[column]:
-            raise IdempotencyConflictError(stored.run_id, column.removesuffix("_id"))
-    # Compared as values: equal inputs need not have equal bytes, a dictionary keeps its order.
-    before, after = (payloads.load(runs.c.input, row) for row in (stored, new))
-    if before != after:
-        raise IdempotencyConflictError(stored.run_id, "input")
-
-
-def _requeue(connection: Connection, payloads: Payloads, stored: sa.Row[Any], now: Any) -> None:
-    drop_dead_letter(connection, stored)
-    change_run(
-        connection,
-        stored,
-        payloads,
-        now,
-        status=RunStatus.QUEUED,
-        log=[NewEvent(type="run.requeued")],
-        wake_reason="requeue",
-        available_at=now,
-        attempt=0,
-        failures=None,
-        is_dead_letter=False,
-        ended_at=None,
-    )
-
-
-def _get_wait(
-    connection: Connection, tenant: str, wait_id: str, *, lock: bool = False
-) -> sa.Row[Any]:
-    query = sa.select(waits).where(waits.c.tenant == tenant, waits.c.wait_id == wait_id)
-    row = connection.execute(query.with_for_update() if lock else query).first()
-    if row is None:
-        raise NotFoundError("approval", wait_id)
-    return row
-
-
-def _resolve_wait(
-    connection: Connection,
-    payloads: Payloads,
-    tenant: str,
-    wait_id: str,
-    decision: Decision,
-    *,
-    by: str,
-    comment: str | None,
-    version: int | None,
-    idempotency_key: str | None,
-    request: ApprovalRequest,
-) -> Approval:
-    now = database_now(connection)
-    # The run first, then its waits: the order in which every verb locks them.
-    run_id = _get_wait(connection, tenant, wait_id).run_id
-    run = get_run(connection, tenant, run_id, lock=True)
-    row = _get_wait(connection, tenant, wait_id, lock=True)
-    stored = to_approval(row, payloads)
-    if stored.status is WaitStatus.RESOLVED:
-        if idempotency_key and idempotency_key == row.idempotency_key:
-            if stored.decision == payloads.redacted(decision, waits.c.decision):
-                return stored
-            raise IdempotencyConflictError(run_id, "decision under this idempotency key")
-        raise AlreadyResolvedError(wait_id, stored.status.value, row.decision_type, row.decided_by)
-    if stored.status is not WaitStatus.PENDING:
-        raise SupersededError(wait_id, stored.status.value)
-    if version is not None and version != row.version:
-        raise VersionChangedError(wait_id, version, row.version)
-    if stored.request != request:
-        raise VersionChangedError(wait_id, row.version - 1, row.version)
-    connection.execute(
-        sa.update(waits)
-        .where(waits.c.tenant == tenant, waits.c.wait_id == wait_id)
-        .values(
-            status=WaitStatus.RESOLVED.value,
-            decision=payloads.dump(decision, waits.c.decision, row),
-            decision_type=decision.type,
-            decided_by=by,
-            decided_at=now,
-            comment=None if comment is None else payloads.dump(comment, waits.c.comment, row),
-            idempotency_key=idempotency_key,
-        )
-    )
-    resolved = NewEvent(
-        type="approval.resolved",
-        data={
-            "approval": wait_id,
-            "decision": decision.type,
-            "by": by,
-            "proposal_hash": stored.proposal_hash,
-        },
-    )
-    if run.status == RunStatus.WAITING:
-        change_run(
-            connection,
-            run,
-            payloads,
-            now,
-            status=RunStatus.QUEUED,
-            log=[resolved],
-            wake_reason="approval",
-            available_at=now,
-        )
-    else:
-        change_run(connection, run, payloads, now, log=[resolved])
-    return to_approval(_get_wait(connection, tenant, wait_id), payloads)

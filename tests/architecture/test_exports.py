@@ -8,7 +8,7 @@ import pytest
 from agentflow import errors
 
 EXPORTS = {
-    "agentflow": {"AgentFlow", "RetryPolicy", "request_approval"},
+    "agentflow": {"AgentFlow", "RetryPolicy", "request_approval", "shield"},
     "agentflow.checkpoint": {
         "Retention",
         "Save",
@@ -29,7 +29,13 @@ ERRORS = {
         "UnknownGraphError",
         "UnsupportedUrlError",
     },
-    "StoreError": {"ConflictError", "FencedError", "NotFoundError", "StoreUnavailableError"},
+    "StoreError": {
+        "ConflictError",
+        "FencedError",
+        "NotFoundError",
+        "PausedError",
+        "StoreUnavailableError",
+    },
     "ConflictError": {
         "AlreadyResolvedError",
         "IdempotencyConflictError",
@@ -42,6 +48,7 @@ ERRORS = {
         "BlockedTypeError",
         "HashMismatchError",
         "MissingBlobError",
+        "PayloadTooLargeError",
         "SerializationError",
         "UnencryptedValueError",
         "UnknownKeyError",
@@ -50,11 +57,13 @@ ERRORS = {
     "InputError": {"InvalidDecisionError", "InvalidInputError", "SupersededError"},
     "RunError": {
         "AttemptsExhaustedError",
+        "DeadlineExceededError",
         "IllegalTransitionError",
         "ProposalUnstableError",
         "RunCancelledError",
         "RunFailedError",
     },
+    "IllegalTransitionError": {"NotDeadLetterError"},
 }
 
 

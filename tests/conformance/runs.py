@@ -39,9 +39,9 @@ REQUEST = ApprovalRequest(
 )
 
 
-def open_store(url: str) -> SqlRunStore:
+def open_store(url: str, **options: Any) -> SqlRunStore:
     """Open a store with a writer of its own, as another process would."""
-    return SqlRunStore(Database(url, Settings()), codec=Codec(), owns_database=True)
+    return SqlRunStore(Database(url, Settings()), codec=Codec(), owns_database=True, **options)
 
 
 def spec(run_id: str | None = None, **changes: Any) -> RunSpec:

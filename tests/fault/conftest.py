@@ -14,7 +14,6 @@ from typing import TypeVar
 import pytest
 
 from tests.fault.forkserver import ForkServer
-from tests.fault.graphs import register_all
 from tests.fault.ledger import Ledger
 from tests.fault.scene import Scene, open_scene
 
@@ -65,5 +64,14 @@ def tally(record_property: Callable[[str, object], None]) -> Tally:
 @pytest.fixture
 async def scene(database_url: str, ledger: Ledger, forkserver: ForkServer) -> AsyncIterator[Scene]:
     """A database with the graphs of `tests.fault.graphs`."""
-    async with open_scene(database_url, ledger, forkserver, register_all) as opened:
+    async with open_scene(database_url, ledger, forkserver) as opened:
+        yield opened
+
+
+@pytest.fixture
+async def postgres_scene(
+    postgres_url: str, ledger: Ledger, forkserver: ForkServer
+) -> AsyncIterator[Scene]:
+    """The same on PostgreSQL only."""
+    async with open_scene(postgres_url, ledger, forkserver) as opened:
         yield opened

@@ -17,6 +17,7 @@ from langchain_core.runnables import RunnableConfig
 from langgraph.graph import END, START, StateGraph
 
 from agentflow import AgentFlow
+from agentflow.checkpoint import pruning
 from agentflow.interrupts import request_approval
 from agentflow.lease import LeaseKeeper
 from agentflow.retry import RetryPolicy
@@ -24,12 +25,19 @@ from examples.refunds.client import ServiceClient
 from examples.refunds.graph import build_graph
 from examples.refunds.observer import Observer
 from examples.refunds.script import chat_model
-from tests.fault.ledger import record
+from tests.fault.ledger import find, record
 from tests.fault.sabotage import Place, Sabotage
 
 WORKER = "tests.fault.graphs:worker_main"
 REFUNDS_WORKER = "tests.fault.graphs:refunds_worker_main"
+CALLER = "tests.fault.graphs:caller_main"
 LINEAR = ("a", "b", "c", "d")
+BRANCHES = ("left", "middle", "right")
+GRAPHS = (
+    *("linear", "single", "fan_out", "nested", "loop", "questions", "interview"),
+    *("poison", "flaky", "broken", "stubborn"),
+)
+"""Every graph of this module, by the name of its method."""
 
 Graph = StateGraph[Any, None, Any, Any]
 
@@ -84,6 +92,33 @@ class Nodes:
         graph.add_edge(START, "a")
         return graph
 
+    def fan_out(self) -> Graph:
+        """Return one node, three abreast after it, and one that joins them."""
+        graph: Graph = StateGraph(Trace)
+        for name in ("plan", *BRANCHES, "join"):
+            graph.add_node(name, self._tracing(name))
+        graph.add_edge(START, "plan")
+        for name in BRANCHES:
+            graph.add_edge("plan", name)
+        graph.add_edge(list(BRANCHES), "join")
+        return graph
+
+    def nested(self) -> Graph:
+        """Return a subgraph of two nodes between two others."""
+        inner: Graph = StateGraph(Trace)
+        inner.add_node("x", self._tracing("x"))
+        inner.add_node("y", self._tracing("y"))
+        inner.add_edge(START, "x")
+        inner.add_edge("x", "y")
+        outer: Graph = StateGraph(Trace)
+        outer.add_node("first", self._tracing("first"))
+        outer.add_node("inner", inner.compile())
+        outer.add_node("last", self._tracing("last"))
+        outer.add_edge(START, "first")
+        outer.add_edge("first", "inner")
+        outer.add_edge("inner", "last")
+        return outer
+
     def loop(self) -> Graph:
         """Return one node that is executed `wanted` times, a superstep each."""
         return self._loop("tick", self._tick)
@@ -104,6 +139,27 @@ class Nodes:
         graph: Graph = StateGraph(Trace)
         graph.add_node("drink", self._drink)
         graph.add_edge(START, "drink")
+        return graph
+
+    def flaky(self) -> Graph:
+        """Return one node that fails the first time that it is executed for a run."""
+        graph: Graph = StateGraph(Trace)
+        graph.add_node("try", self._try)
+        graph.add_edge(START, "try")
+        return graph
+
+    def broken(self) -> Graph:
+        """Return one node that fails for good."""
+        graph: Graph = StateGraph(Trace)
+        graph.add_node("break", self._break)
+        graph.add_edge(START, "break")
+        return graph
+
+    def stubborn(self) -> Graph:
+        """Return one node that fails, in a graph that is paused instead of given up."""
+        graph: Graph = StateGraph(Trace)
+        graph.add_node("balk", self._balk)
+        graph.add_edge(START, "balk")
         return graph
 
     def _loop(self, name: str, node: Callable[..., dict[str, Any]]) -> Graph:
@@ -136,7 +192,9 @@ class Nodes:
     def _ask(self, state: Count, config: RunnableConfig) -> dict[str, Any]:
         number = len(state.get("log", []))
         answer = request_approval({"number": number}, title=f"Question {number}")
-        self._enter(config["metadata"]["run_id"], "ask", number=number)
+        run = config["metadata"]["run_id"]
+        self._enter(run, "ask", number=number, approved=answer.proposal)
+        self._leave(run, "ask", number=number)
         return {"log": [f"{number}: {answer.type}"]}
 
     def _ask_all(self, state: Count, config: RunnableConfig) -> dict[str, Any]:
@@ -151,6 +209,22 @@ class Nodes:
         self._enter(config["metadata"]["run_id"], "drink")
         os.kill(os.getpid(), signal.SIGKILL)
         return {}
+
+    def _try(self, state: Trace, config: RunnableConfig) -> dict[str, Any]:
+        run = config["metadata"]["run_id"]
+        self._enter(run, "try")
+        if len(find(self._ledger, event="enter", run=run, node="try")) == 1:
+            raise RuntimeError("the first time, always")
+        self._leave(run, "try")
+        return {"log": [f"try({state['input']})"]}
+
+    def _break(self, state: Trace, config: RunnableConfig) -> dict[str, Any]:
+        self._enter(config["metadata"]["run_id"], "break")
+        raise NotImplementedError
+
+    def _balk(self, state: Trace, config: RunnableConfig) -> dict[str, Any]:
+        self._enter(config["metadata"]["run_id"], "balk")
+        raise RuntimeError("no")
 
     def _enter(self, run: str, node: str, **facts: Any) -> None:
         record(self._ledger, event="enter", run=run, node=node, pid=os.getpid(), **facts)
@@ -172,11 +246,13 @@ def register_all(
 ) -> None:
     """Register every graph of this module under the name of its method."""
     nodes = Nodes(ledger, sabotage, kill_at)
-    for name in ("linear", "single", "loop", "questions", "interview", "poison"):
-        app.register(getattr(nodes, name)(), name=name, retry=RetryPolicy(initial_interval=0.05))
+    policies = {"stubborn": RetryPolicy(max_attempts=1, on_exhausted="pause")}
+    for name in GRAPHS:
+        policy = policies.get(name, RetryPolicy(initial_interval=0.05))
+        app.register(getattr(nodes, name)(), name=name, retry=policy)
 
 
-def register_refunds(app: AgentFlow, services: ServiceClient) -> None:
+def register_refunds(app: AgentFlow, _ledger: str = "", *, services: ServiceClient) -> None:
     """Register the refunds example, whose nodes are reported to its services."""
     graph = build_graph(chat_model(), services).compile()
     app.register(graph.with_config(callbacks=[Observer(services)]), name="refund")
@@ -185,25 +261,38 @@ def register_refunds(app: AgentFlow, services: ServiceClient) -> None:
 async def worker_main(url: str, ledger: str, options: Options) -> None:
     """Be a worker for the graphs of this module; a victim's entry."""
     sabotage = _sabotage(ledger, options)
-    async with AgentFlow(url) as app:
+    async with AgentFlow(url, checkpoints=options.get("checkpoints")) as app:
         register_all(app, ledger, sabotage=sabotage, kill_at=options.get("kill_at"))
         await _work(app, options)
+
+
+async def caller_main(url: str, ledger: str, call: str, run_id: str, options: Options) -> None:
+    """Be somebody who submits, decides or cancels: make one call of `tests.fault.calls`."""
+    from tests.fault.calls import CALLS
+
+    # So that a small thread is deleted as a large one would be.
+    pruning.BATCH_ROWS = options.get("batch_rows", pruning.BATCH_ROWS)
+    sabotage = _sabotage(ledger, options)
+    async with AgentFlow(url, checkpoints=options.get("checkpoints")) as app:
+        register_all(app, ledger, sabotage=sabotage)
+        await CALLS[call](app, run_id)
 
 
 async def refunds_worker_main(url: str, ledger: str, services_url: str, options: Options) -> None:
     """Be a worker for the refunds example; a victim's entry."""
     _sabotage(ledger, options)
     services = ServiceClient(services_url)
-    async with AgentFlow(url) as app:
-        register_refunds(app, services)
+    async with AgentFlow(url, checkpoints=options.get("checkpoints")) as app:
+        register_refunds(app, services=services)
         await _work(app, options)
     await services.aclose()
 
 
 def _sabotage(ledger: str, options: Options) -> Sabotage | None:
     if options.get("deaf"):
-        # A heartbeat that never comes: nothing but the fence tells this worker that it is late.
+        # Neither heartbeat nor watch: nothing but the fence tells this worker that it is late.
         LeaseKeeper._extend = _no_heartbeat  # type: ignore[assignment,method-assign]  # a plain function
+        LeaseKeeper._safe_until = _for_ever  # type: ignore[assignment,method-assign]  # likewise
     company = options.get("company", False)
     if options.get("reports"):
         sabotage = Sabotage(ledger, company=company)
@@ -218,6 +307,10 @@ def _sabotage(ledger: str, options: Options) -> Sabotage | None:
 
 async def _no_heartbeat(_keeper: LeaseKeeper, _held: object) -> None:
     return
+
+
+def _for_ever(_keeper: LeaseKeeper, _since: float) -> float:
+    return float("inf")
 
 
 async def _work(app: AgentFlow, options: Options) -> None:

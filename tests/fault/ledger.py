@@ -33,6 +33,12 @@ def record(address: str, **facts: Any) -> int:
     return int(_ask(address, {"record": facts})["entry"])
 
 
+def find(address: str, **match: Any) -> list[Entry]:
+    """Return the entries that have these facts, in the order in which they were made."""
+    found: list[Entry] = _ask(address, {"entries": match})["entries"]
+    return found
+
+
 async def arecord(address: str, **facts: Any) -> int:
     """Do as `record` does, without blocking the event loop."""
     return await asyncio.to_thread(record, address, **facts)
@@ -87,9 +93,9 @@ class Ledger:
         """From now on enter what has these facts, but acknowledge it only after `release`."""
         _ask(self.address, {"hold": match})
 
-    def release(self) -> None:
-        """Acknowledge everything that is held, and hold nothing more."""
-        _ask(self.address, {"release": True})
+    def release(self, **match: Any) -> None:
+        """Acknowledge what is held by `hold` with these facts, or all, and hold it no more."""
+        _ask(self.address, {"release": match})
 
     def _entries(self, request: dict[str, Any]) -> list[Entry]:
         timeout = _LIMIT + request.get("timeout", 0)
@@ -132,7 +138,8 @@ class _Server(socketserver.ThreadingTCPServer):
             if "hold" in request:
                 self._holds.append(request["hold"])
             else:
-                self._holds.clear()
+                let_go = request["release"]
+                self._holds = [hold for hold in self._holds if not _matches(hold, let_go)]
                 self._changed.notify_all()
             return {}
 

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import signal
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,14 +42,17 @@ from agentflow.database.tables import (
     values,
     writes,
 )
+from agentflow.errors import AlreadyResolvedError, SupersededError
 from agentflow.storage.rows import GENESIS, Payloads, hash_event
 from agentflow.types import Run, RunStatus
 from tests.fault.forkserver import ForkServer, Victim, _is_stopped_or_ended
-from tests.fault.graphs import REFUNDS_WORKER, WORKER
+from tests.fault.graphs import CALLER, REFUNDS_WORKER, WORKER, register_all
 from tests.fault.ledger import Entry, Ledger
 from tests.fault.sabotage import Place
 
 LEASE = 1.0
+LONG = 30.0
+"""A lease that nobody has to wait for: of workers that are going to be dead. See `Scene.expire`."""
 PATIENCE = 60.0
 """Seconds after which something that has not happened will not happen."""
 _LOOK = 0.02
@@ -54,24 +66,44 @@ _PAYLOADS = Payloads(strict=_ANYTHING, lenient=_ANYTHING)
 
 @dataclass
 class Scene:
-    """One database with workers on it. `app` belongs to the test and drives nothing."""
+    """One database, or two, with workers on it. `app` belongs to the test."""
 
     url: str
     ledger: Ledger
     forkserver: ForkServer
     app: AgentFlow
+    checkpoints: str = ""
+    """Where checkpoints are, if in another database."""
     services_url: str = ""
     """Set where the workers run the refunds example."""
     deciders: list[Callable[[], Awaitable[None]]] = field(default_factory=list)
     """What people do meanwhile; called at each look."""
 
-    def worker(self, *, lease: float = LEASE, **options: Any) -> Victim:
+    @property
+    def saved_url(self) -> str:
+        """Where the checkpoints are."""
+        return self.checkpoints or self.url
+
+    def worker(self, *, lease: float = LEASE, url: str = "", **options: Any) -> Victim:
         """Start a worker process; see `graphs.worker_main` for the options."""
-        env = {"AGENTFLOW_LEASE": str(lease), "AGENTFLOW_POLL_INTERVAL": "0.05"}
         if self.services_url:
-            arguments = (self.url, self.ledger.address, self.services_url, options)
-            return self.forkserver.spawn(REFUNDS_WORKER, *arguments, env=env)
-        return self.forkserver.spawn(WORKER, self.url, self.ledger.address, options, env=env)
+            where = (url or self.url, self.ledger.address, self.services_url)
+            return self.forkserver.spawn(REFUNDS_WORKER, *where, options, env=_env(lease))
+        return self._spawn(WORKER, url, lease, (), options)
+
+    def caller(
+        self, call: str, run_id: str, *, lease: float = LEASE, url: str = "", **options: Any
+    ) -> Victim:
+        """Start a process that makes one of the calls of `tests.fault.calls` about a run."""
+        return self._spawn(CALLER, url, lease, (call, run_id), options)
+
+    def _spawn(
+        self, target: str, url: str, lease: float, what: tuple[str, ...], options: dict[str, Any]
+    ) -> Victim:
+        if self.checkpoints:
+            options = {**options, "checkpoints": self.checkpoints}
+        where = (url or self.url, self.ledger.address)
+        return self.forkserver.spawn(target, *where, *what, options, env=_env(lease))
 
     async def until(self, happened: Callable[[], Awaitable[T | None]], what: str) -> T:
         """Look until something has happened; what people do meanwhile happens too."""
@@ -119,6 +151,32 @@ class Scene:
 
         assert await self.until(code, f"the death of {victim}") == -signal.SIGKILL, victim.output()
 
+    async def died_or_ended(self, victim: Victim, run_id: str) -> bool:
+        """Wait until a victim has killed itself and say so, or until its run has got past that.
+
+        What is done abreast is not always done in the same number of commits, so that a place which
+        one execution has passed may be missing from another.
+        """
+
+        async def is_over() -> bool | None:
+            if await self._ended(run_id) is not None:
+                return True
+            return True if _is_stopped_or_ended(victim.pid) else None
+
+        await self.until(is_over, f"the death of {victim}")
+        # The last places come after the end of the run.
+        with contextlib.suppress(TimeoutError):
+            await asyncio.to_thread(victim.wait, 1)
+        has_died = victim.returncode is not None
+        assert victim.returncode in {None, -signal.SIGKILL}, victim.output()
+        victim.kill()
+        await self.gone(victim)
+        return has_died
+
+    async def gone(self, victim: Victim) -> int:
+        """Wait for the end of a victim, and return its exit code."""
+        return await asyncio.to_thread(victim.wait, PATIENCE)
+
     async def stopped(self, victim: Victim) -> None:
         """Wait until a victim has stopped itself, as it had been told to."""
 
@@ -140,18 +198,34 @@ class Scene:
         return Counter(e["node"] for e in self.ledger.entries(event="enter", run=run_id))
 
     async def kill_each(
-        self, tried: Sequence[Place], submit: Callable[[str], Awaitable[Any]], **options: Any
-    ) -> None:
-        """Kill one worker at each place, each with a run of its own.
+        self,
+        tried: Mapping[str, Place],
+        submit: Callable[[str], Awaitable[Any]],
+        **options: Any,
+    ) -> int:
+        """Kill one worker at each place, each with a run of its own; return how many died.
 
-        Run and queue are named like the place, so that nobody else takes the run.
+        The run is named as the place is, and so is its queue, so that nobody else takes the run.
+        Then the time of their leases is over.
         """
+        died: list[str] = []
 
-        async def kill(place: Place) -> None:
-            await submit(str(place))
-            await self.died(self.worker(queues=[str(place)], at=place.plain(), **options))
+        async def kill(name: str) -> None:
+            await submit(name)
+            victim = self.worker(lease=LONG, queues=[name], at=tried[name].plain(), **options)
+            if await self.died_or_ended(victim, name):
+                died.append(name)
 
-        await _few_at_once(kill, tried)
+        await few_at_once(kill, list(tried))
+        self.expire(tried)
+        return len(died)
+
+    def expire(self, run_ids: Iterable[str]) -> None:
+        """Let the time of the leases of some runs pass, whose workers are dead."""
+        with connected(self.url) as connection:
+            held = sa.and_(runs.c.run_id.in_(sorted(run_ids)), runs.c.lease_expires_at.is_not(None))
+            connection.execute(sa.update(runs).where(held).values(lease_expires_at=now(connection)))
+            connection.commit()
 
     async def stop_each(
         self, tried: Sequence[Place], submit: Callable[[str], Awaitable[Any]], **options: Any
@@ -166,50 +240,91 @@ class Scene:
             victims.append(victim)
             await self.stopped(victim)
 
-        await _few_at_once(stop, tried)
+        await few_at_once(stop, tried)
         return victims
+
+
+class Approver:
+    """Approves whatever is asked; called at each look, as one of a scene's `deciders`."""
+
+    def __init__(self, scene: Scene) -> None:
+        """Look at the runs of a scene."""
+        self._scene = scene
+
+    async def __call__(self) -> None:
+        """Look once."""
+        for approval in (await self._scene.app.approvals.list()).items:
+            with contextlib.suppress(AlreadyResolvedError, SupersededError):
+                await self._scene.app.approvals.decide(approval.id, "approve", by="alice")
+
+
+async def logged(scene: Scene, **facts: Any) -> list[Entry]:
+    """Wait for an entry of the ledger."""
+
+    async def look() -> list[Entry] | None:
+        return scene.ledger.entries(**facts) or None
+
+    return await scene.until(look, f"an entry with {facts}")
 
 
 @asynccontextmanager
 async def open_scene(
-    url: str, ledger: Ledger, forkserver: ForkServer, register: Callable[[AgentFlow], None]
+    url: str,
+    ledger: Ledger,
+    forkserver: ForkServer,
+    register: Callable[[AgentFlow, str], None] = register_all,
+    *,
+    checkpoints: str = "",
 ) -> AsyncIterator[Scene]:
-    """Open the test's own app on the database; no run of it is driven here."""
-    async with AgentFlow(url) as app:
-        register(app)
-        yield Scene(url, ledger, forkserver, app)
+    """Open the test's own app on the database."""
+    async with AgentFlow(url, checkpoints=checkpoints or None) as app:
+        register(app, ledger.address)
+        yield Scene(url, ledger, forkserver, app, checkpoints)
 
 
-async def _few_at_once(act: Callable[[Place], Awaitable[None]], tried: Sequence[Place]) -> None:
+def _env(lease: float) -> dict[str, str]:
+    return {"AGENTFLOW_LEASE": str(lease), "AGENTFLOW_POLL_INTERVAL": "0.05"}
+
+
+async def few_at_once(act: Callable[[T], Awaitable[None]], each: Sequence[T]) -> None:
+    """Act on each, on a few of them at a time."""
     turn = asyncio.Semaphore(AT_ONCE)
 
-    async def take_turn(place: Place) -> None:
+    async def take_turn(item: T) -> None:
         async with turn:
-            await act(place)
+            await act(item)
 
     async with asyncio.TaskGroup() as group:
-        for place in tried:
-            group.create_task(take_turn(place))
+        for item in each:
+            group.create_task(take_turn(item))
 
 
 async def durable_tasks(app: AgentFlow, run: Run) -> list[PregelTask]:
-    """Return the tasks of a run that left something durable: a result, or a question."""
+    """Return the tasks of a run that left something durable: a result, or a question.
+
+    Those of subgraphs are among them.
+    """
     registered = app._find_graph(run.graph, run.version)
     graph = registered.graph.copy(update={"checkpointer": app._saver})
-    thread: Any = {"configurable": {"thread_id": run.thread_id}}
-    return [
-        task
-        async for state in graph.aget_state_history(thread)
-        if (state.metadata or {}).get("run_id") == run.id
-        for task in state.tasks
-        if task.result is not None or task.interrupts
-    ]
+    of_thread: Any = {"configurable": {"thread_id": run.thread_id}}
+    spaces = {
+        found.config["configurable"]["checkpoint_ns"] async for found in app._saver.alist(of_thread)
+    }
+    found: dict[str, PregelTask] = {}
+    for ns in sorted(spaces):
+        thread: Any = {"configurable": {"thread_id": run.thread_id, "checkpoint_ns": ns}}
+        async for state in graph.aget_state_history(thread):
+            if (state.metadata or {}).get("run_id") == run.id:
+                for task in state.tasks:
+                    if task.result is not None or task.interrupts:
+                        found.setdefault(task.id, task)
+    return list(found.values())
 
 
-async def durable_nodes(app: AgentFlow, run_id: str) -> set[str]:
-    """Return the nodes of a run whose writes are durable: no later attempt may execute them."""
+async def durable_nodes(app: AgentFlow, run_id: str) -> Counter[str]:
+    """Count the executions of a run's nodes whose writes are durable: none may be repeated."""
     tasks = await durable_tasks(app, await app.get_run(run_id))
-    return {task.name for task in tasks if task.result is not None}
+    return Counter(task.name for task in tasks if task.result is not None)
 
 
 @contextmanager
@@ -246,9 +361,10 @@ def read_everything(url: str, run_ids: Iterable[str]) -> dict[str, list[Any]]:
     wanted = {"thread": set(_numbers(url, thread_ids)), "thread_id": thread_ids, "run_id": ids}
     found = {}
     for table in metadata.sorted_tables:
-        column = next(table.c[name] for name in wanted if name in table.c)
-        rows = read_rows(url, table, column.in_(wanted[column.name]))
-        found[table.name] = sorted(map(repr, rows))
+        column = next((table.c[name] for name in wanted if name in table.c), None)
+        if column is not None:
+            rows = read_rows(url, table, column.in_(wanted[column.name]))
+            found[table.name] = sorted(map(repr, rows))
     return found
 
 
@@ -259,14 +375,20 @@ def is_lease_over(url: str, run_id: str) -> bool:
         return row.lease_expires_at is None or row.lease_expires_at <= now(connection)
 
 
-def assert_sound(url: str, run_ids: Iterable[str]) -> None:
+def assert_sound(url: str, run_ids: Iterable[str], *, saved: str = "") -> None:
     """Hold what is stored of ended runs against the invariants that need no knowledge of the graph.
 
-    One outcome for each run; an unbroken chain of audit events; checkpoints of a thread that form
-    one line, and can all be read; fencing tokens that only grow along it; numbers of which none is
-    given twice or left out; no value that no checkpoint has; and no writes for a checkpoint that
-    already had a successor.
+    One outcome for each run, or one for each time that it was requeued; an unbroken chain of audit
+    events; checkpoints of a thread that form one line in each namespace, and can all be read;
+    fencing tokens that only grow along it; numbers of which none is given twice or left out; no
+    value that no checkpoint has; and no writes for a checkpoint that already had a successor.
+
+    Args:
+        url: Where the runs are.
+        run_ids: Which of them.
+        saved: Where their checkpoints are, if in another database.
     """
+    saved = saved or url
     ids = sorted(run_ids)
     stored = read_rows(url, runs, runs.c.run_id.in_(ids))
     assert [row.run_id for row in sorted(stored, key=lambda row: row.run_id)] == ids
@@ -277,13 +399,13 @@ def assert_sound(url: str, run_ids: Iterable[str]) -> None:
     kept: dict[str, dict[int, list[Any]]] = {}
     for table in (checkpoints, values, writes):
         by_thread = kept[table.name] = defaultdict(list)
-        for row in read_thread_rows(url, table, thread_ids):
+        for row in read_thread_rows(saved, table, thread_ids):
             by_thread[row.thread].append(row)
-    with open_checkpointer(url) as saver:
-        for thread in read_rows(url, threads, threads.c.thread_id.in_(thread_ids)):
+    with open_checkpointer(saved) as saver:
+        for thread in read_rows(saved, threads, threads.c.thread_id.in_(thread_ids)):
             line = sorted(kept[checkpoints.name][thread.id], key=lambda row: row.seq)
             stretches, log = kept[values.name][thread.id], kept[writes.name][thread.id]
-            _assert_one_line(thread, line, tokens[thread.thread_id])
+            _assert_lines(thread, line, tokens[thread.thread_id])
             found = saver.list({"configurable": {"thread_id": thread.thread_id}})
             assert [c.checkpoint["id"] for c in found] == [c.checkpoint_id for c in line[::-1]]
             numbers = [row.seq for row in [*line, *log]]
@@ -293,17 +415,23 @@ def assert_sound(url: str, run_ids: Iterable[str]) -> None:
             _assert_none_late(thread.thread_id, line, log)
 
 
-def _assert_one_line(thread: Any, line: Sequence[Any], token: int) -> None:
-    """Hold the checkpoints of a thread, of which the last is the head, against one another."""
-    if not line:
-        return
-    assert {c.ns for c in line} == {""}, "these graphs have no subgraphs"
-    parents = [None, *(c.checkpoint_id for c in line[:-1])]
-    assert [c.parent_id for c in line] == parents, f"{thread.thread_id} branches"
-    assert line[0].parent_writes is None
-    written = [int(c.attempt) for c in line]
+def _assert_lines(thread: Any, found: Sequence[Any], token: int) -> None:
+    """Hold the checkpoints of a thread, in order, against one another."""
+    for line in _by_namespace(found).values():
+        parents = [None, *(c.checkpoint_id for c in line[:-1])]
+        assert [c.parent_id for c in line] == parents, f"{thread.thread_id} branches"
+        assert line[0].parent_writes is None
+    written = [int(c.attempt) for c in found]
     assert written == sorted(written), f"the tokens of {thread.thread_id} fall: {written}"
-    assert 0 < written[0] <= written[-1] <= thread.token <= token
+    if written:
+        assert 0 < written[0] <= written[-1] <= thread.token <= token
+
+
+def _by_namespace(found: Iterable[Any]) -> dict[str, list[Any]]:
+    lines: dict[str, list[Any]] = defaultdict(list)
+    for checkpoint in found:
+        lines[checkpoint.ns].append(checkpoint)
+    return lines
 
 
 def _assert_values_fit(thread_id: str, line: Sequence[Any], stretches: Sequence[Any]) -> None:
@@ -330,7 +458,11 @@ def _assert_none_late(thread_id: str, line: Sequence[Any], log: Sequence[Any]) -
     What the input wrote may be durable before its checkpoint, or without it; but nothing is written
     for a checkpoint that has a successor.
     """
-    successors = {c.checkpoint_id: n.seq for c, n in itertools.pairwise(line)}
+    successors = {
+        c.checkpoint_id: n.seq
+        for each in _by_namespace(line).values()
+        for c, n in itertools.pairwise(each)
+    }
     for write in log:
         end = successors.get(write.checkpoint_id)
         assert end is None or write.seq < end, f"{thread_id}: a write came late"
@@ -347,7 +479,9 @@ def _assert_one_outcome_each(stored: Sequence[Any], log: Sequence[Any]) -> None:
             assert event.hash == hash_event(event, _PAYLOADS)
             previous = event.hash
         assert run.event_hash == previous
-        assert [e.type for e in chain if e.type in ends] == [f"run.{run.status}"], run.run_id
+        requeued = sum(e.type == "run.requeued" for e in chain)
+        expected = [*["run.failed"] * requeued, f"run.{run.status}"]
+        assert [e.type for e in chain if e.type in ends] == expected, run.run_id
 
 
 def places(entries: Iterable[Entry]) -> list[Place]:

@@ -39,12 +39,13 @@ from tests.fault.scene import (
     assert_sound,
     connected,
     durable_nodes,
+    logged,
     read_everything,
     read_rows,
     read_thread_rows,
 )
 from tests.fault.test_kills import INPUT, OUTPUT
-from tests.fault.test_zombies import given_back, logged, outlived
+from tests.fault.test_zombies import given_back, outlived
 
 End = Literal["committed", "rolled-back"]
 Act = Callable[[Saver], None]

@@ -22,12 +22,12 @@ from agentflow.types import Lease, RunFailure, RunStatus
 from tests.fault.conftest import Sampler, Tally
 from tests.fault.forkserver import Victim
 from tests.fault.graphs import LINEAR
-from tests.fault.ledger import Entry
 from tests.fault.sabotage import Place
 from tests.fault.scene import (
     AT_ONCE,
     Scene,
     assert_sound,
+    logged,
     read_everything,
     read_rows,
     read_thread_rows,
@@ -325,12 +325,3 @@ async def outlived(scene: Scene, zombies: list[Victim]) -> None:
     for zombie in zombies:
         zombie.kill()
         zombie.wait()
-
-
-async def logged(scene: Scene, **facts: Any) -> list[Entry]:
-    """Wait for an entry of the ledger."""
-
-    async def look() -> list[Entry] | None:
-        return scene.ledger.entries(**facts) or None
-
-    return await scene.until(look, f"an entry with {facts}")

@@ -15,7 +15,7 @@ from langgraph.graph import END, START, StateGraph
 from agentflow import AgentFlow, RetryPolicy, request_approval
 from agentflow.checkpoint import Saver
 from agentflow.database.engine import parse_url
-from agentflow.database.tables import checkpoints, events, metadata, runs, waits
+from agentflow.database.tables import checkpoints, events, metadata, pauses, runs, waits
 from agentflow.keys import KeyRing
 from agentflow.storage.sql import SqlRunStore
 from agentflow.testing.savers.graphs import DeltaState
@@ -34,6 +34,7 @@ PLACES = (
     "comment",
     "event",
     "delta",
+    "pause",
 )
 """Where users put what nobody else should read; the dead letter has the exception."""
 RUNS = ("decided", "failed", "cancelled", "waiting")
@@ -145,6 +146,7 @@ async def fill(app: AgentFlow, mark: Mark = str) -> None:
     await app.approvals.decide(asked.id, edit, by="ann", comment=mark("comment"))
     await app.drive("decided")
     await app.cancel("cancelled", reason=mark("event"))
+    await app.pause(queue="unused", reason=mark("pause"))
 
 
 def prune_deltas(saver: Saver, text: str = "x") -> None:
@@ -194,6 +196,8 @@ async def read_payloads(app: AgentFlow, table: sa.Table, row: Any) -> None:
         store._payloads.load(runs.c.failures, found)
     elif table is waits:
         await store.get_wait("", row.wait_id)
+    elif table is pauses:
+        await store.list_pauses("")
     elif table is events:
         await store.list_events("", row.run_id, after=row.seq - 1, limit=1)
     else:

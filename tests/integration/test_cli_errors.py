@@ -88,7 +88,9 @@ BAD_INPUT = {
     "cursor made up": (("run", "list", "--cursor", "nonsense"), 1, "cursor"),
     "decision by nobody": (("approval", "reject", "nope"), 2, "--by"),
     "decision by an empty name": (("approval", "reject", "nope", "--by", ""), 2, "--by"),
-    "unknown command": (("run", "pause"), 2, "pause"),
+    "unknown command": (("run", "halt"), 2, "halt"),
+    "pause of an unknown run": (("run", "pause", "nope"), 3, "no run 'nope'"),
+    "requeue of an unknown run": (("dead-letter", "requeue", "nope"), 3, "no run 'nope'"),
 }
 
 

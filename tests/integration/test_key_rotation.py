@@ -15,7 +15,6 @@ import sqlalchemy as sa
 from langchain_core.runnables import RunnableConfig
 
 from agentflow import AgentFlow
-from agentflow.app import Rotation
 from agentflow.checkpoint import open_checkpointer
 from agentflow.checkpoint.records import Place, unpack_record
 from agentflow.checkpoint.rows import CheckpointRow
@@ -32,6 +31,7 @@ from agentflow.keys import KeyRing
 from agentflow.storage import rotation
 from agentflow.storage.rows import GENESIS, Payloads, hash_event
 from agentflow.storage.sql import SqlRunStore
+from agentflow.upkeep import Rotation
 from tests.golden import database_v1 as v1
 from tests.golden.listing import list_database
 from tests.integration.cli import REPOSITORY, Cli, fresh_cli

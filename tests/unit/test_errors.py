@@ -44,6 +44,7 @@ ADVICE = (
     "run.error",
     "compute it",
     "dies",
+    "store it elsewhere",
 )
 """What a message with advice in it holds one of."""
 PLAIN_FACTS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import timedelta
 
 import pytest
@@ -16,7 +17,7 @@ from agentflow.errors import (
     InvalidInputError,
     SerializationError,
 )
-from agentflow.retry import GiveUp, Retry, backoff, decide
+from agentflow.retry import GiveUp, Retry, RetryPolicies, backoff, decide
 
 STEADY = RetryPolicy(jitter=False)
 
@@ -120,3 +121,44 @@ def test_langgraphs_policy_is_taken_as_it_is() -> None:
     default = RetryPolicy.of(LangGraphPolicy())
     assert isinstance(decide(default, 1, ConnectionError()), Retry)
     assert decide(default, 1, ValueError()) == GiveUp("not_retryable")
+
+
+def test_predicate_that_raises_is_not_the_failure_to_report() -> None:
+    def broken(_: Exception) -> bool:
+        raise ZeroDivisionError
+
+    assert decide(RetryPolicy(retry_on=broken), 1, ValueError()) == GiveUp("not_retryable")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("initial_interval", -1),
+        ("max_interval", timedelta(seconds=-1)),
+        ("backoff_factor", 0),
+        ("backoff_factor", float("nan")),
+        ("max_attempts", 0),
+        ("on_exhausted", "explode"),
+    ],
+)
+def test_impossible_policy_is_refused_by_name(field: str, value: object) -> None:
+    with pytest.raises(InvalidInputError, match=field):
+        RetryPolicy(**{field: value})  # type: ignore[arg-type]  # the point
+
+
+def test_numbers_of_a_policy_are_stored_and_its_exceptions_are_the_codes() -> None:
+    then = RetryPolicies(
+        graph=RetryPolicy(max_attempts=2, initial_interval=timedelta(seconds=3), jitter=False),
+        nodes={"pay": RetryPolicy(max_attempts=9, on_exhausted="pause")},
+    )
+    later = RetryPolicies(graph=RetryPolicy(non_retryable=(KeyError,), max_interval=1))
+    stored = json.loads(json.dumps(then.to_plain()))
+    found = later.as_stored(stored)
+    assert decide(found.graph, 1, ValueError()) == Retry(timedelta(seconds=3))
+    assert decide(found.graph, 2, ValueError()) == GiveUp("exhausted")
+    assert decide(found.graph, 1, KeyError()) == GiveUp("not_retryable")
+    assert (found.of("pay").max_attempts, found.of("pay").on_exhausted) == (9, "pause")
+    assert found.of("other") is found.of(None) is found.graph
+    assert found.most_attempts(["other"]) == found.most_attempts([]) == 2
+    assert found.most_attempts(["other", "pay"]) == 9
+    assert later.as_stored(None) is later

@@ -1,0 +1,12 @@
+"""One attempt of a run: from its claim to where it parks, ends or is given up.
+
+`driver.py` begins and ends an attempt, and `attempt.py` is what happens in between. What it decides
+by is apart: `questions.py` reads what a thread asks and which answers it is owed, `failures.py`
+says what failed and how often, `gate.py` stands before each call of a node, and `graph.py` is what
+was registered.
+"""
+
+from agentflow.drive.driver import Driver as Driver
+from agentflow.drive.driver import end_cancelled as end_cancelled
+from agentflow.drive.graph import RegisteredGraph as RegisteredGraph
+from agentflow.drive.graph import check_nodes as check_nodes

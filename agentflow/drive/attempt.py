@@ -1,0 +1,456 @@
+"""What happens in an attempt.
+
+The order is fixed. The thread's token is raised in the checkpointer before anything is read; the
+beginning of the attempt is noted before the first step; all checkpoints are flushed before the run
+store hears of an outcome. What an attempt is owed is worked out from what is durable alone: the
+input is sent only if no checkpoint carries the run's id, an answer only to a question that is still
+open, and nothing at all is driven that has ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.runnables import RunnableConfig
+from langgraph.checkpoint.base import BaseCheckpointSaver
+from langgraph.errors import (
+    EmptyInputError,
+    GraphDrained,
+    GraphRecursionError,
+    InvalidUpdateError,
+    NodeTimeoutError,
+)
+from langgraph.pregel import Pregel
+from langgraph.types import Command, StateSnapshot
+from opentelemetry.trace import Span
+
+from agentflow.checkpoint import Saver
+from agentflow.control import AttemptControl
+from agentflow.drive import failures
+from agentflow.drive.failures import Failed
+from agentflow.drive.gate import Gate
+from agentflow.drive.graph import RegisteredGraph
+from agentflow.drive.questions import Key, Question, Waits, open_questions, owed
+from agentflow.errors import (
+    AttemptsExhaustedError,
+    DeadlineExceededError,
+    FencedError,
+    LeaseLostError,
+    RunError,
+    StoreUnavailableError,
+)
+from agentflow.retry import GiveUp, Retry, decide
+from agentflow.storage import RunStore
+from agentflow.telemetry import (
+    CHECKPOINT_ID,
+    RUN_STATUS,
+    STEP,
+    NodeSpans,
+    fail_span,
+    is_traced,
+    traceparent,
+)
+from agentflow.types import Approval, AttemptStart, ClaimedRun, Lease
+
+logger = logging.getLogger(__name__)
+
+_STRICT_RESUME = "__pregel_strict_resume"
+_PAGE = 200
+_LOSSES = 10
+"""How many times as often as it may fail a run may be lost with workers that others have killed."""
+# LangGraph's own errors that the same call would only raise again.
+_HOPELESS = (GraphRecursionError, InvalidUpdateError, EmptyInputError)
+
+
+class Attempt:
+    """One attempt, under a lease that holds in the run store and in the checkpointer."""
+
+    def __init__(
+        self,
+        store: RunStore,
+        saver: BaseCheckpointSaver[Any],
+        registered: RegisteredGraph,
+        claimed: ClaimedRun,
+        control: AttemptControl,
+    ) -> None:
+        """Drive `claimed` as far as `control` lets it go."""
+        self._store = store
+        self._registered = registered
+        self._run = claimed.run
+        self._lease = claimed.lease
+        self._claimed = claimed
+        self._policies = registered.policies.as_stored(claimed.run.retry)
+        self._control = control
+        self._saver = (
+            saver.with_lease(claimed.lease, check=control.check)
+            if isinstance(saver, Saver)
+            else saver
+        )
+        self._graph = registered.graph.copy(
+            update={
+                "checkpointer": self._saver,
+                # Breakpoints are for debugging by hand; a run that stopped at one waits for nobody.
+                "interrupt_before_nodes": [],
+                "interrupt_after_nodes": [],
+            }
+        )
+        self._gate = Gate(control, registered.time_limits())
+        self._started: AttemptStart | None = None
+        self._begun_at: str | None = None
+        self._is_released = False
+        self._answered: frozenset[Key] = frozenset()
+        """The questions whose answers the graph has been given."""
+
+    async def run(self, span: Span) -> None:
+        """Work, and settle the outcome."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                task = group.create_task(self._work(span))
+                self._control.attach(task)
+            if task.cancelled():
+                await self._settle_stop(span)
+        except ExceptionGroup as raised:
+            await self._settle_failure(raised.exceptions[0], span)
+        except asyncio.CancelledError:
+            await asyncio.shield(self._give_back())
+            raise
+        finally:
+            await self._release_thread()
+
+    def _held(self) -> Lease:
+        """Return the lease for a verb of the run store, if it still holds."""
+        self._control.check()
+        return self._lease
+
+    # The work.
+
+    async def _work(self, span: Span) -> None:
+        config = self._config(span)
+        await self._prepare(config)
+        before = await self._state(config)
+        waits = await self._waits(before)
+        questions = await open_questions(self._saver, before, waits)
+        self._started = started = await self._start(before, questions)
+        self._control.is_isolated = started.is_isolated
+        _show(span, before)
+        if started.stop is not None:
+            # Asked for while its last worker was dying.
+            self._control.stop(started.stop)
+            await self._settle_stop(span)
+            return
+        most = self._policies.most_attempts(before.next)
+        if started.attempt > most or started.losses > most * _LOSSES:
+            raise AttemptsExhaustedError(self._run.id, max(started.attempt - 1, started.losses))
+        is_begun = await self._is_begun(before)
+        # Not `next`, which leaves out tasks whose writes are durable but not applied yet.
+        if is_begun and not before.tasks:
+            await self._finish(before, span)
+            return
+        graph_input: Any = None if is_begun else self._run.input
+        if is_begun and questions:
+            due = owed(before, questions, waits)
+            self._answered = due.answered
+            if not due.send and not due.has_work:
+                await self._park(before, questions, span)
+                return
+            graph_input = Command(resume=due.send) if due.send else None
+        try:
+            await self._drive(graph_input, config)
+        except GraphDrained:
+            await self._flush()
+            await self._settle_stop(span)
+            return
+        await self._flush()
+        await self._conclude(await self._state(config), span)
+
+    async def _conclude(self, after: StateSnapshot, span: Span) -> None:
+        """Park or finish a run whose graph has nothing more to do."""
+        _show(span, after)
+        questions = await open_questions(self._saver, after, await self._waits(after))
+        if any(question.key in self._answered for question in questions):
+            raise RunError("the graph asks again what was answered; it did not take the answer")
+        if questions:
+            await self._park(after, questions, span)
+        elif after.next:
+            raise RunError(f"graph stopped before {', '.join(after.next)} without an interrupt")
+        else:
+            await self._finish(after, span)
+
+    async def _drive(self, graph_input: Any, config: RunnableConfig) -> None:
+        stream = self._graph.astream(
+            graph_input,
+            config,
+            context=await self._registered.make_context(self._run),
+            stream_mode="values",
+            durability="sync",
+            control=self._control.run_control,
+        )
+        async for _ in stream:
+            if self._control.is_isolated and self._gate.has_progressed:
+                await self._store.end_isolation(self._held())
+                self._control.is_isolated = False
+
+    async def _prepare(self, config: RunnableConfig) -> None:
+        """Bring the thread to where the run is to go on, if that is not where it stands."""
+        if gone := self._claimed.rolled_back:
+            await self._saver.adelete_for_runs(list(gone))
+            await self._store.finish_rollback(self._held(), gone)
+        if (checkpoint_id := self._run.resume_from) is not None:
+            place = {**config["configurable"], "checkpoint_id": checkpoint_id, "checkpoint_ns": ""}
+            # The state of that checkpoint becomes the head, and its tasks are due again.
+            await self._graph.aupdate_state(
+                {**config, "configurable": place}, None, as_node="__copy__"
+            )
+            await self._flush()
+
+    def _config(self, span: Span) -> RunnableConfig:
+        stored = self._run.config
+        callbacks: list[BaseCallbackHandler] = [self._gate]
+        if is_traced():
+            callbacks.append(NodeSpans(self._run.id, span))
+        config: RunnableConfig = {
+            "callbacks": callbacks,
+            "configurable": {
+                **stored.get("configurable", {}),
+                "thread_id": self._run.thread_id,
+                # The second line of defence behind the checks made here.
+                _STRICT_RESUME: True,
+            },
+            "metadata": {**self._run.metadata, "run_id": self._run.id},
+        }
+        if "recursion_limit" in stored:
+            config["recursion_limit"] = stored["recursion_limit"]
+        if "tags" in stored:
+            config["tags"] = list(stored["tags"])
+        return config
+
+    # What is durable.
+
+    async def _state(self, config: RunnableConfig) -> StateSnapshot:
+        return await self._graph.aget_state(config, subgraphs=True)
+
+    async def _is_begun(self, state: StateSnapshot) -> bool:
+        """Whether some checkpoint of the thread carries this run's id."""
+        if (state.metadata or {}).get("run_id") == self._run.id:
+            return True
+        if not state.config["configurable"].get("checkpoint_id"):
+            return False
+        # The head may be somebody's `update_state`, or an earlier run's last checkpoint.
+        of_thread: RunnableConfig = {"configurable": {"thread_id": self._run.thread_id}}
+        own = self._saver.alist(of_thread, filter={"run_id": self._run.id}, limit=1)
+        return [item async for item in own] != []
+
+    async def _start(self, state: StateSnapshot, questions: list[Question]) -> AttemptStart:
+        self._begun_at = checkpoint_id = state.config["configurable"].get("checkpoint_id")
+        finished = sum(1 for task in state.tasks if task.result is not None)
+        answered = sum(question.answers_recorded for question in questions)
+        return await self._store.start_attempt(
+            self._held(),
+            progress=f"{checkpoint_id}:{finished}:{answered}",
+            reason=self._claimed.reason,
+            checkpoint_id=checkpoint_id,
+            step=(state.metadata or {}).get("step"),
+            traceparent=traceparent(),
+        )
+
+    async def _waits(self, state: StateSnapshot) -> Waits:
+        """Read what the run has asked so far, if its thread has work left."""
+        waits: dict[Key, Approval] = {}
+        cursor: str | None = None
+        while state.tasks:
+            page = await self._store.list_waits(
+                self._run.tenant,
+                status=None,
+                run_id=self._run.id,
+                graph=None,
+                limit=_PAGE,
+                cursor=cursor,
+            )
+            for wait in page.items:
+                waits[wait.ns, wait.interrupt_id, wait.checkpoint_id] = wait
+            if (cursor := page.cursor) is None:
+                break
+        return waits
+
+    # The outcome.
+
+    async def _park(self, state: StateSnapshot, questions: list[Question], span: Span) -> None:
+        waits = [question.to_wait() for question in questions]
+        await self._release_thread()
+        await self._store.park_run(
+            self._held(),
+            waits,
+            checkpoint_id=state.config["configurable"].get("checkpoint_id"),
+            step=(state.metadata or {}).get("step"),
+        )
+        span.set_attribute(RUN_STATUS, "waiting")
+
+    async def _finish(self, state: StateSnapshot, span: Span) -> None:
+        await self._release_thread()
+        await self._store.finish_run(
+            self._held(),
+            _output(self._graph, state.values),
+            checkpoint_id=state.config["configurable"].get("checkpoint_id"),
+            step=(state.metadata or {}).get("step"),
+        )
+        span.set_attribute(RUN_STATUS, "succeeded")
+
+    async def _cancel(self, span: Span) -> None:
+        """End the run as cancelled, after its hook; a hook that fails does not keep it."""
+        try:
+            await self._registered.tell_cancelled(self._run)
+        except Exception as exc:  # noqa: BLE001 -- user code
+            logger.warning(
+                "the hook on cancel failed",
+                extra={"run_id": self._run.id, "error": type(exc).__name__},
+            )
+        await self._release_thread()
+        await self._store.finish_cancel(self._held())
+        span.set_attribute(RUN_STATUS, "cancelled")
+
+    async def _settle_stop(self, span: Span) -> None:
+        """Settle a run that was stopped by what its control says."""
+        control = self._control
+        if control.is_lost:
+            raise LeaseLostError(self._lease.run_id, self._lease.token)
+        if (call := control.overdue) is not None:
+            error = NodeTimeoutError(call.node, call.limit, kind="run", run_timeout=call.limit)
+            await self._settle_failure(error, span)
+            return
+        await self._flush_quietly()
+        if control.is_cancelled:
+            await self._cancel(span)
+        elif control.is_past_deadline:
+            deadline = self._run.deadline_at
+            at = "" if deadline is None else deadline.isoformat()
+            await self._settle_failure(DeadlineExceededError(self._run.id, at), span)
+        else:
+            await self._release_thread()
+            reason = "pause" if control.is_paused else "drain"
+            await self._store.release_run(self._held(), reason=reason, counts=False)
+            span.set_attribute(RUN_STATUS, "queued")
+
+    async def _give_back(self) -> None:
+        """Queue the run again, because whoever drives it is going away.
+
+        The attempt counts, since the run itself may be the reason: a node that calls `sys.exit`
+        takes its worker with it.
+        """
+        try:
+            await self._flush_quietly()
+            await self._release_thread()
+            await self._store.release_run(self._held(), reason="drain", counts=True)
+        except (FencedError, StoreUnavailableError) as exc:
+            logger.warning(
+                "run was not given back",
+                extra={"run_id": self._run.id, "error": type(exc).__name__},
+            )
+
+    async def _settle_failure(self, error: Exception, span: Span) -> None:
+        """Queue the run again, or end it with a dead letter."""
+        if isinstance(error, (FencedError, StoreUnavailableError)):
+            raise error
+        self._control.check()
+        fail_span(span, type(error).__name__)
+        await self._flush_quietly()
+        failed = await self._failed(span)
+        failure = failures.describe(error, failed.node, failed.attempt)
+        await self._release_thread()
+        verdict = self._judge(error, failed)
+        if isinstance(verdict, Retry):
+            await self._store.retry_run(
+                self._held(),
+                failure,
+                delay=verdict.delay,
+                failures=failed.failures,
+                checkpoint_id=failed.checkpoint_id,
+                step=failed.step,
+            )
+            span.set_attribute(RUN_STATUS, "queued")
+            return
+        is_paused = verdict.reason == "exhausted" and (
+            self._policies.of(failed.node).on_exhausted == "pause"
+        )
+        end = self._store.pause_failed_run if is_paused else self._store.fail_run
+        await end(
+            self._held(),
+            failure,
+            reason=verdict.reason,
+            checkpoint_id=failed.checkpoint_id,
+            step=failed.step,
+        )
+        span.set_attribute(RUN_STATUS, "queued" if is_paused else "failed")
+
+    def _judge(self, error: Exception, failed: Failed) -> Retry | GiveUp:
+        if isinstance(error, _HOPELESS):
+            return GiveUp("not_retryable")
+        if isinstance(error, DeadlineExceededError):
+            return GiveUp("deadline")
+        if isinstance(error, AttemptsExhaustedError):
+            return GiveUp("exhausted")
+        return decide(self._policies.of(failed.node), failed.attempt, error)
+
+    async def _failed(self, span: Span) -> Failed:
+        started = self._started or AttemptStart(attempt=self._run.attempt, failures={})
+        try:
+            state = await self._state(self._config(span))
+        except FencedError:
+            raise
+        except Exception:  # noqa: BLE001 -- the failure that is being settled is the news
+            run = self._run
+            return Failed(None, started.attempt, started.failures, self._begun_at, run.step)
+        return failures.count(
+            state,
+            begun_at=self._begun_at,
+            attempt=started.attempt,
+            failures=started.failures,
+            timed_out=None if self._control.overdue is None else self._control.overdue.node,
+        )
+
+    async def _release_thread(self) -> None:
+        """Give the thread back, before the outcome is told.
+
+        Whoever hears that the run has ended or parked can write the thread at once. If this process
+        dies in between, the run is recovered and takes the thread again.
+        """
+        saver = self._saver
+        if isinstance(saver, Saver) and not self._control.is_over and not self._is_released:
+            self._is_released = True
+            await asyncio.shield(saver.release(self._lease))
+
+    async def _flush(self) -> None:
+        if isinstance(self._saver, Saver):
+            await self._saver.flush(self._run.thread_id)
+
+    async def _flush_quietly(self) -> None:
+        try:
+            await self._flush()
+        except FencedError:
+            raise
+        except Exception:  # noqa: BLE001 -- the outcome that is being settled is the news
+            logger.warning("unsaved writes were dropped", extra={"run_id": self._run.id})
+
+
+def _output(graph: Pregel[Any, Any, Any, Any], values: Any) -> Any:
+    """Return what `invoke` would: the output channels of the final state."""
+    channels = graph.output_channels
+    if isinstance(graph.stream_channels_asis, str):
+        return values  # one channel: the state is its value
+    if isinstance(channels, str):
+        return values.get(channels)
+    if not isinstance(values, Mapping):
+        return values
+    return {channel: values[channel] for channel in channels if channel in values}
+
+
+def _show(span: Span, state: StateSnapshot) -> None:
+    checkpoint_id = state.config["configurable"].get("checkpoint_id")
+    if checkpoint_id:
+        span.set_attribute(CHECKPOINT_ID, checkpoint_id)
+    step = (state.metadata or {}).get("step")
+    if step is not None:
+        span.set_attribute(STEP, step)

@@ -1,0 +1,108 @@
+"""Begins an attempt and ends it, whatever happens in between."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+from langgraph.checkpoint.base import BaseCheckpointSaver
+
+from agentflow import upstream
+from agentflow.checkpoint import Saver
+from agentflow.control import AttemptControl, entered
+from agentflow.drive.attempt import Attempt
+from agentflow.drive.graph import RegisteredGraph
+from agentflow.errors import FencedError, StoreUnavailableError
+from agentflow.lease import LeaseKeeper
+from agentflow.storage import RunStore
+from agentflow.telemetry import fail_span, segment_span
+from agentflow.threads import NodeThreads
+from agentflow.types import ClaimedRun, Lease
+
+logger = logging.getLogger(__name__)
+
+
+class Driver:
+    """Drives attempts against one run store and one checkpointer."""
+
+    def __init__(
+        self,
+        store: RunStore,
+        saver: BaseCheckpointSaver[Any],
+        keeper: LeaseKeeper,
+        threads: NodeThreads,
+    ) -> None:
+        """Use `store` for runs, `saver` for their checkpoints, and let `keeper` keep the leases.
+
+        `threads` are those of the event loop.
+        """
+        upstream.mend()
+        self._store = store
+        self._saver = saver
+        self._keeper = keeper
+        self._threads = threads
+
+    async def attempt(
+        self,
+        registered: RegisteredGraph,
+        claimed: ClaimedRun,
+        control: AttemptControl,
+        *,
+        since: float,
+    ) -> None:
+        """Drive a claimed run until it parks, ends, or has to be given up.
+
+        Whatever happens is in the run store afterwards, unless the lease was lost or the store
+        cannot be reached: then another attempt will continue from what is durable.
+
+        Args:
+            registered: The run's graph.
+            claimed: The run, and the lease to drive it under.
+            control: How to stop it; not used before.
+            since: When the claim was asked for, by `monotonic`.
+
+        Raises:
+            asyncio.CancelledError: The caller was cancelled; the run was released first.
+        """
+        lease = claimed.lease
+        with segment_span(claimed) as span, entered(control):
+            try:
+                self._keeper.hold(lease, control, since=since)
+                acquired = await _acquire(self._store, self._saver, lease)
+                if acquired != lease:
+                    self._keeper.drop(lease)
+                    lease = acquired
+                    self._keeper.hold(lease, control, since=since)
+                held = replace(claimed, lease=lease)
+                await Attempt(self._store, self._saver, registered, held, control).run(span)
+            except FencedError as exc:
+                fail_span(span, type(exc).__name__)
+                logger.warning("attempt was fenced", extra={"run_id": claimed.run.id})
+            except StoreUnavailableError as exc:
+                fail_span(span, type(exc).__name__)
+                logger.warning("store unavailable", extra={"run_id": claimed.run.id})
+            finally:
+                self._keeper.drop(lease)
+                control.end()
+                self._threads.forsake(control)
+
+
+async def end_cancelled(
+    store: RunStore, saver: BaseCheckpointSaver[Any], claimed: ClaimedRun
+) -> None:
+    """End a claimed run as cancelled, without driving it."""
+    lease = await _acquire(store, saver, claimed.lease)
+    if isinstance(saver, Saver):
+        await saver.release(lease)
+    await store.finish_cancel(lease)
+
+
+async def _acquire(store: RunStore, saver: BaseCheckpointSaver[Any], lease: Lease) -> Lease:
+    """Raise the token in the checkpointer; from then on no earlier attempt can write."""
+    if not isinstance(saver, Saver):
+        return lease
+    while (token := await saver.acquire(lease)) > lease.token:
+        # The checkpointer has seen more claims than the run store, which was restored or moved.
+        lease = await store.raise_token(lease, above=token)
+    return lease

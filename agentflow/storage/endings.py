@@ -1,0 +1,234 @@
+"""How runs end without success: failed with a dead letter, or cancelled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from agentflow.database.engine import now as database_now
+from agentflow.database.statements import replace as replace_row
+from agentflow.database.tables import dead_letters, runs
+from agentflow.errors import DeadlineExceededError
+from agentflow.storage.rows import (
+    RELEASED,
+    Payloads,
+    change_run,
+    get_run,
+    withdraw_waits,
+)
+from agentflow.types import NewEvent, RunFailure, RunStatus, WaitStatus
+
+_MESSAGE, _TRACEBACK = 16_000, 64_000
+"""Characters that are kept; a message may hold what the node could not store."""
+
+
+def fail(
+    connection: Connection,
+    payloads: Payloads,
+    row: sa.Row[Any],
+    failure: RunFailure,
+    now: datetime,
+    *,
+    reason: str,
+    checkpoint_id: str | None,
+    step: int | None,
+    waits: WaitStatus = WaitStatus.WITHDRAWN,
+) -> None:
+    """End a locked run as `failed`, with a dead letter; its pending waits become `waits`."""
+    failure = clipped(failure)
+    log = withdraw_waits(connection, row, now, status=waits)
+    log.append(NewEvent(type="run.failed", data={**facts_of(failure), "reason": reason}))
+    letter = {
+        "tenant": row.tenant,
+        "run_id": row.run_id,
+        "thread_id": row.thread_id,
+        "graph": row.graph,
+        "version": row.version,
+        "at": now,
+        "reason": reason,
+        "attempts": row.attempt,
+        "claims": row.claims,
+        "step": step,
+        "checkpoint_id": checkpoint_id,
+        "cause": payloads.dump(failure, dead_letters.c.cause, row),
+    }
+    replace_row(connection, dead_letters, [letter])
+    change_run(
+        connection,
+        row,
+        payloads,
+        now,
+        status=RunStatus.FAILED,
+        log=log,
+        error=payloads.dump(failure, runs.c.error, row),
+        is_dead_letter=True,
+        checkpoint_id=checkpoint_id,
+        step=step,
+        **RELEASED,
+    )
+
+
+def clipped(failure: RunFailure) -> RunFailure:
+    """Cut what is too long: the end of a message, the beginning of a traceback."""
+    message, trace = failure.message, failure.traceback
+    if len(message) > _MESSAGE:
+        message = f"{message[:_MESSAGE]}… ({len(message)} characters in all)"
+    if trace is not None and len(trace) > _TRACEBACK:
+        trace = f"({len(trace)} characters in all) …{trace[-_TRACEBACK:]}"
+    return replace(failure, message=message, traceback=trace)
+
+
+def facts_of(failure: RunFailure) -> dict[str, Any]:
+    """Return what events say of a failure: nothing that may be a payload."""
+    return {"error": failure.type, "node": failure.node, "attempt": failure.attempt}
+
+
+def cancel(
+    connection: Connection,
+    payloads: Payloads,
+    row: sa.Row[Any],
+    now: datetime,
+    facts: Mapping[str, Any],
+    **changes: Any,
+) -> None:
+    """End a locked run as `cancelled`; its pending waits become `withdrawn`."""
+    log = [
+        *withdraw_waits(connection, row, now, status=WaitStatus.WITHDRAWN),
+        NewEvent(type="run.cancelled", data=facts),
+    ]
+    change_run(
+        connection,
+        row,
+        payloads,
+        now,
+        status=RunStatus.CANCELLED,
+        log=log,
+        **{**RELEASED, **changes},
+    )
+
+
+def cancel_or_ask(
+    connection: Connection,
+    payloads: Payloads,
+    row: sa.Row[Any],
+    now: datetime,
+    facts: Mapping[str, Any],
+    **changes: Any,
+) -> None:
+    """Cancel a locked run that is unfinished; one that runs is asked to stop.
+
+    Whoever holds such a run, or recovers it, ends it: only under its lease can the thread be given
+    back.
+    """
+    if row.cancel_requested_at is None:
+        changes["cancellation"] = payloads.dump(dict(facts), runs.c.cancellation, row)
+    if row.status != RunStatus.RUNNING:
+        cancel(connection, payloads, row, now, facts, **changes)
+    elif row.cancel_requested_at is None:
+        event = NewEvent(type="run.cancel_requested", data=facts)
+        changes["cancel_requested_at"] = now
+        change_run(connection, row, payloads, now, log=[event], **changes)
+    elif changes:
+        change_run(connection, row, payloads, now, **changes)
+
+
+def honour_cancel(
+    connection: Connection, payloads: Payloads, row: sa.Row[Any], now: datetime
+) -> bool:
+    """End a run whose cancellation was requested while it ran; say whether it was."""
+    if row.cancel_requested_at is None:
+        return False
+    cancel(connection, payloads, row, now, payloads.load(runs.c.cancellation, row) or {})
+    return True
+
+
+def fire_due(connection: Connection, payloads: Payloads, tenant: str, limit: int) -> int:
+    """See `RunStore.fire_due`."""
+    now = database_now(connection)
+    at = payloads.time(now)
+    missed = _lock_due(connection, tenant, _missed_start(at), runs.c.start_deadline_at, limit)
+    for row in missed:
+        facts = {"reason": "start_deadline", "by": None}
+        sealed = payloads.dump(facts, runs.c.cancellation, row)
+        cancel(connection, payloads, row, now, facts, cancellation=sealed)
+    room = limit - len(missed)
+    overdue = _lock_due(connection, tenant, _is_overdue(at), runs.c.deadline_at, room)
+    for row in overdue:
+        _fail_overdue(connection, payloads, row, now)
+    return len(missed) + len(overdue)
+
+
+def has_due(connection: Connection, payloads: Payloads, tenant: str) -> bool:
+    """Whether `fire_due` would find anything; reads only."""
+    now = database_now(connection)
+    at = payloads.time(now)
+    return any(
+        connection.execute(
+            sa.select(runs.c.seq).where(runs.c.tenant == tenant, condition).limit(1)
+        ).first()
+        for condition in (_missed_start(at), _is_overdue(at))
+    )
+
+
+def _lock_due(
+    connection: Connection,
+    tenant: str,
+    condition: sa.ColumnElement[bool],
+    order: sa.Column[Any],
+    limit: int,
+) -> list[sa.Row[Any]]:
+    query = (
+        sa.select(runs)
+        .where(runs.c.tenant == tenant, condition)
+        .order_by(order)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+    )
+    return list(connection.execute(query).all())
+
+
+def _missed_start(at: datetime) -> sa.ColumnElement[bool]:
+    return sa.and_(
+        runs.c.status == sa.literal_column("'queued'"),
+        runs.c.start_deadline_at.is_not(None),
+        runs.c.start_deadline_at <= at,
+    )
+
+
+def _is_overdue(at: datetime) -> sa.ColumnElement[bool]:
+    return sa.and_(
+        sa.literal_column("status IN ('queued', 'waiting')"),
+        runs.c.deadline_at.is_not(None),
+        runs.c.deadline_at <= at,
+    )
+
+
+def _fail_overdue(
+    connection: Connection, payloads: Payloads, row: sa.Row[Any], now: datetime
+) -> None:
+    if row.status == RunStatus.QUEUED:
+        # The table of statuses has no other way. Nobody else sees it: it is one transaction.
+        change_run(connection, row, payloads, now, status=RunStatus.RUNNING)
+        row = get_run(connection, row.tenant, row.run_id, lock=True)
+    error = DeadlineExceededError(row.run_id, row.deadline_at.isoformat())
+    failure = RunFailure(
+        type=f"{type(error).__module__}.{type(error).__qualname__}",
+        message=str(error),
+        attempt=row.attempt,
+    )
+    fail(
+        connection,
+        payloads,
+        row,
+        failure,
+        now,
+        reason="deadline",
+        checkpoint_id=row.checkpoint_id,
+        step=row.step,
+        waits=WaitStatus.EXPIRED,
+    )

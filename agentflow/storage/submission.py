@@ -1,0 +1,144 @@
+"""Storing new runs, and what becomes of those that are on the thread already."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from agentflow.database.engine import now as database_now
+from agentflow.database.tables import runs
+from agentflow.errors import IdempotencyConflictError, ThreadBusyError
+from agentflow.storage.base import OnBusy, OnExisting
+from agentflow.storage.claims import lock_thread
+from agentflow.storage.endings import cancel_or_ask
+from agentflow.storage.letters import requeue
+from agentflow.storage.rows import (
+    GENESIS,
+    UNFINISHED,
+    Payloads,
+    change_run,
+    find_run,
+    get_run,
+    to_run,
+)
+from agentflow.types import NewEvent, Run, RunSpec, RunStatus
+
+
+def new_run(payloads: Payloads, tenant: str, spec: RunSpec) -> dict[str, Any]:
+    """Encode a submission; what depends on the time is added by `create_run`."""
+    row: dict[str, Any] = {
+        "tenant": tenant,
+        "run_id": spec.run_id,
+        "thread_id": spec.thread_id,
+        "graph": spec.graph,
+        "version": spec.version,
+        "queue": spec.queue,
+        "status": RunStatus.QUEUED.value,
+        "priority": spec.priority,
+        "wake_reason": "start",
+        "attempt": 0,
+        "claims": 0,
+        "is_dead_letter": False,
+        "timeout": spec.timeout,
+        "submitted_by": spec.submitted_by,
+        "traceparent": spec.traceparent,
+        "event_seq": 0,
+        "event_hash": GENESIS,
+    }
+    row["input"] = payloads.dump(spec.input, runs.c.input, row)
+    row["config"] = payloads.dump(dict(spec.config), runs.c.config, row)
+    row["metadata"] = payloads.dump(dict(spec.metadata), runs.c.metadata, row)
+    if spec.retry is not None:
+        row["retry"] = payloads.dump(dict(spec.retry), runs.c.retry, row)
+    return row
+
+
+def create_run(
+    payloads: Payloads,
+    tenant: str,
+    spec: RunSpec,
+    row: dict[str, Any],
+    on_existing: OnExisting,
+    on_busy: OnBusy,
+    connection: Connection,
+) -> tuple[Run, bool]:
+    """See `RunStore.create_run`; `row` is the encoded submission."""
+    now = database_now(connection)
+    stored = find_run(connection, tenant, spec.run_id, lock=True)
+    is_new = stored is None
+    if stored is None:
+        # Under the lock the runs of a thread are numbered in the order in which they are committed.
+        lock_thread(connection, tenant, spec.thread_id)
+        if on_busy != "enqueue":
+            _clear_thread(connection, payloads, tenant, spec, now, on_busy)
+        times = _times(payloads.time(now), spec)
+        connection.execute(sa.insert(runs).values({**row, "created_at": now, **times}))
+        stored = get_run(connection, tenant, spec.run_id, lock=True)
+        submitted = NewEvent(
+            type="run.submitted",
+            data={"graph": spec.graph, "version": spec.version, "by": spec.submitted_by},
+        )
+        change_run(connection, stored, payloads, now, log=[submitted])
+    else:
+        _check_same(payloads, stored, row)
+        if on_existing == "reject":
+            raise IdempotencyConflictError(spec.run_id, "submission (on_existing is 'reject')")
+        if on_existing == "restart_if_failed" and stored.status == RunStatus.FAILED:
+            requeue(connection, payloads, stored, now, checkpoint_id=None, by=spec.submitted_by)
+    final = find_run(connection, tenant, spec.run_id, lock=False)
+    assert final is not None
+    return to_run(final, payloads), is_new
+
+
+def _times(at: datetime, spec: RunSpec) -> dict[str, datetime | None]:
+    available = spec.start_at or at
+    return {
+        "available_at": available,
+        "start_deadline_at": None
+        if spec.start_timeout is None
+        else max(available, at) + spec.start_timeout,
+        "deadline_at": None if spec.timeout is None else at + spec.timeout,
+    }
+
+
+def _clear_thread(
+    connection: Connection,
+    payloads: Payloads,
+    tenant: str,
+    spec: RunSpec,
+    now: datetime,
+    on_busy: OnBusy,
+) -> None:
+    """Refuse a new run of a busy thread, or stop what is on it."""
+    query = (
+        sa.select(runs)
+        .where(
+            runs.c.tenant == tenant,
+            runs.c.thread_id == spec.thread_id,
+            runs.c.status.in_(UNFINISHED),
+        )
+        .order_by(runs.c.seq)
+        .with_for_update()
+    )
+    busy = connection.execute(query).all()
+    if busy and on_busy == "reject":
+        raise ThreadBusyError(spec.thread_id, busy[0].run_id)
+    facts = {"reason": f"{on_busy} by run {spec.run_id}", "by": spec.submitted_by}
+    changes = {"rollback": "pending"} if on_busy == "rollback" else {}
+    for row in busy:
+        cancel_or_ask(connection, payloads, row, now, facts, **changes)
+
+
+def _check_same(payloads: Payloads, stored: sa.Row[Any], new: Mapping[str, Any]) -> None:
+    """Raise unless a known run id comes again with what it came with before."""
+    for column in ("graph", "thread_id"):
+        if getattr(stored, column) != new[column]:
+            raise IdempotencyConflictError(stored.run_id, column.removesuffix("_id"))
+    # Compared as values: equal inputs need not have equal bytes, a dictionary keeps its order.
+    before, after = (payloads.load(runs.c.input, row) for row in (stored, new))
+    if before != after:
+        raise IdempotencyConflictError(stored.run_id, "input")

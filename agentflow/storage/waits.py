@@ -1,0 +1,109 @@
+"""Waits: read, and resolved once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from agentflow.database.engine import now as database_now
+from agentflow.database.tables import waits
+from agentflow.errors import (
+    AlreadyResolvedError,
+    IdempotencyConflictError,
+    NotFoundError,
+    SupersededError,
+    VersionChangedError,
+)
+from agentflow.storage.questions import to_approval
+from agentflow.storage.rows import Payloads, change_run, get_run
+from agentflow.types import (
+    Approval,
+    ApprovalRequest,
+    Decision,
+    NewEvent,
+    RunStatus,
+    WaitStatus,
+)
+
+
+def get_wait(
+    connection: Connection, tenant: str, wait_id: str, *, lock: bool = False
+) -> sa.Row[Any]:
+    """Read a wait's row, locked if asked; `NotFoundError` if there is none."""
+    query = sa.select(waits).where(waits.c.tenant == tenant, waits.c.wait_id == wait_id)
+    row = connection.execute(query.with_for_update() if lock else query).first()
+    if row is None:
+        raise NotFoundError("approval", wait_id)
+    return row
+
+
+def resolve_wait(
+    connection: Connection,
+    payloads: Payloads,
+    tenant: str,
+    wait_id: str,
+    decision: Decision,
+    *,
+    by: str,
+    comment: str | None,
+    version: int | None,
+    idempotency_key: str | None,
+    request: ApprovalRequest,
+) -> Approval:
+    """See `RunStore.resolve_wait`."""
+    now = database_now(connection)
+    # The run first, then its waits: the order in which every verb locks them.
+    run_id = get_wait(connection, tenant, wait_id).run_id
+    run = get_run(connection, tenant, run_id, lock=True)
+    row = get_wait(connection, tenant, wait_id, lock=True)
+    stored = to_approval(row, payloads)
+    if stored.status is WaitStatus.RESOLVED:
+        if idempotency_key and idempotency_key == row.idempotency_key:
+            if stored.decision == payloads.redacted(decision, waits.c.decision):
+                return stored
+            raise IdempotencyConflictError(run_id, "decision under this idempotency key")
+        raise AlreadyResolvedError(wait_id, stored.status.value, row.decision_type, row.decided_by)
+    if stored.status is not WaitStatus.PENDING:
+        raise SupersededError(wait_id, stored.status.value)
+    if version is not None and version != row.version:
+        raise VersionChangedError(wait_id, version, row.version)
+    if stored.request != request:
+        raise VersionChangedError(wait_id, row.version - 1, row.version)
+    connection.execute(
+        sa.update(waits)
+        .where(waits.c.tenant == tenant, waits.c.wait_id == wait_id)
+        .values(
+            status=WaitStatus.RESOLVED.value,
+            decision=payloads.dump(decision, waits.c.decision, row),
+            decision_type=decision.type,
+            decided_by=by,
+            decided_at=now,
+            comment=None if comment is None else payloads.dump(comment, waits.c.comment, row),
+            idempotency_key=idempotency_key,
+        )
+    )
+    resolved = NewEvent(
+        type="approval.resolved",
+        data={
+            "approval": wait_id,
+            "decision": decision.type,
+            "by": by,
+            "proposal_hash": stored.proposal_hash,
+        },
+    )
+    if run.status == RunStatus.WAITING:
+        change_run(
+            connection,
+            run,
+            payloads,
+            now,
+            status=RunStatus.QUEUED,
+            log=[resolved],
+            wake_reason="approval",
+            available_at=payloads.time(now),
+        )
+    else:
+        change_run(connection, run, payloads, now, log=[resolved])
+    return to_approval(get_wait(connection, tenant, wait_id), payloads)

@@ -1,0 +1,159 @@
+"""Which workers there are, how the store is doing, and the beginning of another epoch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from datetime import datetime, timedelta
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from agentflow.database.engine import now as database_now
+from agentflow.database.statements import insert_new
+from agentflow.database.tables import EPOCH, dead_letters, epochs, leases, runs, workers
+from agentflow.storage.claims import is_expired
+from agentflow.storage.pauses import STORE, list_pauses, pause
+from agentflow.storage.rows import UNFINISHED, Payloads, append_to_log
+from agentflow.types import (
+    NewEvent,
+    Restored,
+    RunStatus,
+    Survey,
+    UnfinishedRuns,
+    WorkerRecord,
+    WorkerReport,
+)
+
+_FORGET = timedelta(days=1)
+
+
+def beat_worker(
+    connection: Connection, payloads: Payloads, tenant: str, report: WorkerReport
+) -> None:
+    """See `RunStore.beat_worker`."""
+    del payloads
+    now = database_now(connection)
+    row = {
+        "tenant": tenant,
+        "instance": report.instance,
+        "name": report.name,
+        "report": json.dumps(asdict(report)),
+        "beat_at": now,
+    }
+    is_own = (workers.c.tenant == tenant, workers.c.instance == report.instance)
+    changed = connection.execute(sa.update(workers).where(*is_own).values(row))
+    if changed.rowcount == 0:
+        insert_new(connection, workers, [{**row, "started_at": now}])
+        is_old = (workers.c.tenant == tenant, workers.c.beat_at < now - _FORGET)
+        connection.execute(sa.delete(workers).where(*is_old))
+
+
+def remove_worker(connection: Connection, payloads: Payloads, tenant: str, instance: str) -> None:
+    """See `RunStore.remove_worker`."""
+    del payloads
+    is_own = (workers.c.tenant == tenant, workers.c.instance == instance)
+    connection.execute(sa.delete(workers).where(*is_own))
+
+
+def list_workers(
+    connection: Connection, payloads: Payloads, tenant: str
+) -> tuple[WorkerRecord, ...]:
+    """See `RunStore.list_workers`."""
+    del payloads
+    now = database_now(connection)
+    query = (
+        sa.select(workers)
+        .where(workers.c.tenant == tenant, workers.c.report != "")
+        .order_by(workers.c.name, workers.c.started_at)
+    )
+    return tuple(_to_record(row, now) for row in connection.execute(query))
+
+
+def _to_record(row: sa.Row[Any], now: datetime) -> WorkerRecord:
+    said = json.loads(row.report)
+    said["queues"] = tuple(said["queues"])
+    said["graphs"] = tuple((name, version) for name, version in said["graphs"])
+    return WorkerRecord(
+        report=WorkerReport(**said),
+        started_at=row.started_at,
+        beat_at=row.beat_at,
+        silence=now - row.beat_at,
+    )
+
+
+def survey(connection: Connection, payloads: Payloads, tenant: str) -> Survey:
+    """See `RunStore.survey`."""
+    now = database_now(connection)
+    kinds = (runs.c.graph, runs.c.version, runs.c.queue, runs.c.status)
+    of_tenant = runs.c.tenant == tenant
+    is_unfinished = runs.c.status.in_(UNFINISHED)
+    unfinished = (
+        sa.select(*kinds, sa.func.count().label("count"))
+        .where(of_tenant, is_unfinished)
+        .group_by(*kinds)
+        .order_by(*kinds)
+    )
+    is_overdue = sa.or_(
+        runs.c.deadline_at <= payloads.time(now),
+        sa.and_(
+            runs.c.status == RunStatus.QUEUED.value,
+            runs.c.start_deadline_at <= payloads.time(now),
+        ),
+    )
+
+    def count(table: sa.Table, *conditions: sa.ColumnElement[bool]) -> int:
+        query = sa.select(sa.func.count()).select_from(table).where(*conditions)
+        return int(connection.execute(query).scalar_one())
+
+    return Survey(
+        at=now,
+        epoch=_epoch(connection),
+        unfinished=tuple(
+            UnfinishedRuns(
+                graph=row.graph,
+                version=row.version,
+                queue=row.queue,
+                status=RunStatus(row.status),
+                count=row._mapping["count"],
+            )
+            for row in connection.execute(unfinished)
+        ),
+        paused=count(runs, of_tenant, is_unfinished, runs.c.paused_at.is_not(None)),
+        expired_leases=count(runs, of_tenant, is_expired(now), runs.c.paused_at.is_(None)),
+        overdue=count(runs, of_tenant, is_unfinished, is_overdue),
+        dead_letters=count(dead_letters, dead_letters.c.tenant == tenant),
+        pauses=list_pauses(connection, payloads, tenant),
+        workers=list_workers(connection, payloads, tenant),
+    )
+
+
+def _epoch(connection: Connection) -> int:
+    query = sa.select(sa.func.coalesce(sa.func.max(epochs.c.epoch), 0))
+    return int(connection.execute(query).scalar_one())
+
+
+def restore(
+    connection: Connection, payloads: Payloads, *, reason: str | None, by: str | None
+) -> Restored:
+    """See `RunStore.restore`."""
+    now = database_now(connection)
+    # The pause takes the lock under which epochs follow each other.
+    pause(connection, payloads, "", STORE, "", reason=reason or "restored", by=by)
+    epoch = _epoch(connection) + 1
+    connection.execute(sa.insert(epochs).values(epoch=epoch, at=now, token=epoch * EPOCH))
+    connection.execute(sa.update(leases).values(token=leases.c.token + EPOCH))
+    connection.execute(
+        sa.update(runs)
+        .where(runs.c.status == RunStatus.RUNNING.value)
+        .values(token=runs.c.token + EPOCH, lease_expires_at=now)
+    )
+    count = sa.select(sa.func.count()).select_from(runs).where(runs.c.status.in_(UNFINISHED))
+    unfinished = int(connection.execute(count).scalar_one())
+    event = NewEvent(
+        type="store.restored",
+        data={"epoch": epoch, "unfinished": unfinished, "reason": reason, "by": by},
+    )
+    append_to_log(connection, payloads, "", now, event)
+    return Restored(epoch=epoch, at=now, unfinished=unfinished)

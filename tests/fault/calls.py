@@ -1,0 +1,108 @@
+"""What is asked of agentflow about one run, in a process that may be killed meanwhile.
+
+Each call may be made again by whoever does not know what became of the first one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
+from typing import Any
+
+from agentflow import AgentFlow
+from agentflow.errors import NotDeadLetterError
+
+INPUTS: dict[str, dict[str, Any]] = {
+    "linear": {"input": "x"},
+    "single": {"input": "x"},
+    "questions": {"wanted": 1},
+    "flaky": {"input": "x"},
+    "broken": {"input": "x"},
+    "stubborn": {"input": "x"},
+}
+
+
+async def submit(app: AgentFlow, run_id: str) -> None:
+    """Submit a run that nobody has submitted."""
+    await app.submit("single", INPUTS["single"], run_id=run_id, queue=run_id)
+
+
+async def drive(app: AgentFlow, run_id: str) -> None:
+    """Drive a run in the calling process."""
+    await app.drive(run_id)
+
+
+async def cancel(app: AgentFlow, run_id: str) -> None:
+    """Cancel a run."""
+    await app.cancel(run_id, reason="changed my mind", by="alice")
+
+
+async def decide(app: AgentFlow, run_id: str) -> None:
+    """Approve what a run asks."""
+    for approval in (await app.approvals.list(run_id=run_id)).items:
+        await app.approvals.decide(
+            approval.id, "approve", by="alice", idempotency_key=f"{approval.id}-alice"
+        )
+
+
+async def pause_run(app: AgentFlow, run_id: str) -> None:
+    """Pause a run."""
+    await app._store.pause_run("", run_id, reason="a question", by="alice")
+
+
+async def resume_run(app: AgentFlow, run_id: str) -> None:
+    """Let a paused run go on."""
+    await app._store.resume_run("", run_id, by="alice")
+
+
+async def pause_queue(app: AgentFlow, run_id: str) -> None:
+    """Pause the queue that is named as the run is."""
+    await app._store.pause("", "queue", run_id, reason="a question", by="alice")
+
+
+async def resume_queue(app: AgentFlow, run_id: str) -> None:
+    """Let a paused queue go on."""
+    await app._store.resume("", "queue", run_id, by="alice")
+
+
+async def fire_due(app: AgentFlow, run_id: str) -> None:
+    """End the runs whose time is over."""
+    await app._store.fire_due("", limit=100)
+
+
+async def requeue(app: AgentFlow, run_id: str) -> None:
+    """Requeue a failed run, unless somebody has."""
+    with suppress(NotDeadLetterError):
+        await app._store.requeue_dead_letter("", run_id, checkpoint_id=None, by="alice")
+
+
+async def discard(app: AgentFlow, run_id: str) -> None:
+    """Discard the dead letter of a run, unless somebody has."""
+    with suppress(NotDeadLetterError):
+        await app._store.discard_dead_letter("", run_id, reason="seen", by="alice")
+
+
+async def restore(app: AgentFlow, run_id: str) -> None:
+    """Mark the store as put back from a backup."""
+    await app._store.restore(reason="a drill", by="alice")
+
+
+async def delete_thread(app: AgentFlow, run_id: str) -> None:
+    """Delete the checkpoints of a run's thread."""
+    await app._saver.adelete_thread(run_id)
+
+
+async def prune(app: AgentFlow, run_id: str) -> None:
+    """Delete all checkpoints of a run's thread but the newest."""
+    await app._saver.aprune([run_id])
+
+
+CALLS: Mapping[str, Callable[[AgentFlow, str], Awaitable[None]]] = {
+    call.__name__: call
+    for call in (
+        *(submit, drive, cancel, decide),
+        *(pause_run, resume_run, pause_queue, resume_queue),
+        *(fire_due, requeue, discard, restore),
+        *(delete_thread, prune),
+    )
+}
