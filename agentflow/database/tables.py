@@ -216,6 +216,8 @@ runs = _table(
     Column("has_loss_counted", Boolean),
     # Whether its worker claims nothing else that might kill it.
     Column("is_isolated", Boolean),
+    # The losses for which it has proved not to be to blame.
+    Column("pardoned", Integer),
     Column("resume_from", _ID),
     Column("paused_at", Timestamp),
     Column("is_paused_by_failure", Boolean),

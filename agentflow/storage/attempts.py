@@ -58,11 +58,12 @@ def start_attempt(
     now = database_now(connection)
     row = get_held_run(connection, lease, now)
     attempt, losses, is_isolated = row.attempt, row.losses or 0, bool(row.is_isolated)
+    pardoned = row.pardoned
     if row.progress not in {None, progress}:
         # A worker that died after its progress died at what comes next: that was the first attempt.
         was_lost = reason == "recovery"
         attempt = 2 if was_lost and row.has_loss_counted is not False else 1
-        losses, is_isolated = int(was_lost), False
+        losses, is_isolated, pardoned = int(was_lost), False, None
     failures: dict[str, int] = payloads.load(runs.c.failures, row) or {}
     if row.checkpoint_id != checkpoint_id:
         failures = {}
@@ -80,6 +81,7 @@ def start_attempt(
         attempt=attempt,
         losses=losses,
         is_isolated=is_isolated,
+        pardoned=pardoned,
         progress=progress,
         resume_from=None,
         checkpoint_id=checkpoint_id,
@@ -101,7 +103,7 @@ def end_isolation(connection: Connection, payloads: Payloads, lease: Lease) -> N
     """See `RunStore.end_isolation`."""
     now = database_now(connection)
     row = get_held_run(connection, lease, now)
-    change_run(connection, row, payloads, now, is_isolated=False)
+    change_run(connection, row, payloads, now, is_isolated=False, pardoned=row.losses)
 
 
 def finish_rollback(

@@ -3,7 +3,9 @@
 A worker that dies takes all of its runs with it, and one of them may have killed it. An attempt
 that was lost with it counts only if there is nobody else to blame: if the run was the only one
 there, or if it was in isolation. Runs that were lost repeatedly without progress are suspects, and
-are driven in isolation.
+are driven in isolation. One that outlives it is pardoned: it is under suspicion again only when it
+is lost as often once more. Without that the innocent would be isolated time and again, and each
+time for as long as all of them together the time before.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ _LONGEST = timedelta(minutes=5)
 
 def is_suspect(row: sa.Row[Any]) -> bool:
     """Whether a run that is claimed now is to be driven in isolation."""
-    return losses_of(row) >= _SUSPECT
+    return losses_of(row) - (row.pardoned or 0) >= _SUSPECT
 
 
 def losses_of(row: sa.Row[Any]) -> int:

@@ -276,7 +276,12 @@ RELEASED: Mapping[str, Any] = {
 }
 """The columns of a run that nobody holds."""
 
-CLEARED: Mapping[str, Any] = {"attempt": 0, "losses": 0, "has_loss_counted": None}
+CLEARED: Mapping[str, Any] = {
+    "attempt": 0,
+    "losses": 0,
+    "has_loss_counted": None,
+    "pardoned": None,
+}
 """What counts attempts, of a run with a new budget."""
 
 

@@ -29,7 +29,13 @@ ERRORS = {
         "UnknownGraphError",
         "UnsupportedUrlError",
     },
-    "StoreError": {"ConflictError", "FencedError", "NotFoundError", "StoreUnavailableError"},
+    "StoreError": {
+        "ConflictError",
+        "FencedError",
+        "NotFoundError",
+        "PausedError",
+        "StoreUnavailableError",
+    },
     "ConflictError": {
         "AlreadyResolvedError",
         "IdempotencyConflictError",
@@ -41,6 +47,7 @@ ERRORS = {
         "BlockedTypeError",
         "HashMismatchError",
         "MissingBlobError",
+        "PayloadTooLargeError",
         "SerializationError",
         "UnencryptedValueError",
         "UnknownKeyError",
@@ -49,11 +56,13 @@ ERRORS = {
     "InputError": {"InvalidDecisionError", "InvalidInputError", "SupersededError"},
     "RunError": {
         "AttemptsExhaustedError",
+        "DeadlineExceededError",
         "IllegalTransitionError",
         "ProposalUnstableError",
         "RunCancelledError",
         "RunFailedError",
     },
+    "IllegalTransitionError": {"NotDeadLetterError"},
 }
 
 

@@ -134,10 +134,16 @@ async def test_suspect_is_claimed_alone_and_counted_whatever_else_was_there(
     assert (poison.run.id, poison.isolation) == ("poison", LEASE)
     await begin(store, poison)
     await store.extend_leases([long.lease, poison.lease], EXPIRED)
-    for name in ("poison", "long"):
-        await store.claim_run("", name, worker="w", instance="four", lease=LEASE)
+    again = {
+        name: await store.claim_run("", name, worker="w", instance="four", lease=LEASE)
+        for name in ("poison", "long")
+    }
     assert await counts(store, "poison") == (2, 3)
     assert await counts(store, "long") == (1, 3)
+    assert again["poison"] is not None
+    assert again["poison"].isolation == LEASE
+    assert again["long"] is not None
+    assert again["long"].isolation is None, "it has outlived its isolation"
 
 
 async def test_suspects_do_not_hold_up_the_others(store: RunStore) -> None:

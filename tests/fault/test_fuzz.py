@@ -27,7 +27,7 @@ from agentflow.checkpoint.audit import Scope, audit_group
 from agentflow.checkpoint.sql import open_rows
 from agentflow.codec import Codec
 from agentflow.database.session import Session
-from agentflow.database.tables import dead_letters, events, runs, waits
+from agentflow.database.tables import dead_letters, events, pauses, runs, waits
 from agentflow.errors import AgentflowError, CodecError
 from agentflow.keys import KeyRing
 from agentflow.testing.savers.graphs import DeltaState
@@ -321,7 +321,7 @@ async def test_changed_payloads_of_runs_are_refused_by_name(
         targets = [
             (column, row)
             for column in SEALED
-            if column.table in {runs, waits, events, dead_letters}
+            if column.table in {runs, waits, events, dead_letters, pauses}
             for row in read_rows(engine, column.table)
             if row._mapping[column] is not None
         ]

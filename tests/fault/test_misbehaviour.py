@@ -16,7 +16,8 @@ from tests.fault.ledger import Ledger
 from tests.fault.misbehaviour import ATTEMPTS, WORKER, WRONG_CLOCK_WORKER, register_bad
 from tests.fault.scene import Scene, assert_sound, open_scene
 
-LEASE = 1.0
+LONG = 30.0
+"""A lease that no test waits for the end of."""
 HOUR = 3600.0
 
 
@@ -29,9 +30,11 @@ async def bad_scene(
         yield opened
 
 
-def start(scene: Scene, **options: object) -> Victim:
-    env = {"AGENTFLOW_LEASE": str(LEASE), "AGENTFLOW_POLL_INTERVAL": "0.05"}
-    return scene.forkserver.spawn(WORKER, scene.url, scene.ledger.address, options, env=env)
+def start(scene: Scene, *arguments: object, lease: float, **options: object) -> Victim:
+    env = {"AGENTFLOW_LEASE": str(lease), "AGENTFLOW_POLL_INTERVAL": "0.05"}
+    target = WRONG_CLOCK_WORKER if arguments else WORKER
+    address = scene.ledger.address
+    return scene.forkserver.spawn(target, scene.url, address, *arguments, options, env=env)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +48,7 @@ async def test_node_that_ends_its_process_ends_in_the_dead_letter_and_others_do_
     await scene.app.submit(graph, {"input": "x"}, run_id="bad")
     await scene.app.submit("behave", {"input": "x"}, run_id="good")
     for _ in range(ATTEMPTS):
-        victim = start(scene)
+        victim = start(scene, lease=1)
 
         async def ended(victim: Victim = victim) -> int | None:
             try:
@@ -54,7 +57,7 @@ async def test_node_that_ends_its_process_ends_in_the_dead_letter_and_others_do_
                 return None
 
         assert await scene.until(ended, "the end of the worker") == code, victim.output()
-    start(scene)
+    start(scene, lease=1)
     bad, good = await scene.ended(["bad", "good"])
     assert (bad.status, good.status) == (RunStatus.FAILED, RunStatus.SUCCEEDED)
     assert bad.error is not None
@@ -73,7 +76,7 @@ async def test_what_cannot_be_stored_or_said_fails_its_run_by_name_and_no_other(
     names = ["fail_mutely", "make_huge", "make_unstorable", "behave"]
     for name in names:
         await scene.app.submit(name, {"input": "x"}, run_id=name)
-    start(scene, concurrency=len(names))
+    start(scene, lease=LONG, concurrency=len(names))
     mute, huge, unstorable, good = await scene.ended(names)
     assert good.status is RunStatus.SUCCEEDED
     for run, error in (
@@ -100,12 +103,8 @@ async def test_worker_whose_clock_is_an_hour_off_neither_steals_nor_loses_a_run(
         ids = [f"run-{number}" for number in range(12)]
         for name in ids:
             await scene.app.submit("linear", {"input": name}, run_id=name)
-        env = {"AGENTFLOW_LEASE": str(LEASE), "AGENTFLOW_POLL_INTERVAL": "0.05"}
-        options = {"concurrency": 2}
-        forkserver.spawn(
-            WRONG_CLOCK_WORKER, scene.url, scene.ledger.address, offset, options, env=env
-        )
-        scene.worker(concurrency=2)
+        start(scene, offset, lease=LONG, concurrency=2)
+        scene.worker(lease=LONG, concurrency=2)
         for run in await scene.ended(ids):
             assert run.status is RunStatus.SUCCEEDED
             assert scene.entered(run.id) == dict.fromkeys(LINEAR, 1)

@@ -13,7 +13,7 @@ from langgraph.graph import END, START, StateGraph
 
 from agentflow import AgentFlow, RetryPolicy, request_approval
 from agentflow.database.engine import parse_url
-from agentflow.database.tables import checkpoints, events, metadata, runs, waits
+from agentflow.database.tables import checkpoints, events, metadata, pauses, runs, waits
 from agentflow.keys import KeyRing
 from agentflow.storage.sql import SqlRunStore
 
@@ -29,6 +29,7 @@ PLACES = (
     "decision",
     "comment",
     "event",
+    "pause",
 )
 """Where users put what nobody else should read; the dead letter has the exception."""
 RUNS = ("decided", "failed", "cancelled", "waiting")
@@ -140,6 +141,7 @@ async def fill(app: AgentFlow, mark: Mark = str) -> None:
     await app.approvals.decide(asked.id, edit, by="ann", comment=mark("comment"))
     await app.drive("decided")
     await app.cancel("cancelled", reason=mark("event"))
+    await app.pause(queue="unused", reason=mark("pause"))
 
 
 def payloads(url: str) -> dict[str, list[Any]]:
@@ -180,6 +182,8 @@ async def read_payloads(app: AgentFlow, table: sa.Table, row: Any) -> None:
         store._payloads.load(runs.c.failures, found)
     elif table is waits:
         await store.get_wait("", row.wait_id)
+    elif table is pauses:
+        await store.list_pauses("")
     elif table is events:
         await store.list_events("", row.run_id, after=row.seq - 1, limit=1)
     else:

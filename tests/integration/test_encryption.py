@@ -16,7 +16,7 @@ from sqlalchemy.engine import Engine
 from agentflow import AgentFlow
 from agentflow.checkpoint import Saver, open_checkpointer
 from agentflow.database.engine import parse_url
-from agentflow.database.tables import dead_letters, events, runs, waits
+from agentflow.database.tables import dead_letters, events, pauses, runs, waits
 from agentflow.errors import (
     CodecError,
     HashMismatchError,
@@ -204,7 +204,9 @@ async def test_payload_that_is_moved_is_refused(
     for tenant in ("", "acme"):
         async with open_app(database_url, keys, tenant=tenant) as app:
             await fill(app)
-    sealed = [column for column in SEALED if column.table in (runs, waits, events, dead_letters)]
+    sealed = [
+        column for column in SEALED if column.table in (runs, waits, events, dead_letters, pauses)
+    ]
     moved = 0
     async with open_app(database_url, keys) as app:
         for target in sealed:

@@ -95,6 +95,8 @@ async def test_hook_sees_every_payload_of_a_run_as_what_it_is(
         "runs.output": dict,
         "runs.error": RunFailure,
         "runs.failures": dict,
+        "runs.cancellation": dict,
+        "runs.retry": dict,
         "waits.request": ApprovalRequest,
         "waits.decision": Decision,
         "waits.comment": str,

@@ -15,6 +15,7 @@ RUNS = (
     ("losses", sa.Integer()),
     ("has_loss_counted", sa.Boolean()),
     ("is_isolated", sa.Boolean()),
+    ("pardoned", sa.Integer()),
     ("resume_from", sa.Text()),
     ("paused_at", sa.BigInteger()),
     ("is_paused_by_failure", sa.Boolean()),
