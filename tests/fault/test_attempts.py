@@ -113,7 +113,9 @@ async def test_poison_does_not_use_up_the_attempts_of_its_neighbours(
         return False if (await scene.app.get_run("poison")).status.is_ended else None
 
     kills = 0
-    while await scene.until(partial(is_dead, scene.worker(concurrency=10, lease=2)), "death or its end"):
+    while await scene.until(
+        partial(is_dead, scene.worker(concurrency=10, lease=2)), "death or its end"
+    ):
         kills += 1
     # Until it is under suspicion there is nobody in particular to blame.
     assert MAX_ATTEMPTS <= kills <= MAX_ATTEMPTS + 2
