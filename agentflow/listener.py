@@ -29,16 +29,19 @@ class Listener:
         if self._unsubscribe is not None:
             self._unsubscribe()
 
-    async def wait(self, timeout: float) -> None:
+    async def wait(self, timeout: float) -> bool:
         """Return at the next change, at the latest after about `timeout` seconds.
 
-        The time varies by a fifth, so that many processes do not look at the same moment.
+        Says whether there was one. The time is up to a fifth longer, so that many processes do not
+        look at the same moment.
         """
-        jittered = timeout * (0.9 + random.random() / 5)  # noqa: S311 -- not a secret
+        jittered = timeout * (1 + random.random() / 5)  # noqa: S311 -- not a secret
         with suppress(TimeoutError):
             async with asyncio.timeout(jittered):
                 await self._event.wait()
+        was_told = self._event.is_set()
         self._event.clear()
+        return was_told
 
     def wake(self) -> None:
         """End the current wait, from this event loop."""

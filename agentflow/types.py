@@ -428,8 +428,10 @@ class DeadLetter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NextDue:
-    """How long it is until something happens by itself; `None` if nothing will."""
+    """What there is to do for a worker, and how long it is until there is; `None` if never."""
 
+    is_claimable: bool
+    """Whether `claim_runs` may find something now."""
     expiry: timedelta | None
     """Until the next lease expires."""
     deadline: timedelta | None

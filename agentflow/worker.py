@@ -50,7 +50,7 @@ class WorkerStats:
     abandoned: int
     """Threads in nodes whose attempt is over."""
     silence: float
-    """Seconds since the store last answered a claim."""
+    """Seconds since the store last said what there is to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +94,7 @@ class Worker:
         self._claimed = 0
         self._answered_at = monotonic()
         self._alone_until = 0.0
+        self._looked_at = float("-inf")
         self._is_stopping = False
         self._is_overloaded = False
         self._threads: NodeThreads | None = None
@@ -118,33 +119,41 @@ class Worker:
             driver = Driver(self._store, self._saver, keeper, threads)
             async with asyncio.TaskGroup() as group:
                 reports = group.create_task(self._report())
+                was_told = False
                 while not self._is_stopping:
-                    pause = await self._turn(group, driver)
+                    pause = await self._turn(group, driver, was_told=was_told)
                     self._check_load(threads)
-                    if pause > 0 and not self._is_stopping:
-                        await listener.wait(pause)
+                    if not self._is_stopping:
+                        was_told = await listener.wait(pause)
                 await self._settle()
                 reports.cancel()
         with suppress(AgentflowError):
             await self._store.remove_worker(self._tenant, self._instance)
 
-    async def _turn(self, group: asyncio.TaskGroup, driver: Driver) -> float:
-        """Do what is due, and return for how many seconds there is nothing to do."""
+    async def _turn(self, group: asyncio.TaskGroup, driver: Driver, *, was_told: bool) -> float:
+        """Do what there is to do, and return for how many seconds there is no more.
+
+        Who was told of something claims at once. Else, and now and then in any case, the store is
+        asked what there is, and what is coming.
+        """
         poll = self._settings.poll_interval.total_seconds()
         try:
-            if await self._claim(group, driver):
-                return 0
+            if was_told and monotonic() < self._looked_at + poll:
+                await self._claim(group, driver)
+                return max(0.0, self._looked_at + poll - monotonic())
             due = await self._store.next_due(
                 self._tenant, queues=self._queues, graphs=list(self._graphs)
             )
-            is_late = due.deadline is not None and due.deadline <= _NOW
-            if is_late and await self._store.fire_due(self._tenant, limit=_FIRED_AT_ONCE):
-                return 0
+            self._looked_at = self._answered_at = monotonic()
+            if due.is_claimable:
+                await self._claim(group, driver)
+            if due.deadline is not None and due.deadline <= _NOW:
+                await self._store.fire_due(self._tenant, limit=_FIRED_AT_ONCE)
         except Exception as exc:  # noqa: BLE001 -- the runs that are being driven must go on
             logger.warning("cannot look for work", extra={"error": type(exc).__name__})
             return poll
-        soonest = [each.total_seconds() for each in (due.expiry, due.deadline) if each is not None]
-        return min([poll, *(each for each in soonest if each > 0)])
+        coming = [each.total_seconds() for each in (due.expiry, due.deadline) if each is not None]
+        return min([poll, *(each for each in coming if each > 0)])
 
     def _room(self) -> int:
         """Return how many runs there is room for."""
@@ -212,10 +221,10 @@ class Worker:
         if tasks := [active.task for active in self._active.values()]:
             await asyncio.wait(tasks, timeout=timeout)
 
-    async def _claim(self, group: asyncio.TaskGroup, driver: Driver) -> int:
+    async def _claim(self, group: asyncio.TaskGroup, driver: Driver) -> None:
         await self._end_isolation()
         if (room := self._room()) <= 0:
-            return 0
+            return
         since = monotonic()
         claimed = await self._store.claim_runs(
             self._tenant,
@@ -226,13 +235,11 @@ class Worker:
             limit=room,
             lease=self._settings.lease,
         )
-        self._answered_at = monotonic()
         self._claimed += len(claimed)
         for run in claimed:
             if run.isolation is not None:
                 self._alone_until = since + run.isolation.total_seconds()
             self._begin(group, driver, run, since)
-        return len(claimed)
 
     async def _report(self) -> None:
         """Tell the store, time and again, that this worker lives."""
@@ -273,8 +280,9 @@ class Worker:
             # A defect here must not take the other runs with it; this one's lease will expire.
             logger.exception("attempt ended unexpectedly", extra={"run_id": run.id})
         finally:
+            had_room = self._room() > 0
             del self._active[run.id]
-            if self._listener is not None:
+            if not had_room and self._listener is not None:
                 self._listener.wake()
 
     async def __aenter__(self) -> Self:

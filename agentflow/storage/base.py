@@ -177,9 +177,8 @@ class RunStore(ABC):
     async def end_isolation(self, lease: Lease) -> None:
         """Note that the isolation of a run is over: it has made progress, or its time has passed.
 
-        It becomes a suspect again when it has lost two more attempts.
-
-        To be called before the worker claims anything else.
+        To be called before the worker claims anything else. It becomes a suspect again when it has
+        lost two more attempts.
         """
 
     @abstractmethod
@@ -354,10 +353,11 @@ class RunStore(ABC):
     async def next_due(
         self, tenant: str, *, queues: Collection[str], graphs: Collection[tuple[str, str]]
     ) -> NextDue:
-        """Return how long it is until there is something to claim or to fire by itself.
+        """Say whether there is something to claim, and how long it is until something happens.
 
         That is until the next lease of a run in one of `queues` and of one of the `graphs` expires,
-        leases that have expired apart, and until the next deadline that `fire_due` will see to.
+        leases that have expired apart, and until the next deadline that `fire_due` will see to. It
+        only reads, so that idle workers disturb nobody.
         """
 
     @abstractmethod

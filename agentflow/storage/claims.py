@@ -17,7 +17,7 @@ from sqlalchemy.engine import Connection
 
 from agentflow.database.engine import now as database_now
 from agentflow.database.statements import insert_new
-from agentflow.database.tables import epochs, leases, runs
+from agentflow.database.tables import Timestamp, epochs, leases, runs
 from agentflow.errors import (
     BlockedTypeError,
     CodecError,
@@ -52,6 +52,99 @@ _REPAIR = timedelta(minutes=1)
 """How long a run whose stored input is damaged is left alone."""
 
 
+def is_expired(now: Any) -> sa.ColumnElement[bool]:
+    """Whether a run is held under a lease that has expired."""
+    # Statuses are literals where an index covers only the rows that have them.
+    return sa.and_(runs.c.status == sa.literal_column("'running'"), runs.c.lease_expires_at <= now)
+
+
+# A worker that waits for work asks these over and over: what they are made of is put together once.
+
+_other = runs.alias("other")
+_IS_BEHIND = sa.exists(
+    sa.select(sa.literal_column("1"))
+    .where(
+        _other.c.tenant == runs.c.tenant,
+        _other.c.thread_id == runs.c.thread_id,
+        _other.c.seq != runs.c.seq,
+        _other.c.status.in_(UNFINISHED),
+        sa.or_(
+            _other.c.seq < runs.c.seq,
+            _other.c.status.in_((RunStatus.RUNNING.value, RunStatus.WAITING.value)),
+        ),
+    )
+    .correlate(runs)
+    # Keeps PostgreSQL from reading all runs at once instead of those of one thread.
+    .offset(0)
+)
+"""Whether an older run of the thread is unfinished, or any other one holds it."""
+
+_marked = runs.alias("marked")
+_HAS_ROLLBACK = (
+    sa.exists()
+    .where(
+        _marked.c.tenant == runs.c.tenant,
+        _marked.c.thread_id == runs.c.thread_id,
+        _marked.c.rollback == sa.literal_column("'pending'"),
+    )
+    .correlate(runs)
+)
+"""Whether checkpoints of the thread have to go."""
+
+_now = sa.bindparam("now", type_=Timestamp())
+_at = sa.bindparam("at", type_=Timestamp())
+_IS_QUEUED = sa.and_(
+    runs.c.status == sa.literal_column("'queued'"),
+    runs.c.available_at <= _at,
+    sa.or_(runs.c.start_deadline_at.is_(None), runs.c.start_deadline_at > _at),
+)
+_IS_WANTED = sa.and_(
+    runs.c.tenant == sa.bindparam("tenant"),
+    runs.c.queue.in_(sa.bindparam("queues", expanding=True)),
+    sa.tuple_(runs.c.graph, runs.c.version).in_(sa.bindparam("graphs", expanding=True)),
+    runs.c.paused_at.is_(None),
+)
+# Expired runs first: somebody has been waiting for them already.
+_DUE = tuple(sa.and_(_IS_WANTED, due, ~_IS_BEHIND) for due in (is_expired(_now), _IS_QUEUED))
+_FIND_DUE = tuple(sa.select(runs.c.seq).where(due).limit(1) for due in _DUE)
+_LOCK_DUE = tuple(
+    sa.select(runs)
+    .where(due, runs.c.seq.not_in(sa.bindparam("seen", expanding=True)))
+    .order_by(runs.c.priority.desc(), runs.c.seq)
+    .limit(sa.bindparam("room", type_=sa.Integer))
+    .with_for_update(of=runs, skip_locked=True)
+    for due in _DUE
+)
+_IS_DUE = sa.select(runs.c.run_id).where(
+    runs.c.tenant == sa.bindparam("tenant"),
+    runs.c.run_id == sa.bindparam("run_id"),
+    sa.or_(is_expired(_now), _IS_QUEUED),
+    ~_IS_BEHIND,
+)
+_LOOK_AGAIN = sa.select(_IS_BEHIND, _HAS_ROLLBACK).where(runs.c.seq == sa.bindparam("seq"))
+_THREAD = sa.select(leases.c.token).where(
+    leases.c.tenant == sa.bindparam("tenant"), leases.c.thread_id == sa.bindparam("thread_id")
+)
+_LOCK_THREAD = _THREAD.with_for_update()
+_TRY_THREAD = _THREAD.with_for_update(skip_locked=True)
+
+
+def _soonest(column: sa.Column[Any], where: str, *conditions: Any) -> Any:
+    # In literals, as the partial indexes have it.
+    of_tenant = runs.c.tenant == sa.bindparam("tenant")
+    query = sa.select(sa.func.min(column)).where(sa.text(where), of_tenant, *conditions)
+    return query.scalar_subquery()
+
+
+_NEXT_DUE = sa.select(
+    _soonest(
+        runs.c.lease_expires_at, "status = 'running'", runs.c.lease_expires_at > _now, _IS_WANTED
+    ),
+    _soonest(runs.c.start_deadline_at, "status = 'queued' AND start_deadline_at IS NOT NULL"),
+    _soonest(runs.c.deadline_at, "status IN ('queued', 'waiting') AND deadline_at IS NOT NULL"),
+)
+
+
 def lock_thread(connection: Connection, tenant: str, thread_id: str) -> int:
     """Lock a thread against claims and submissions, and return its token."""
     token = _lock(connection, tenant, thread_id)
@@ -71,12 +164,9 @@ def lock_thread(connection: Connection, tenant: str, thread_id: str) -> int:
 def _lock(
     connection: Connection, tenant: str, thread_id: str, *, is_patient: bool = True
 ) -> int | None:
-    query = (
-        sa.select(leases.c.token)
-        .where(leases.c.tenant == tenant, leases.c.thread_id == thread_id)
-        .with_for_update(skip_locked=not is_patient)
-    )
-    token = connection.execute(query).scalar_one_or_none()
+    query = _LOCK_THREAD if is_patient else _TRY_THREAD
+    named = {"tenant": tenant, "thread_id": thread_id}
+    token = connection.execute(query, named).scalar_one_or_none()
     return None if token is None else int(token)
 
 
@@ -98,20 +188,18 @@ def claim_runs(
     open_queues, open_graphs = paused(connection, tenant).without(queues, graphs)
     if not open_queues or not open_graphs:
         return []
-    wanted = _wanted(tenant, open_queues, open_graphs)
+    wanted = {
+        "tenant": tenant,
+        "queues": open_queues,
+        "graphs": open_graphs,
+        "now": now,
+        "at": payloads.time(now),
+    }
     claimed: list[ClaimedRun] = []
-    # Expired runs first: somebody has been waiting for them already.
-    for due in (is_expired(now), _is_queued(payloads.time(now))):
+    for query in _LOCK_DUE:
         seen: list[int] = []
         while (room := limit - len(claimed)) > 0 and len(seen) < _LOOK_AT_MOST:
-            query = (
-                sa.select(runs)
-                .where(*wanted, due, ~_is_behind_another(), runs.c.seq.not_in(seen))
-                .order_by(runs.c.priority.desc(), runs.c.seq)
-                .limit(room)
-                .with_for_update(of=runs, skip_locked=True)
-            )
-            rows = connection.execute(query).all()
+            rows = connection.execute(query, {**wanted, "seen": seen, "room": room}).all()
             seen += [row.seq for row in rows]
             for row in rows:
                 if is_suspect(row) and claimed:
@@ -126,25 +214,6 @@ def claim_runs(
     return claimed
 
 
-def has_due(
-    connection: Connection,
-    payloads: Payloads,
-    tenant: str,
-    queues: Collection[str],
-    graphs: Collection[tuple[str, str]],
-) -> bool:
-    """Whether there may be something to claim; reads only, so that idle workers disturb nobody."""
-    now = database_now(connection)
-    queues, graphs = paused(connection, tenant).without(queues, graphs)
-    wanted = _wanted(tenant, queues, graphs)
-    return any(
-        connection.execute(
-            sa.select(runs.c.seq).where(*wanted, due, ~_is_behind_another()).limit(1)
-        ).first()
-        for due in (is_expired(now), _is_queued(payloads.time(now)))
-    )
-
-
 def next_due(
     connection: Connection,
     payloads: Payloads,
@@ -154,46 +223,22 @@ def next_due(
 ) -> NextDue:
     """See `RunStore.next_due`."""
     now = database_now(connection)
-
-    def soonest(column: sa.Column[Any], where: str, *conditions: Any) -> Any:
-        # In literals, as the partial indexes have it.
-        of_tenant = runs.c.tenant == tenant
-        query = sa.select(sa.func.min(column)).where(sa.text(where), of_tenant, *conditions)
-        return query.scalar_subquery()
-
-    wanted = _wanted(tenant, queues, graphs)
-    row = connection.execute(
-        sa.select(
-            soonest(
-                runs.c.lease_expires_at,
-                "status = 'running'",
-                runs.c.lease_expires_at > now,
-                *wanted,
-            ),
-            soonest(
-                runs.c.start_deadline_at, "status = 'queued' AND start_deadline_at IS NOT NULL"
-            ),
-            soonest(
-                runs.c.deadline_at, "status IN ('queued', 'waiting') AND deadline_at IS NOT NULL"
-            ),
-        )
-    ).one()
-    expiry, *deadlines = row
+    open_queues, open_graphs = paused(connection, tenant).without(queues, graphs)
+    at = payloads.time(now)
+    wanted = {
+        "tenant": tenant,
+        "queues": open_queues,
+        "graphs": open_graphs,
+        "now": now,
+        "at": at,
+    }
+    is_claimable = any(connection.execute(query, wanted).first() for query in _FIND_DUE)
+    expiry, *deadlines = connection.execute(_NEXT_DUE, wanted).one()
     deadline = min((each for each in deadlines if each is not None), default=None)
     return NextDue(
+        is_claimable=is_claimable,
         expiry=None if expiry is None else expiry - now,
-        deadline=None if deadline is None else deadline - payloads.time(now),
-    )
-
-
-def _wanted(
-    tenant: str, queues: Collection[str], graphs: Collection[tuple[str, str]]
-) -> tuple[sa.ColumnElement[bool], ...]:
-    return (
-        runs.c.tenant == tenant,
-        runs.c.queue.in_(queues),
-        sa.tuple_(runs.c.graph, runs.c.version).in_(graphs),
-        runs.c.paused_at.is_(None),
+        deadline=None if deadline is None else deadline - at,
     )
 
 
@@ -227,52 +272,14 @@ def claim_run(
         return None
     if not although_paused:
         check_not_paused(connection, row)
-    query = sa.select(runs.c.run_id).where(
-        runs.c.tenant == tenant,
-        runs.c.run_id == run_id,
-        sa.or_(is_expired(now), _is_queued(at)),
-        ~_is_behind_another(),
-    )
-    if connection.execute(query).first() is None:
+    named = {"tenant": tenant, "run_id": run_id, "now": now, "at": at}
+    if connection.execute(_IS_DUE, named).first() is None:
         is_late = row.start_deadline_at is not None and row.start_deadline_at <= at
         if status is RunStatus.QUEUED and (row.available_at > at or is_late):
             return None
         raise ThreadBusyError(row.thread_id, run_id if status is RunStatus.RUNNING else None)
     claimant = _Claimant(worker, instance or worker, lease)
     return _take(connection, payloads, row, now, claimant, is_patient=True)
-
-
-def _is_queued(at: datetime) -> sa.ColumnElement[bool]:
-    # Statuses are literals where an index covers only the rows that have them.
-    return sa.and_(
-        runs.c.status == sa.literal_column("'queued'"),
-        runs.c.available_at <= at,
-        sa.or_(runs.c.start_deadline_at.is_(None), runs.c.start_deadline_at > at),
-    )
-
-
-def is_expired(now: datetime) -> sa.ColumnElement[bool]:
-    """Whether a run is held under a lease that has expired."""
-    return sa.and_(runs.c.status == sa.literal_column("'running'"), runs.c.lease_expires_at <= now)
-
-
-def _is_behind_another() -> sa.ColumnElement[bool]:
-    """Whether an older run of the thread is unfinished, or any other one holds it."""
-    other = runs.alias("other")
-    holding = (RunStatus.RUNNING.value, RunStatus.WAITING.value)
-    return sa.exists(
-        sa.select(sa.literal_column("1"))
-        .where(
-            other.c.tenant == runs.c.tenant,
-            other.c.thread_id == runs.c.thread_id,
-            other.c.seq != runs.c.seq,
-            other.c.status.in_(UNFINISHED),
-            sa.or_(other.c.seq < runs.c.seq, other.c.status.in_(holding)),
-        )
-        .correlate(runs)
-        # Keeps PostgreSQL from reading all runs at once instead of those of one thread.
-        .offset(0)
-    )
 
 
 def _take(
@@ -291,8 +298,7 @@ def _take(
             return None  # somebody is about to take it, or to add a run to its thread
         last_token = lock_thread(connection, row.tenant, row.thread_id)
     # Read again under the lock on the thread: a claim of another run of it may have been first.
-    query = sa.select(_is_behind_another(), _has_rollback()).where(runs.c.seq == row.seq)
-    is_behind, has_rollback = connection.execute(query).one()
+    is_behind, has_rollback = connection.execute(_LOOK_AGAIN, {"seq": row.seq}).one()
     if is_behind:
         return None
     is_recovery = row.status == RunStatus.RUNNING
@@ -358,19 +364,6 @@ def _is_known(connection: Connection, row: sa.Row[Any]) -> bool:
         leases.c.tenant == row.tenant, leases.c.thread_id == row.thread_id
     )
     return connection.execute(query).first() is not None
-
-
-def _has_rollback() -> sa.ColumnElement[bool]:
-    other = runs.alias("rolled_back")
-    return (
-        sa.exists()
-        .where(
-            other.c.tenant == runs.c.tenant,
-            other.c.thread_id == runs.c.thread_id,
-            other.c.rollback == sa.literal_column("'pending'"),
-        )
-        .correlate(runs)
-    )
 
 
 def _rolled_back(connection: Connection, row: sa.Row[Any]) -> tuple[str, ...]:

@@ -55,12 +55,15 @@ class Paused:
 
 def paused(connection: Connection, tenant: str) -> Paused:
     """Read what is paused."""
-    query = sa.select(pauses.c.scope, pauses.c.name).where(_concerns(tenant))
-    return Paused(frozenset((row.scope, row.name) for row in connection.execute(query)))
+    found = connection.execute(_FIND_PAUSED, {"tenant": tenant})
+    return Paused(frozenset((row.scope, row.name) for row in found))
 
 
-def _concerns(tenant: str) -> sa.ColumnElement[bool]:
+def _concerns(tenant: Any) -> sa.ColumnElement[bool]:
     return sa.or_(pauses.c.tenant == tenant, pauses.c.scope == STORE)
+
+
+_FIND_PAUSED = sa.select(pauses.c.scope, pauses.c.name).where(_concerns(sa.bindparam("tenant")))
 
 
 def check_not_paused(connection: Connection, row: sa.Row[Any]) -> None:

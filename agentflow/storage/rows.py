@@ -209,10 +209,17 @@ def to_dead_letter(row: sa.Row[Any], payloads: Payloads) -> DeadLetter:
     )
 
 
+# Put together once: nearly every verb begins with one of them.
+_FIND_RUN = sa.select(runs).where(
+    runs.c.tenant == sa.bindparam("tenant"), runs.c.run_id == sa.bindparam("run_id")
+)
+_LOCK_RUN = _FIND_RUN.with_for_update()
+
+
 def find_run(connection: Connection, tenant: str, run_id: str, *, lock: bool) -> sa.Row[Any] | None:
     """Read a run's row, locked against other transitions if asked."""
-    query = sa.select(runs).where(runs.c.tenant == tenant, runs.c.run_id == run_id)
-    return connection.execute(query.with_for_update() if lock else query).first()
+    named = {"tenant": tenant, "run_id": run_id}
+    return connection.execute(_LOCK_RUN if lock else _FIND_RUN, named).first()
 
 
 def get_run(connection: Connection, tenant: str, run_id: str, *, lock: bool) -> sa.Row[Any]:

@@ -168,10 +168,6 @@ class SqlRunStore(RunStore):
     ) -> list[ClaimedRun]:
         if limit <= 0 or not queues or not graphs:
             return []
-        if not await self._database.read(
-            lambda connection: claims.has_due(connection, self._payloads, tenant, queues, graphs)
-        ):
-            return []
         return await self._write(
             claims.claim_runs,
             tenant,
@@ -273,6 +269,8 @@ class SqlRunStore(RunStore):
             checkpoint_id=checkpoint_id,
             step=step,
         )
+        if not delay:
+            self._tell("due")
 
     async def fail_run(
         self,
