@@ -21,7 +21,13 @@ from agentflow.config import Settings, load_settings
 from agentflow.control import AttemptControl, monotonic
 from agentflow.dead_letters import DeadLetters
 from agentflow.doctor import Diagnosis, diagnose
-from agentflow.drive import Driver, RegisteredGraph, check_nodes, end_cancelled
+from agentflow.drive import (
+    Driver,
+    RegisteredGraph,
+    check_nodes,
+    drained_by_interrupt,
+    end_cancelled,
+)
 from agentflow.errors import (
     InvalidInputError,
     RunCancelledError,
@@ -363,6 +369,9 @@ class AgentFlow:
     async def drive(self, run_id: str) -> Run:
         """Drive a run here and now, under a lease, to its end or to its first wait.
 
+        An interrupt at the keyboard lets it come to the end of its step first; another one does
+        not.
+
         Raises:
             NotFoundError: There is no such run.
             ThreadBusyError: Somebody else holds the run, or its thread.
@@ -386,7 +395,9 @@ class AgentFlow:
                     await listener.wait(self._settings.poll_interval.total_seconds())
                 else:
                     driver = Driver(self._store, self._saver, keeper, threads)
-                    await driver.attempt(registered, claimed, AttemptControl(), since=since)
+                    control = AttemptControl()
+                    with drained_by_interrupt(control):
+                        await driver.attempt(registered, claimed, control, since=since)
 
     async def cancel(self, run_id: str, *, reason: str | None = None, by: str | None = None) -> Run:
         """Cancel a run: at once unless a worker has it, else as soon as that worker hears of it.
