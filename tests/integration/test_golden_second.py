@@ -60,6 +60,10 @@ def url(form: str, tmp_path: Path) -> Iterator[str]:
         yield f"sqlite:///{file}"
 
 
+LATER = {"agentflow_pauses.reason"}
+"""Columns that a later revision has added, and which are therefore empty."""
+
+
 async def test_everything_is_listed_as_it_was_and_nothing_is_damaged(
     form: str,
     url: str,
@@ -67,7 +71,9 @@ async def test_everything_is_listed_as_it_was_and_nothing_is_damaged(
 ) -> None:
     expected = json.loads(gzip.decompress(v2.listing_of(form).read_bytes()))
     assert await list_database(url, tenants=v2.TENANTS) == expected
-    assert all(payloads(url).values()), "a column without a payload shows nothing"
+    found = payloads(url)
+    found = {column: rows for column, rows in found.items() if column not in LATER}
+    assert all(found.values()), "a column without a payload shows nothing"
     async for audited in saver.verify():
         assert audited.damages == []
 
