@@ -31,6 +31,9 @@ class Settings:
     separated by commas; the first one seals). With `AGENTFLOW_ACCEPT_PLAINTEXT=1` what was stored
     before is still read."""
 
+    offload: str | None = None
+    """Where values that are too large for rows are kept (`AGENTFLOW_OFFLOAD`, a URL)."""
+
     @property
     def heartbeat(self) -> timedelta:
         """How often a lease is extended: three times within its length, with slack."""
@@ -52,6 +55,7 @@ def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
         poll_interval=_seconds(env, "AGENTFLOW_POLL_INTERVAL", defaults.poll_interval),
         store_timeout=_seconds(env, "AGENTFLOW_STORE_TIMEOUT", defaults.store_timeout),
         keys=_keys(env),
+        offload=env.get("AGENTFLOW_OFFLOAD") or None,
     )
 
 

@@ -94,7 +94,7 @@ class _Collected:
         thread = found.row.thread
         parts = held.stored if isinstance(held.stored, tuple) else ()
         stretches = self._rows.list_values((thread, part) for part in parts)
-        return self._encoder.read_value(thread, self._place, channel, held, stretches)[0]
+        return self._encoder.read_value(found, channel, held, stretches)[0]
 
 
 def _line(rows: Rows, encoder: Encoder, key: HeadKey, checkpoint_id: str) -> Iterator[_Ancestor]:

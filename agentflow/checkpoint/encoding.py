@@ -22,7 +22,8 @@ from langgraph.checkpoint.base import (
 )
 from langgraph.checkpoint.serde.types import ERROR
 
-from agentflow.checkpoint.pending import Write, open_value
+from agentflow.checkpoint.offload import open_value
+from agentflow.checkpoint.pending import Write
 from agentflow.checkpoint.planning import (
     INLINE,
     GrownList,
@@ -295,8 +296,7 @@ class Encoder:
     def read(self, found: FoundCheckpoint, parts: Loaded) -> CheckpointTuple:
         """Decode a stored checkpoint, and stamp it with what the reader saw."""
         row = found.row
-        place = Place(found.tenant, found.thread_id, row.ns)
-        values = self._read_values(found, parts, place)
+        values = self._read_values(found, parts)
         body, metadata = parts.record.body, parts.record.metadata
         checkpoint = cast("Checkpoint", {**body, "id": row.checkpoint_id, "channel_values": values})
         step = metadata.get("step")
@@ -324,15 +324,13 @@ class Encoder:
             pending_writes=list(parts.writes),
         )
 
-    def _read_values(self, found: FoundCheckpoint, loaded: Loaded, place: Place) -> dict[str, Any]:
+    def _read_values(self, found: FoundCheckpoint, loaded: Loaded) -> dict[str, Any]:
         values: dict[str, Any] = {}
         lists: Lists = {}
         for channel, held in loaded.record.layout.items():
             if held.stored is None:
                 continue
-            values[channel], known = self.read_value(
-                found.row.thread, place, channel, held, loaded.stretches
-            )
+            values[channel], known = self.read_value(found, channel, held, loaded.stretches)
             if known is not None:
                 lists[channel] = (held.version, known)
         if lists and found.row.seq == found.head_seq:
@@ -341,20 +339,23 @@ class Encoder:
         return values
 
     def read_value(
-        self, thread: int, place: Place, channel: str, held: Held, stretches: Stretches
+        self, found: FoundCheckpoint, channel: str, held: Held, stretches: Stretches
     ) -> tuple[Any, KnownList | None]:
         """Decode a stored value, and note a list, so that its successor only adds.
 
         Raises:
             HashMismatchError: It is not what its checkpoint was hashed with.
             MissingBlobError: Not all of it is there.
+            ObjectStoreError: An object that it is in could not be read.
         """
-        where = place.of_channel(channel)
+        row = found.row
+        place = Place(found.tenant, found.thread_id, row.ns)
+        where = place.of(f"channel {channel!r} of checkpoint {row.checkpoint_id!r}")
         stored = held.stored
         assert stored is not None
         if isinstance(stored, bytes):
             return self.codec.deserialize(stored, where=where), None
-        rows = [stretches.get((thread, part.series), ()) for part in stored]
+        rows = [stretches.get((row.thread, part.series), ()) for part in stored]
         if stored[0].length != WHOLE:
             value, known = self._join(place, stored, rows, where)
             digest = known.hasher.digest()

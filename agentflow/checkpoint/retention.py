@@ -15,6 +15,8 @@ from typing import Any, Literal
 from langgraph.checkpoint.serde.types import INTERRUPT, TASKS
 from langgraph.constants import START
 
+from agentflow.checkpoint.archive import archive
+from agentflow.checkpoint.collection import GRACE, collect
 from agentflow.checkpoint.encoding import Encoder, open_record
 from agentflow.checkpoint.pruning import (
     Ask,
@@ -25,7 +27,7 @@ from agentflow.checkpoint.pruning import (
     delete,
     prune,
 )
-from agentflow.checkpoint.records import Place, Record
+from agentflow.checkpoint.records import Record
 from agentflow.checkpoint.rows import (
     FoundCheckpoint,
     Held,
@@ -33,7 +35,8 @@ from agentflow.checkpoint.rows import (
     ThreadKey,
     ThreadState,
 )
-from agentflow.errors import BlockedTypeError, FencedError, InvalidInputError
+from agentflow.errors import BlockedTypeError, ConflictError, FencedError, InvalidInputError
+from agentflow.objects import open_objects
 from agentflow.types import Duration, to_timedelta
 
 Reason = Literal["unfinished", "held"]
@@ -52,13 +55,17 @@ class Retention:
     task), or that a run holds, is kept as it is.
 
     Raises:
-        InvalidInputError: A limit is not positive.
+        InvalidInputError: A limit is not positive, or `archive` malformed.
+        UnsupportedUrlError: The scheme of `archive` is unknown.
+        ObjectStoreError: The folder of `archive` is not there.
     """
 
     keep_last: int | None = None
     """How many checkpoints of each namespace."""
     ttl: Duration | None = None
     """How long after its newest checkpoint a thread is deleted."""
+    archive: str | None = None
+    """The object store, as a URL, in which a thread is archived before it is deleted."""
 
     def __post_init__(self) -> None:
         """Refuse what would delete what is in use."""
@@ -66,6 +73,8 @@ class Retention:
             raise InvalidInputError("retention", ("keep_last: must be at least 1",))
         if self.ttl is not None and to_timedelta(self.ttl) <= timedelta():
             raise InvalidInputError("retention", ("ttl: must be longer than nothing",))
+        if self.archive is not None:
+            open_objects(self.archive)
 
 
 Chooser = Callable[[Sequence[str]], Awaitable[Mapping[str, Retention]]]
@@ -93,6 +102,10 @@ class SweepReport:
     swept: tuple[SweptThread, ...]
     spared: Mapping[Reason, int]
     """How many threads were let be because something may still happen to them."""
+    objects: int = 0
+    """How many objects, to which nothing refers any more, were removed from the object tier."""
+    object_bytes: int = 0
+    """Their bytes."""
 
     @property
     def checkpoints(self) -> int:
@@ -107,8 +120,12 @@ def sweep(
     now: datetime,
     *,
     dry_run: bool,
+    grace: Duration = GRACE,
 ) -> Steps[SweepReport]:
-    """Go through a tenant's threads; each page of ids is asked about first."""
+    """Go through a tenant's threads; each page of ids is asked about first.
+
+    A sweep of all threads also removes the objects that nothing needs, of whatever tenant.
+    """
     swept: list[SweptThread] = []
     spared: dict[Reason, int] = {}
     seen, after = 0, ""
@@ -127,7 +144,16 @@ def sweep(
         seen, after = seen + len(page), page[-1]
     if not dry_run:
         yield from clear_retired()
-    return SweepReport(dry_run=dry_run, threads=seen, swept=tuple(swept), spared=spared)
+    tier = encoder.codec.tier if given is None else None
+    collected = yield from collect(tier, now, to_timedelta(grace), dry_run=dry_run)
+    return SweepReport(
+        dry_run=dry_run,
+        threads=seen,
+        swept=tuple(swept),
+        spared=spared,
+        objects=collected.objects,
+        object_bytes=collected.size,
+    )
 
 
 def _page(tenant: str, given: Sequence[str] | None, after: str, rows: Rows) -> Sequence[str]:
@@ -175,16 +201,27 @@ class _Thread:
     def _delete(self, look: _Look, *, dry_run: bool) -> Steps[SweptThread | Reason]:
         count = yield from self._count(look, 0)
         if not dry_run:
-            # If nothing has changed since, it has still ended.
             try:
-                is_gone = yield from delete(
-                    self.key, None, guard=lambda _, state: state.version == look.state.version
-                )
+                is_gone = yield from self._remove(look.state.version)
             except FencedError:
                 return "held"
             if not is_gone:
                 return "unfinished"
         return self._swept(count, is_deleted=True)
+
+    def _remove(self, version: tuple[int, bool, int]) -> Steps[bool]:
+        """Archive and delete, or only delete; say whether it was still what was looked at.
+
+        If nothing has changed since, it has still ended.
+        """
+        if self.retention.archive is None:
+            return (yield from delete(self.key, None, guard=lambda _, s: s.version == version))
+        store, codec = open_objects(self.retention.archive), self.encoder.codec
+        try:
+            yield from archive(codec, self.key, store, None, keep=False, version=version)
+        except ConflictError:
+            return False
+        return True
 
     def _swept(self, count: int, *, is_deleted: bool) -> SweptThread:
         return SweptThread(thread_id=self.key[1], checkpoints=count, is_deleted=is_deleted)
@@ -303,12 +340,11 @@ def _is_filled(
     rows: Rows, encoder: Encoder, found: FoundCheckpoint, channel: str, held: Held
 ) -> bool:
     """Whether there are sends to follow, or all the nodes that a join waits for have ended."""
-    place = Place(found.tenant, found.thread_id, found.row.ns)
     thread, stored = found.row.thread, held.stored
     parts = stored if isinstance(stored, tuple) else ()
     stretches = rows.list_values((thread, part) for part in parts)
     try:
-        value = encoder.read_value(thread, place, channel, held, stretches)[0]
+        value = encoder.read_value(found, channel, held, stretches)[0]
     except BlockedTypeError:
         # There is something in it.
         return True

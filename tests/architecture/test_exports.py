@@ -10,6 +10,7 @@ from agentflow import errors
 EXPORTS = {
     "agentflow": {"AgentFlow", "RetryPolicy", "request_approval"},
     "agentflow.checkpoint": {
+        "Archived",
         "Retention",
         "Save",
         "Saver",
@@ -29,7 +30,13 @@ ERRORS = {
         "UnknownGraphError",
         "UnsupportedUrlError",
     },
-    "StoreError": {"ConflictError", "FencedError", "NotFoundError", "StoreUnavailableError"},
+    "StoreError": {
+        "ConflictError",
+        "FencedError",
+        "NotFoundError",
+        "ObjectStoreError",
+        "StoreUnavailableError",
+    },
     "ConflictError": {
         "AlreadyResolvedError",
         "IdempotencyConflictError",
