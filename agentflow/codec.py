@@ -174,7 +174,17 @@ class Codec:
     def seal(self, body: bytes, context: bytes = b"") -> bytes:
         """Put serialized bytes into an envelope."""
         flags, stored = self._compressed(body)
-        return self._enveloped(flags, stored, len(body), context)
+        return _enveloped(flags, stored, len(body), context, self._current)
+
+    def seal_like(self, sealed: bytes, body: bytes, context: bytes) -> bytes:
+        """Put serialized bytes into an envelope under the key of another one, or without, as that.
+
+        What has a keyed hash beside it, which stays, has to stay under that key.
+        """
+        name = _read_header(sealed, "").key
+        key = self._key(name, "") if name else None
+        flags, stored = self._compressed(body)
+        return _enveloped(flags, stored, len(body), context, key)
 
     def compress(self, body: bytes) -> Compressed:
         """Do the first half of `seal`, after which it is known how large it will be."""
@@ -182,11 +192,11 @@ class Codec:
 
     def envelope(self, compressed: Compressed, context: bytes) -> bytes:
         """Do the second half of `seal`."""
-        return self._enveloped(*compressed, context)
+        return _enveloped(*compressed, context, self._current)
 
     def seal_reference(self, body: bytes, context: bytes) -> bytes:
         """Put what says where a value is, instead of the value, into an envelope."""
-        return self._enveloped(_APART, body, len(body), context)
+        return _enveloped(_APART, body, len(body), context, self._current)
 
     def unseal_reference(self, data: bytes, context: bytes, *, where: str = "") -> bytes:
         """Verify an envelope that `is_apart`, and return what is in it."""
@@ -206,14 +216,9 @@ class Codec:
                 return _COMPRESSED, smaller
         return 0, body
 
-    def _enveloped(self, flags: int, stored: bytes, length: int, context: bytes) -> bytes:
-        if self._keys is None:
-            header = _HEADER.pack(VERSION, flags, _MSGPACK, 0, length)
-            return b"".join((header, _digest(header, context, stored), stored))
-        key = self._keys.current
-        header = _HEADER.pack(VERSION, flags | _ENCRYPTED, _MSGPACK, len(key.id), length)
-        header += key.id
-        return header + key.seal(stored, header + context)
+    @property
+    def _current(self) -> Key | None:
+        return None if self._keys is None else self._keys.current
 
     def _unsealed(self, data: bytes, header: _Header, context: bytes, where: str) -> bytes:
         if not header.flags & _ENCRYPTED:
@@ -257,6 +262,15 @@ class Codec:
         if key is None:
             raise UnknownKeyError(name, where)
         return key
+
+
+def _enveloped(flags: int, stored: bytes, length: int, context: bytes, key: Key | None) -> bytes:
+    if key is None:
+        header = _HEADER.pack(VERSION, flags, _MSGPACK, 0, length)
+        return b"".join((header, _digest(header, context, stored), stored))
+    header = _HEADER.pack(VERSION, flags | _ENCRYPTED, _MSGPACK, len(key.id), length)
+    header += key.id
+    return header + key.seal(stored, header + context)
 
 
 def context_of(*parts: str | int | bool | bytes | None) -> bytes:

@@ -405,9 +405,8 @@ class _Batch:
             channel: held._replace(stored=closed(held.stored))
             for channel, held in record.layout.items()
         }
-        data = pack_record(
-            self.encoder.codec, place, row, record.head, layout, record.calls, record.parent_hash
-        )
+        codec, facts = self.encoder.codec, (record.head, layout, record.calls, record.parent_hash)
+        data = pack_record(codec, place, row, *facts, like=row.data)
         done[head.seq] = row._replace(data=data)
         change.repeated[:] = done.values()
 
