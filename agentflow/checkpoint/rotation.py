@@ -129,7 +129,7 @@ def _rotate(codec: Codec, thread: ThreadKey, rows: Rows) -> int:
         change = ThreadChange(state, state)
         old = [row for row in values if not codec.is_current(row.data)]
         store([copier.value(rows, row, change) for row in old])
-        if change.objects:
+        if change.objects or change.released:
             rows.apply([change])
     for writes in _pages(rows, state, WritesRow):
         store([copier.writes(row) for row in writes if not codec.is_current(row.data)])

@@ -27,7 +27,7 @@ from agentflow.checkpoint.rows import (
     ValueRow,
     WritesRow,
 )
-from agentflow.codec import Codec
+from agentflow.codec import Codec, is_apart
 from agentflow.database.writer import Rejected
 from agentflow.errors import ConflictError
 from agentflow.types import Lease
@@ -129,6 +129,8 @@ class Copier:
         sealed = reseal_value(self._codec, rows, before, after, row, before.of("a value"))
         made = row._replace(thread=self._number, data=sealed.data)
         note(change, sealed, made, self._codec.tier)
+        if is_apart(row.data) and not sealed.object:
+            change.released.append((row.series, row.start))
         return made
 
     def anchor(self, row: AnchorRow) -> AnchorRow:
