@@ -491,7 +491,7 @@ class AgentFlow:
 
         Args:
             retention: What is kept of the threads of graphs that were registered without a
-                `retention`; `None` keeps all of them.
+                `retention`; by default what the checkpointer was opened with, or all of them.
             dry_run: Only say what would go.
 
         Raises:
@@ -501,9 +501,10 @@ class AgentFlow:
             raise InvalidInputError(
                 "checkpoints", ("must be opened by open_checkpointer to be swept",)
             )
+        default = retention or self._saver.retention
 
         async def choose(thread_ids: Sequence[str]) -> dict[str, Retention]:
-            kept = {name: await self._retention(name, retention) for name in thread_ids}
+            kept = {name: await self._retention(name, default) for name in thread_ids}
             return {name: each for name, each in kept.items() if each is not None}
 
         return await self._saver.asweep(choose, dry_run=dry_run, clock=self._clock)

@@ -27,6 +27,7 @@ import zstandard
 
 from agentflow.errors import (
     HashMismatchError,
+    SerializationError,
     UnencryptedValueError,
     UnknownKeyError,
     UnknownVersionError,
@@ -44,6 +45,8 @@ It lets other threads run meanwhile, and has to wait for them afterwards.
 """
 MAX_EXPANSION = 100_000
 """How many times its stored size a value may have; Zstandard itself reaches no more."""
+MAX_SIZE = 1 << 30
+"""Bytes of the largest value; nobody who writes to the database makes a reader allocate more."""
 
 _HEADER = struct.Struct(">BBBBQ")
 _MSGPACK = 1
@@ -56,6 +59,8 @@ _WINDOW = 22
 An input stands beside the writes that are made of it, which often repeat it.
 """
 _FAST_FROM = 64 * 1024
+_NOT_SAID = -1
+"""What Zstandard says of frames without a length, such as those that are made here."""
 
 
 class _Zstd(threading.local):
@@ -172,7 +177,11 @@ class Codec:
         return self._serializer.loads(data, where=where)
 
     def seal(self, body: bytes, context: bytes = b"") -> bytes:
-        """Put serialized bytes into an envelope."""
+        """Put serialized bytes into an envelope.
+
+        Raises:
+            SerializationError: There are too many of them.
+        """
         flags, stored = self._compressed(body)
         return _enveloped(flags, stored, len(body), context, self._current)
 
@@ -187,7 +196,11 @@ class Codec:
         return _enveloped(flags, stored, len(body), context, key)
 
     def compress(self, body: bytes) -> Compressed:
-        """Do the first half of `seal`, after which it is known how large it will be."""
+        """Do the first half of `seal`, after which it is known how large it will be.
+
+        Raises:
+            SerializationError: There are too many bytes.
+        """
         return Compressed(*self._compressed(body), len(body))
 
     def envelope(self, compressed: Compressed, context: bytes) -> bytes:
@@ -210,6 +223,8 @@ class Codec:
         return self._unsealed(data, header, context, where)
 
     def _compressed(self, body: bytes) -> tuple[int, bytes]:
+        if len(body) > MAX_SIZE:
+            raise SerializationError("bytes", "", f"it is larger than {MAX_SIZE:,} bytes; split it")
         if self._compress and len(body) >= COMPRESS_FROM:
             smaller = _zstd.compress(body)
             if len(smaller) < len(body):
@@ -333,9 +348,12 @@ def _verified(data: bytes, header: _Header, context: bytes, where: str) -> bytes
 
 
 def _decompressed(stored: bytes, length: int, where: str) -> bytes:
-    if length > len(stored) * MAX_EXPANSION:
+    if length > min(len(stored) * MAX_EXPANSION, MAX_SIZE):
         raise HashMismatchError(where, "its length does not match")
     try:
+        # A frame that says how long it is would be believed, whatever the limit.
+        if zstandard.frame_content_size(stored) not in {_NOT_SAID, length}:
+            raise HashMismatchError(where, "its length does not match")
         return _zstd.decompress(stored, max_output_size=length)
     except zstandard.ZstdError as exc:
         raise HashMismatchError(where, "it cannot be decompressed") from exc

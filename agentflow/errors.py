@@ -20,6 +20,7 @@ The tree::
     │   │   └── LeaseLostError
     │   ├── ObjectStoreError
     │   └── StoreUnavailableError
+    │       └── StoreDamagedError
     ├── CodecError
     │   ├── UnknownVersionError
     │   ├── UnknownKeyError
@@ -318,6 +319,17 @@ class StoreUnavailableError(StoreError):
         return (
             f"cannot reach {self.store}: {self.reason}; "
             "check that it runs and that the URL is right"
+        )
+
+
+class StoreDamagedError(StoreUnavailableError):
+    """The database itself says that its file is damaged, or is none of its own."""
+
+    def __str__(self) -> str:
+        """Say that waiting does not help."""
+        return (
+            f"the database {self.store} is damaged: {self.reason}; nothing was executed, restore "
+            "it from a backup, or see that the URL is right"
         )
 
 
@@ -635,6 +647,7 @@ _MEANINGS: dict[type[AgentflowError], Meaning] = {
     FencedError: Meaning("fenced", 409, 4),
     StoreUnavailableError: Meaning("store_unavailable", 503, 1),
     ObjectStoreError: Meaning("object_store", 503, 1),
+    StoreDamagedError: Meaning("store_damaged", 500, 1),
     InputError: Meaning("invalid", 422, 1),
     InvalidInputError: Meaning("invalid_input", 422, 1),
     InvalidDecisionError: Meaning("invalid_answer", 422, 1),

@@ -1,9 +1,10 @@
 """Turns values into MessagePack bytes and back, exactly or not at all.
 
 What comes back equals what went in: tuples stay tuples, enums stay enums, dictionary keys keep
-their type. A subclass of a builtin container, text or number comes back as that builtin, which
-compares equal. What could not be loaded back is refused when it is written, with its path and its
-type; the alternative is a run that can no longer be resumed, found out days later.
+their type, Python's own mappings what they are. Another subclass of a builtin container, text or
+number comes back as that builtin, which compares equal. What could not be loaded back is refused
+when it is written, with its path and its type; the alternative is a run that can no longer be
+resumed, found out days later.
 
 Stored data never causes an import. A class is found by name among the modules that this process has
 imported already, and only if the allow-list names it; there is no pickle.
@@ -106,6 +107,10 @@ class _Ext(enum.IntEnum):
     SEND = 28
     DELTA_SNAPSHOT = 29
     NDARRAY = 30
+    ORDERED = 31
+    COUNTER = 32
+    DEFAULTS = 33
+    """A `defaultdict`, as the name of what makes its values and a list of pairs."""
 
 
 class _Pairs:
@@ -216,17 +221,20 @@ class Serializer:
         return self._default_class(value, cls)
 
     def _default_class(self, value: Any, cls: type) -> Any:
+        if isinstance(value, BaseException):
+            raise _RefusedError("an exception cannot be rebuilt; store its type and text instead")
         if isinstance(value, enum.Enum):
-            return self._ext(_Ext.ENUM, [self._name(cls), value.value])
+            return self._ext(_Ext.ENUM, [self._name(cls), self._enum_value(value)])
         if isinstance(value, BaseModel):
             return self._ext(_Ext.PYDANTIC, [self._name(cls), *_pydantic_state(value)])
         if dataclasses.is_dataclass(value):
-            return self._ext(_Ext.DATACLASS, [self._name(cls), _dataclass_state(value)])
+            name = self._name(cls)
+            if not _is_plain(cls):
+                raise _RefusedError("a dataclass that is also a builtin; keep that in a field")
+            return self._ext(_Ext.DATACLASS, [name, _dataclass_state(value)])
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             fields = {name: getattr(value, name) for name in value._fields}
             return self._ext(_Ext.NAMEDTUPLE, [self._name(cls), fields])
-        if isinstance(value, BaseException):
-            raise _RefusedError("an exception cannot be rebuilt; store its type and text instead")
         if isinstance(value, pathlib.PurePath):
             return self._ext(_Ext.PATH, [_path_flavour(value), str(value)])
         if (numpy := sys.modules.get("numpy")) is not None and isinstance(value, numpy.ndarray):
@@ -249,6 +257,19 @@ class Serializer:
                 raise _RefusedError(f'not in the allow-list; add allow=["{name}"]')
             self._checked[cls] = name
         return name
+
+    def _enum_value(self, member: enum.Enum) -> Any:
+        """Return the value by which loading will find a member."""
+        cls, value = type(member), member.value
+        if type(value) not in {str, int, bytes}:
+            # One that is equal to no copy of itself, such as NaN, would be looked for in vain.
+            try:
+                is_found = cls(self._unpack(self._pack(value), "")) is member
+            except ValueError:
+                is_found = False
+            if not is_found:
+                raise _RefusedError("its class does not find this member by its value")
+        return value
 
     def _is_allowed(self, name: str) -> bool:
         if self._names is None or name in self._names:
@@ -408,7 +429,7 @@ def _rewrite(value: Any) -> Any:
         except UnicodeEncodeError:
             return _Text(value.encode("utf-8", "surrogatepass"))
         return value
-    if isinstance(value, dict):
+    if isinstance(value, dict) and type(value) not in _ENCODERS:
         pairs = [(_rewrite(key), _rewrite(item)) for key, item in value.items()]
         if all(type(key) is str for key, _ in pairs):
             return dict(pairs)
@@ -495,9 +516,22 @@ def _field_names(cls: type[BaseModel]) -> frozenset[str]:
     return frozenset(cls.model_fields)
 
 
+@lru_cache(maxsize=1024)
+def _is_plain(cls: type) -> bool:
+    """Whether an instance can be made without a constructor that knows more than its fields."""
+    try:
+        object.__new__(cls)
+    except TypeError:
+        return False
+    return True
+
+
 def _dataclass_state(value: Any) -> dict[str, Any]:
     names = [field.name for field in dataclasses.fields(value) if hasattr(value, field.name)]
-    return {**{name: getattr(value, name) for name in names}, **getattr(value, "__dict__", {})}
+    state = {**{name: getattr(value, name) for name in names}, **getattr(value, "__dict__", {})}
+    # With which parameters a generic class was called; for type checkers, and nothing to store.
+    state.pop("__orig_class__", None)
+    return state
 
 
 def _build_dataclass(cls: type, state: dict[str, Any]) -> Any:
@@ -518,7 +552,13 @@ def _build_dataclass(cls: type, state: dict[str, Any]) -> Any:
 
 
 def _build_namedtuple(cls: Any, state: dict[str, Any]) -> Any:
-    return cls(**state)
+    """Rebuild without the class's own constructor; a field added since gets its default."""
+    if state.keys() - set(cls._fields):
+        raise ValueError(cls)
+    state = {**cls._field_defaults, **state}
+    if len(state) < len(cls._fields):
+        raise ValueError(cls)
+    return tuple.__new__(cls, (state[name] for name in cls._fields))
 
 
 def _build_enum(cls: Any, value: Any) -> Any:
@@ -583,9 +623,17 @@ def _build_time(value: list[Any]) -> time:
     return time.fromisoformat(text).replace(tzinfo=tzinfo, fold=fold)
 
 
+_NDARRAY_KINDS = "biufcmMSU"
+"""Kinds of elements that their type's short name says all about."""
+
+
 def _ndarray_state(value: Any) -> list[Any]:
+    if type(value) is not sys.modules["numpy"].ndarray:
+        raise _RefusedError("more than an array; keep plain arrays, for a masked one two of them")
     if value.dtype.hasobject:
         raise _RefusedError("an array of Python objects; use a list")
+    if value.dtype.kind not in _NDARRAY_KINDS:
+        raise _RefusedError("an array of records; keep an array for each field")
     return [value.dtype.str, list(value.shape), value.tobytes()]
 
 
@@ -610,6 +658,34 @@ def _range(value: range) -> list[int]:
     return [value.start, value.stop, value.step]
 
 
+def _pairs(value: Mapping[Any, Any]) -> list[list[Any]]:
+    return [[key, item] for key, item in value.items()]
+
+
+def _defaults(value: collections.defaultdict[Any, Any]) -> list[Any]:
+    make = value.default_factory
+    name = next((name for name, known in _FACTORIES.items() if known is make), None)
+    if name is None:
+        known = ", ".join(filter(None, _FACTORIES))
+        raise _RefusedError(f"what makes its values must be one of {known}; or use a plain dict")
+    return [name, _pairs(value)]
+
+
+def _build_defaults(value: list[Any]) -> collections.defaultdict[Any, Any]:
+    name, pairs = value
+    return collections.defaultdict(_FACTORIES[name], map(tuple, pairs))
+
+
+_FACTORIES: dict[str, Callable[[], Any] | None] = {
+    "": None,
+    **{cls.__name__: cls for cls in (bool, dict, float, frozenset, int, list, set, str, tuple)},
+    "Counter": collections.Counter,
+    "OrderedDict": collections.OrderedDict,
+    "deque": collections.deque,
+}
+"""What may make the values of a `defaultdict`, by the name that is stored."""
+
+
 def _deque(value: collections.deque[Any]) -> list[Any]:
     return [list(value), value.maxlen]
 
@@ -627,6 +703,9 @@ _Encoder = tuple[_Ext, Callable[[Any], Any]]
 _ENCODERS: dict[type, _Encoder] = {
     tuple: (_Ext.TUPLE, list),
     collections.deque: (_Ext.DEQUE, _deque),
+    collections.OrderedDict: (_Ext.ORDERED, _pairs),
+    collections.Counter: (_Ext.COUNTER, _pairs),
+    collections.defaultdict: (_Ext.DEFAULTS, _defaults),
     int: (_Ext.BIG_INT, str),
     complex: (_Ext.COMPLEX, lambda value: [value.real, value.imag]),
     fractions.Fraction: (_Ext.FRACTION, lambda v: [v.numerator, v.denominator]),
@@ -651,6 +730,9 @@ _DECODERS: dict[int, Callable[[Any], Any]] = {
     _Ext.TUPLE: tuple,
     _Ext.DEQUE: lambda value: collections.deque(value[0], maxlen=value[1]),
     _Ext.MAP: lambda value: dict(map(tuple, value)),
+    _Ext.ORDERED: lambda value: collections.OrderedDict(map(tuple, value)),
+    _Ext.COUNTER: lambda value: collections.Counter(dict(map(tuple, value))),
+    _Ext.DEFAULTS: _build_defaults,
     _Ext.BIG_INT: int,
     _Ext.COMPLEX: lambda value: complex(value[0], value[1]),
     _Ext.FRACTION: lambda value: fractions.Fraction(value[0], value[1]),

@@ -93,9 +93,9 @@ def _watch(saver: Saver) -> list[float]:
     writer = saver._database._writer
     transact, times = writer._transact, []
 
-    def timed(batch: Any) -> Any:
+    def timed(batch: Any, *, is_patient: bool) -> Any:
         began = time.perf_counter()
-        outcomes = transact(batch)
+        outcomes = transact(batch, is_patient=is_patient)
         times.append(time.perf_counter() - began)
         return outcomes
 

@@ -102,6 +102,12 @@ class PostgresServer:
         with self._connect(self.port) as connection:
             connection.execute(statement)
 
+    def dump(self, database: str) -> bytes:
+        """Return what `pg_dump` makes of a database."""
+        options = ["--host=127.0.0.1", f"--port={self.port}", "--username=agentflow"]
+        command = [str(self._programs / "pg_dump"), *options, database]
+        return subprocess.run(command, capture_output=True, check=True, timeout=60).stdout
+
     def log(self) -> str:
         """Return the end of what the server wrote about itself."""
         return self._daemon.log()

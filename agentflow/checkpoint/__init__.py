@@ -36,6 +36,7 @@ def open_checkpointer(
     redact: Redact | None = None,
     offload: str | None = None,
     offload_from: int = OFFLOAD_FROM,
+    retention: Retention | None = None,
 ) -> Saver:
     """Open a checkpointer on the database at `url`.
 
@@ -68,6 +69,7 @@ def open_checkpointer(
             is there; without it the environment's `AGENTFLOW_OFFLOAD`, if there is one. Whoever
             reads such values needs it too.
         offload_from: How many bytes, as stored, make a value too large.
+        retention: What `sweep` keeps, unless it is told otherwise; nothing is swept by itself.
 
     Raises:
         UnsupportedUrlError: A URL's scheme is unknown.
@@ -98,4 +100,5 @@ def open_checkpointer(
         owns_database=True,
         verify_deltas=verify_deltas,
         save=save,
+        retention=retention,
     )

@@ -20,7 +20,7 @@ from typing import Any, Final, Generic, NamedTuple
 import ormsgpack
 
 from agentflow.checkpoint.offload import open_value, read_reference
-from agentflow.checkpoint.records import Call, Place, hash_of, references
+from agentflow.checkpoint.records import Call, Place, cut_chain, hash_of, references
 from agentflow.checkpoint.rows import (
     RETIRED,
     WHOLE,
@@ -366,7 +366,7 @@ class _ThreadAudit:
         reason = (
             f"the hash of its parent {parent_id!r} is another one than when it was stored"
             if known
-            else f"its chain is cut: its parent {parent_id!r} was deleted, and left no anchor"
+            else cut_chain(parent_id)
         )
         where = self._place.of(f"checkpoint {checkpoint_id!r}")
         self._report(HashMismatchError(where, reason), Referrer(self._place.ns, checkpoint_id))

@@ -72,6 +72,8 @@ T = TypeVar("T")
 PruneStrategy = Literal["keep_latest", "delete"]
 _WIDTH = 12
 """Digits of a new thread's versions, which are compared as text."""
+_RUNS_AT_ONCE = 10_000
+"""A statement may not name any number of them."""
 MAX_ID = 1000
 """Bytes of the longest id or namespace; PostgreSQL's indexes take no more than two of these."""
 
@@ -99,6 +101,7 @@ class Saver(BaseCheckpointSaver[str]):
         owns_database: bool = False,
         verify_deltas: bool = False,
         save: Save = "every_step",
+        retention: Retention | None = None,
     ) -> None:
         """Save into `database`.
 
@@ -109,6 +112,7 @@ class Saver(BaseCheckpointSaver[str]):
             owns_database: Whether closing the saver closes the database.
             verify_deltas: Whether growing lists are compared as a whole at each checkpoint.
             save: When the state of a running graph is stored.
+            retention: What `sweep` keeps, unless it is told otherwise.
 
         Raises:
             InvalidInputError: The tenant's name cannot be stored, or `save` is unknown.
@@ -119,6 +123,7 @@ class Saver(BaseCheckpointSaver[str]):
         self._owns_database = owns_database
         self._tenant = tenant
         self._verify_deltas = verify_deltas
+        self.retention = retention
         self._intake = Intake(database, SavePolicy(save))
         self._lease: Lease | None = None
         self._use(codec)
@@ -131,7 +136,7 @@ class Saver(BaseCheckpointSaver[str]):
             verify_deltas=self._verify_deltas,
             is_marked=self._intake.is_marked,
         )
-        self._reader = Reader(self._encoder, self._intake.states)
+        self._reader = Reader(self._encoder, self._intake.observe)
 
     @property
     def keys(self) -> KeyRing | None:
@@ -184,8 +189,10 @@ class Saver(BaseCheckpointSaver[str]):
         scope = Scope(tenant=tenant, thread_id=thread_id)
         after: int | None = 0
         while after is not None:
-            run = partial(_audit, self._codec, scope, after, advance or _ignore)
-            audited = await self._database.read(run)
+            run = partial(
+                audit_group, codec=self._codec, scope=scope, after=after, advance=advance or _ignore
+            )
+            audited = await self._database.read(on_snapshot(run))
             yield audited
             after = audited.after
 
@@ -341,12 +348,16 @@ class Saver(BaseCheckpointSaver[str]):
 
     def _delete_for_runs(self, run_ids: Sequence[str]) -> Steps[None]:
         self._intake.store_held()
-        doomed = frozenset(column_text(run_id) for run_id in run_ids)
-        selection = Selection(run_ids=doomed)
-        threads = yield Read(lambda rows: rows.list_threads_of_runs(self._tenant, doomed))
-        yield from check_leases(threads, self._lease)
-        for thread in threads:
-            yield from prune(self._encoder, thread, selection, self._lease)
+        doomed = sorted({column_text(run_id) for run_id in run_ids})
+        found: list[tuple[Selection, Sequence[ThreadKey]]] = []
+        for begin in range(0, len(doomed), _RUNS_AT_ONCE):
+            some = frozenset(doomed[begin : begin + _RUNS_AT_ONCE])
+            threads = yield Read(partial(_threads_of_runs, self._tenant, some))
+            yield from check_leases(threads, self._lease)
+            found.append((Selection(run_ids=some), threads))
+        for selection, threads in found:
+            for thread in threads:
+                yield from prune(self._encoder, thread, selection, self._lease)
 
     def copy_thread(self, source_thread_id: str, target_thread_id: str) -> None:
         """Copy a thread with all its checkpoints, their ids and their writes.
@@ -415,7 +426,7 @@ class Saver(BaseCheckpointSaver[str]):
 
     def sweep(
         self,
-        retention: Retention,
+        retention: Retention | None = None,
         *,
         dry_run: bool = False,
         thread_ids: Sequence[str] | None = None,
@@ -428,22 +439,26 @@ class Saver(BaseCheckpointSaver[str]):
         graphs run, and may be interrupted and called again at any time.
 
         Args:
-            retention: What is kept.
+            retention: What is kept; by default what the checkpointer was opened with.
             dry_run: Only say what would go.
             thread_ids: Sweep only these.
             clock: Tells the age of threads; the machine's by default.
             grace: How long objects of the object tier are kept to which nothing refers any more.
                 They are looked at when all threads are.
+
+        Raises:
+            InvalidInputError: Nobody has said what is kept.
         """
+        kept = self._kept(retention)
 
         def answer(asked: Ask) -> Mapping[str, Retention]:
-            return dict.fromkeys(asked.thread_ids, retention)
+            return dict.fromkeys(asked.thread_ids, kept)
 
         return self._run(self._sweep(thread_ids, clock, grace, dry_run=dry_run), answer)
 
     async def asweep(
         self,
-        retention: Retention | Chooser,
+        retention: Retention | Chooser | None = None,
         *,
         dry_run: bool = False,
         thread_ids: Sequence[str] | None = None,
@@ -453,15 +468,23 @@ class Saver(BaseCheckpointSaver[str]):
         """Delete what need not be kept any longer; see `sweep`.
 
         Instead of one `Retention` for all, it takes a function that gets some thread ids and
-        returns what is kept of each; those that it leaves out are let be.
+        returns what is kept of each; those that it leaves out are let be. It is asked about a
+        thread again before that is deleted as a whole.
         """
+        chosen = retention if callable(retention) else self._kept(retention)
 
         async def answer(asked: Ask) -> Mapping[str, Retention]:
-            if isinstance(retention, Retention):
-                return dict.fromkeys(asked.thread_ids, retention)
-            return await retention(asked.thread_ids)
+            if isinstance(chosen, Retention):
+                return dict.fromkeys(asked.thread_ids, chosen)
+            return await chosen(asked.thread_ids)
 
         return await self._arun(self._sweep(thread_ids, clock, grace, dry_run=dry_run), answer)
+
+    def _kept(self, retention: Retention | None) -> Retention:
+        found = retention or self.retention
+        if found is None:
+            raise InvalidInputError("retention", ("is missing: give it here or when opening",))
+        return found
 
     def _sweep(
         self,
@@ -587,7 +610,7 @@ class Saver(BaseCheckpointSaver[str]):
         """
         key = self._head_key(config)
         self._wait_for(key[:2])
-        return self._database.query_now(self._history(key, config, channels))
+        return self._database.read_now(self._history(key, config, channels))
 
     async def aget_delta_channel_history(
         self, *, config: RunnableConfig, channels: Sequence[str]
@@ -595,11 +618,11 @@ class Saver(BaseCheckpointSaver[str]):
         """Collect the writes of delta channels; see `get_delta_channel_history`."""
         key = self._head_key(config)
         await self._await(key[:2])
-        return await self._database.query(self._history(key, config, channels))
+        return await self._database.read(self._history(key, config, channels))
 
     def _history(
         self, key: HeadKey, config: RunnableConfig, channels: Sequence[str]
-    ) -> Callable[[Session], Mapping[str, DeltaChannelHistory]]:
+    ) -> Callable[[Connection], Mapping[str, DeltaChannelHistory]]:
         checkpoint_id = config["configurable"].get("checkpoint_id") or None
 
         def read(rows: Rows) -> Mapping[str, DeltaChannelHistory]:
@@ -609,7 +632,8 @@ class Saver(BaseCheckpointSaver[str]):
                 start = head.row.checkpoint_id if isinstance(head, FoundCheckpoint) else ""
             return read_history(rows, self._encoder, key, start, channels)
 
-        return on_rows(read)
+        # What is being pruned meanwhile would otherwise be missing from the value.
+        return on_snapshot(read)
 
     def get_tuple(self, config: RunnableConfig) -> CheckpointTuple | None:
         """Load a checkpoint: the one named by `checkpoint_id`, else the head of its namespace.
@@ -834,14 +858,8 @@ def _check_places(*configs: RunnableConfig | None) -> None:
         check_ids(**{name: str(named[name]) for name in names if named.get(name)})
 
 
-def _audit(
-    codec: Codec, scope: Scope, after: int, advance: Callable[[int], None], connection: Connection
-) -> Audited:
-    session = Session.inside(connection)
-    try:
-        return audit_group(open_rows(session), codec, scope, after, advance)
-    finally:
-        session.close()
+def _threads_of_runs(tenant: str, run_ids: Collection[str], rows: Rows) -> Sequence[ThreadKey]:
+    return rows.list_threads_of_runs(tenant, run_ids)
 
 
 def _ignore(_: int) -> None:
@@ -851,3 +869,16 @@ def _ignore(_: int) -> None:
 def on_rows(function: Callable[[Rows], T]) -> Callable[[Session], T]:
     """Return `function` of the rows as a function of a session."""
     return lambda session: function(open_rows(session))
+
+
+def on_snapshot(function: Callable[[Rows], T]) -> Callable[[Connection], T]:
+    """Return `function` of the rows as one of a connection on which all reads see one moment."""
+
+    def run(connection: Connection) -> T:
+        session = Session.inside(connection)
+        try:
+            return function(open_rows(session))
+        finally:
+            session.close()
+
+    return run

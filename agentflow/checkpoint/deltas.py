@@ -14,8 +14,9 @@ from langgraph.checkpoint.base import DeltaChannelHistory
 
 from agentflow.checkpoint.encoding import Encoder, open_record
 from agentflow.checkpoint.pending import Write, load_writes
-from agentflow.checkpoint.records import Place, Record
+from agentflow.checkpoint.records import Place, Record, cut_chain
 from agentflow.checkpoint.rows import FoundCheckpoint, HeadKey, Held, Rows
+from agentflow.errors import HashMismatchError
 
 _PAGE = 200
 _COUNTERS: Final = "counters_since_delta_snapshot"
@@ -38,8 +39,12 @@ def read_history(
     """Collect what LangGraph needs to make the values of delta channels at a checkpoint.
 
     The writes of the checkpoint itself are not part of it: they belong to its next superstep.
+
+    Raises:
+        HashMismatchError: A checkpoint on the way is not there any more.
     """
     collected = _Collected(rows, encoder, Place(*key), channels)
+    ancestor: _Ancestor | None = None
     for number, ancestor in enumerate(_line(rows, encoder, key, checkpoint_id)):
         if number:
             collected.add(ancestor)
@@ -48,7 +53,23 @@ def read_history(
             break
         if not collected.missing:
             break
+    else:
+        if ancestor is not None and collected.missing:
+            _check_beginning(rows, ancestor)
     return collected.history()
+
+
+def _check_beginning(rows: Rows, first: _Ancestor) -> None:
+    """Refuse a line whose first checkpoint had a parent that was not deleted by agentflow."""
+    row, place = (
+        first.found.row,
+        Place(first.found.tenant, first.found.thread_id, first.found.row.ns),
+    )
+    if row.parent_id is None or first.record.parent_hash is None:
+        return
+    if rows.find_anchor(row.thread, row.ns, row.parent_id) is None:
+        where = place.of(f"checkpoint {row.checkpoint_id!r}")
+        raise HashMismatchError(where, cut_chain(row.parent_id))
 
 
 class _Collected:
@@ -75,7 +96,7 @@ class _Collected:
 
     def add_base(self, checkpoint_id: str, base: bytes) -> None:
         context = self._place.context_of_base(checkpoint_id)
-        where = self._place.of("the base")
+        where = self._place.of(f"the base of checkpoint {checkpoint_id!r}")
         before = self._encoder.codec.loads(base, context=context, where=where)
         for channel in self.missing & before.keys():
             self._writes[channel] += reversed(before[channel]["writes"])

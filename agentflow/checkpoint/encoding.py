@@ -85,6 +85,10 @@ class KnownLists:
 
     def __init__(self) -> None:
         """Start empty."""
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything; in the child of a fork, where the lock may be taken for ever."""
         self._lock = threading.Lock()
         self._known: OrderedDict[tuple[HeadKey, str], _Known] = OrderedDict()
         self._size = 0
@@ -410,11 +414,6 @@ class Loaded(NamedTuple):
 def open_record(codec: Codec, found: FoundCheckpoint) -> Record:
     """Verify and open a checkpoint's row."""
     return unpack_record(codec, found.row, Place(found.tenant, found.thread_id, found.row.ns))
-
-
-def is_complete(found: FoundCheckpoint, layout: Layout, stretches: Stretches) -> bool:
-    """Whether there is something of each series that a checkpoint names."""
-    return all((found.row.thread, part.series) in stretches for _, part in parts_of(found, layout))
 
 
 def parts_of(found: FoundCheckpoint, layout: Layout) -> list[tuple[int, Part]]:

@@ -28,7 +28,7 @@ from agentflow.checkpoint.encoding import Encoder, KnownLists
 from agentflow.checkpoint.operations import Put, Verb
 from agentflow.checkpoint.planning import Planned, PlannedCheckpoint, PlannedWrites, Seen
 from agentflow.checkpoint.policy import SavePolicy
-from agentflow.checkpoint.rows import HeadKey, Rows, ThreadKey
+from agentflow.checkpoint.rows import HeadKey, Rows, ThreadKey, ThreadState
 from agentflow.checkpoint.stamps import read_seen
 from agentflow.database import Database
 from agentflow.database.futures import Future
@@ -50,7 +50,8 @@ _FAILED_LIMIT = 1000
 """How many failed invocations are remembered."""
 _CARRIED_LIMIT = 1000
 _MARKED_LIMIT = 10_000
-"""How many checkpoints are remembered that were held back, or after which a marked node began."""
+"""How many checkpoints are remembered that were held back and followed by another one, or after
+which a marked node began."""
 
 _Spot = tuple[HeadKey, Lease | None, str]
 """Namespace, lease and checkpoint; ids of checkpoints are never those of another invocation."""
@@ -73,6 +74,7 @@ class _Held:
     config: RunnableConfig
     """Where the last stored checkpoint of the invocation is."""
     planned: PlannedCheckpoint
+    carried: _Carried
     writes: list[PlannedWrites] = field(default_factory=list)
 
 
@@ -83,7 +85,6 @@ class Intake:
         """Queue with `database` what `policy` says."""
         self._database = database
         self._policy = policy
-        self.states = ThreadStates()
         self.known = KnownLists()
         self._reset()
         if not policy.saves_all:
@@ -91,6 +92,9 @@ class Intake:
 
     def _reset(self) -> None:
         self._pid = os.getpid()
+        # No lock is inherited: a thread that is gone in the child may hold it for ever.
+        self.states = ThreadStates()
+        self.known.reset()
         self._instance = new_id()[-12:]
         self._lock = threading.Lock()
         # The last operation on each checkpoint that is not durable yet, or has failed. What is
@@ -108,6 +112,10 @@ class Intake:
         """Start afresh in the child of a fork: what was accepted before is its parent's."""
         if self._pid != os.getpid():
             self._reset()
+
+    def observe(self, thread: ThreadKey, state: ThreadState) -> None:
+        """Remember the state in which a reader has found a thread."""
+        self.states.observe(thread, state)
 
     def is_marked(self, checkpoint: Checkpoint) -> bool:
         """Whether the policy wants to have stored what comes after this checkpoint."""
@@ -173,7 +181,8 @@ class Intake:
         spot = (key, lease, checkpoint["id"])
         with self._holding:
             is_due = self._is_due(parent, config, checkpoint, metadata)
-            carried = self._carried.get(parent)
+            followed = self._held.get(parent)
+            carried = followed.carried if followed else self._carried.get(parent)
             if carried is not None:
                 config = _at(config, carried.since)
                 new_versions = {**carried.changed, **new_versions}
@@ -185,7 +194,9 @@ class Intake:
                 # The run stops here, so that what was held back is stored.
                 self._store_held(parent)
                 return self._enqueue(key, lease, config, spot[2], partial(_refuse, exc))
-            self._held.pop(parent, None)
+            if followed is not None:
+                # Others may follow it too; if not, it is one of the first to be forgotten.
+                _remember(self._carried, parent, self._held.pop(parent).carried, _CARRIED_LIMIT)
             if is_due:
                 return self._store(
                     encoder, *spot[:2], config, spot[2], metadata, partial(_same, planned)
@@ -194,8 +205,8 @@ class Intake:
                 # Starts its thread, since none can be started when the process ends.
                 self.verb(spot[0][:2], lambda _: None)
                 self._has_writer = True
-            self._held[spot] = _Held(encoder, _without_engine(config), planned)
-            _remember(self._carried, spot, _Carried(_id_of(config), new_versions), _CARRIED_LIMIT)
+            changes = _Carried(_id_of(config), new_versions)
+            self._held[spot] = _Held(encoder, _without_engine(config), planned, changes)
             return _done()
 
     def _attempt(self, config: RunnableConfig, key: HeadKey) -> str:
@@ -316,8 +327,10 @@ class Intake:
             with self._lock:
                 previous = self._tails.get((key, lease, after))
                 operation.previous = previous or self._caller(config, key, lease)
-                future = self._database.submit(operation)
+                future = self._database.enqueue(operation)
                 self._tails.update(dict.fromkeys(places, future))
+            # Perhaps here and now, which ends what was accepted before as well.
+            self._database.push(operation)
         future.add_done_callback(partial(self._end, places))
         return future
 
@@ -353,6 +366,7 @@ class Intake:
             thread: The thread that it changes; `None` for several.
             function: The verb.
         """
+        self.check_fork()
 
         def run(rows: Rows) -> Any:
             self.states.forget(thread)
@@ -367,6 +381,7 @@ class Intake:
             thread: The thread that it changes; `None` if nobody can know the state of what it does.
             function: The step.
         """
+        self.check_fork()
 
         def run(rows: Rows) -> Any:
             if thread is not None:

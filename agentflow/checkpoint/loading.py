@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import CheckpointTuple
 
-from agentflow.checkpoint.batch import ThreadStates
 from agentflow.checkpoint.encoding import (
     Encoder,
     Loaded,
-    is_complete,
     open_record,
     parts_of,
 )
 from agentflow.checkpoint.pending import load_writes
 from agentflow.checkpoint.records import column_text
-from agentflow.checkpoint.rows import FoundCheckpoint, Head, HeadKey, Query, Rows
+from agentflow.checkpoint.rows import (
+    FoundCheckpoint,
+    Head,
+    HeadKey,
+    Query,
+    Rows,
+    ThreadKey,
+    ThreadState,
+)
 from agentflow.errors import MissingBlobError
 
 _PAGE = 50
@@ -31,51 +37,68 @@ class Reader:
     """Reads for one saver."""
 
     encoder: Encoder
-    states: ThreadStates
+    observe: Callable[[ThreadKey, ThreadState], None]
+    """Told of each thread in which state it was found."""
 
     def load(self, rows: Rows, key: HeadKey, checkpoint_id: str | None) -> CheckpointTuple | None:
         """Read a checkpoint, or the head of its namespace if no id is given."""
-        for _ in range(_ATTEMPTS):
+        for attempt in range(_ATTEMPTS):
             found = rows.find_checkpoint(key, checkpoint_id)
             if found is None:
                 return None
             if not isinstance(found, FoundCheckpoint):
                 if checkpoint_id is None:
-                    self.states.observe(key[:2], replace(found.thread, heads={key[2]: None}))
+                    self.observe(key[:2], replace(found.thread, heads={key[2]: None}))
                 return None
-            (item,) = self._complete(rows, [found])
-            if item is not None:
-                return item
-        # It was there each time, and each time not all of it: nobody is deleting it.
-        raise MissingBlobError(f"checkpoint {checkpoint_id or 'head'!r} of thread {key[1]!r}")
+            try:
+                (item,) = self._complete(rows, [found])
+            except MissingBlobError:
+                if attempt + 1 < _ATTEMPTS:
+                    continue
+                # It was there each time, and each time not all of it: nobody is deleting it.
+                raise
+            return item
+        raise AssertionError
 
     def page(
         self, rows: Rows, query: Query
     ) -> list[tuple[FoundCheckpoint, CheckpointTuple | None]]:
-        """Read a page of checkpoints; `None` stands for one that was deleted meanwhile."""
-        found = rows.list_checkpoints(query)
-        return list(zip(found, self._complete(rows, found), strict=True))
+        """Read a page of checkpoints; `None` stands for one that was deleted meanwhile.
 
-    def _complete(
-        self, rows: Rows, found: Sequence[FoundCheckpoint]
-    ) -> list[CheckpointTuple | None]:
-        """Add values and writes to rows; `None` for one whose values are not all there."""
+        Raises:
+            MissingBlobError: A value is missing of one that was not.
+        """
+        found = rows.list_checkpoints(query)
+        items: Sequence[CheckpointTuple | None]
+        try:
+            items = self._complete(rows, found)
+        except MissingBlobError:
+            # Deleted, or damaged: that only shows when it is looked for again.
+            items = [
+                self.load(rows, (each.tenant, each.thread_id, each.row.ns), each.row.checkpoint_id)
+                for each in found
+            ]
+        return list(zip(found, items, strict=True))
+
+    def _complete(self, rows: Rows, found: Sequence[FoundCheckpoint]) -> list[CheckpointTuple]:
+        """Add values and writes to rows.
+
+        Raises:
+            MissingBlobError: Not all of them are there.
+        """
         records = [open_record(self.encoder.codec, each) for each in found]
         pairs = list(zip(found, records, strict=True))
         wanted = [part for each, record in pairs for part in parts_of(each, record.layout)]
         stretches = rows.list_values(wanted) if wanted else {}
         writes = load_writes(rows, self.encoder.codec, pairs)
-        items: list[CheckpointTuple | None] = []
+        items: list[CheckpointTuple] = []
         for (each, record), own in zip(pairs, writes, strict=True):
-            if not is_complete(each, record.layout, stretches):
-                items.append(None)
-                continue
+            items.append(self.encoder.read(each, Loaded(record, stretches, own)))
             row = each.row
             if row.seq == each.head_seq:
                 head = Head(row.checkpoint_id, row.seq, row.attempt, record.layout, row.hash)
                 state = replace(each.thread, heads={row.ns: head})
-                self.states.observe((each.tenant, each.thread_id), state)
-            items.append(self.encoder.read(each, Loaded(record, stretches, own)))
+                self.observe((each.tenant, each.thread_id), state)
         return items
 
 

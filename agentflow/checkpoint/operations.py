@@ -26,6 +26,7 @@ class Put(Operation):
         self.states = states
         self.size = size
         self.is_patient = not isinstance(planned, PlannedCheckpoint)
+        self.owner = planned.key[:2]
         self.previous: Future | None = None
         """The operation of the same invocation before this one."""
 

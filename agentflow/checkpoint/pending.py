@@ -62,13 +62,14 @@ def _open(
     row = found.row
     place = Place(found.tenant, found.thread_id, row.ns)
     calls = list(record.calls)
+    where = place.of(f"writes of checkpoint {row.checkpoint_id!r}")
     for seq, carrier, data in sorted(logged.get((row.thread, row.ns, row.checkpoint_id), ())):
         context = (
             place.context_of_carried(seq, carrier)
             if carrier
             else place.context_of_writes(row.checkpoint_id, seq)
         )
-        calls += unpack_writes(codec, data, place, context)
+        calls += unpack_writes(codec, data, where, context)
     return calls
 
 
@@ -116,7 +117,14 @@ def _shared(
 
 
 def inlined(
-    rows: Rows, codec: Codec, thread: int, place: Place, sealed: bytes, before: bytes, after: bytes
+    rows: Rows,
+    codec: Codec,
+    thread: int,
+    place: Place,
+    checkpoint_id: str,
+    sealed: bytes,
+    before: bytes,
+    after: bytes,
 ) -> bytes:
     """Return writes with what they share with values in them, for a row of their own.
 
@@ -128,11 +136,13 @@ def inlined(
         codec: How they are stored.
         thread: The thread's number.
         place: Where the writes belong.
+        checkpoint_id: The checkpoint to which they are bound.
         sealed: The writes.
         before: Their context so far.
         after: Their context from now on.
     """
-    calls = unpack_writes(codec, sealed, place, before)
+    where = place.of(f"writes of checkpoint {checkpoint_id!r}")
+    calls = unpack_writes(codec, sealed, where, before)
     shared = {(thread, series, start) for series, start, _ in references(calls)}
     stretches = rows.list_stretches(shared) if shared else {}
 
@@ -140,7 +150,6 @@ def inlined(
         if isinstance(written, bytes):
             return written
         series, start, length = written
-        where = place.of("writes")
         row = stretches.get((thread, series, start))
         if row is None:
             raise MissingBlobError(where)

@@ -468,7 +468,9 @@ class ThreadPlan:
             return None
         place = Place(*put.key)
         context = place.context_of_base(copied.checkpoint_id)
-        base = put.codec.unseal(copied.base, context, where=place.of("the base"))
+        base = put.codec.unseal(
+            copied.base, context, where=place.of(f"the base of checkpoint {copied.checkpoint_id!r}")
+        )
         return put.codec.seal(base, place.context_of_base(put.checkpoint_id))
 
     def _keep_writes(self, draft: _Draft, *, is_head: bool) -> None:
@@ -493,6 +495,7 @@ class ThreadPlan:
                 put.codec,
                 number,
                 place,
+                before.put.parent_id,
                 before.parent_writes,
                 place.context_of_carried(before.seq, put.checkpoint_id),
                 place.context_of_writes(before.put.parent_id, seq),

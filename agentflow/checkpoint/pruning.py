@@ -420,6 +420,7 @@ class _Batch:
             self.encoder.codec,
             row.thread,
             place,
+            parent_id,
             row.parent_writes,
             place.context_of_carried(row.seq, row.checkpoint_id),
             place.context_of_writes(parent_id, row.seq),
@@ -477,7 +478,8 @@ class _Window:
         for row in rows:
             place = Place(*thread, row.ns)
             context = place.context_of_writes(row.checkpoint_id, row.seq)
-            self._need(_shared(unpack_writes(encoder.codec, row.data, place, context)))
+            where = place.of(f"writes of checkpoint {row.checkpoint_id!r}")
+            self._need(_shared(unpack_writes(encoder.codec, row.data, where, context)))
 
     def _need(self, reached: Iterable[tuple[int, int]]) -> None:
         first, last = (self.series[0][0], self.series[-1][0]) if self.series else (1, 0)
@@ -515,7 +517,8 @@ def _reach(encoder: Encoder, thread: ThreadKey, row: CheckpointRow) -> Iterator[
     yield from _shared(record.calls)
     if row.parent_writes is not None:
         context = place.context_of_carried(row.seq, row.checkpoint_id)
-        yield from _shared(unpack_writes(encoder.codec, row.parent_writes, place, context))
+        where = place.of(f"writes of checkpoint {row.parent_id!r}")
+        yield from _shared(unpack_writes(encoder.codec, row.parent_writes, where, context))
 
 
 def _shared(calls: Iterable[Call]) -> Iterator[tuple[int, int]]:

@@ -187,12 +187,16 @@ def pack_writes(codec: Codec, calls: Sequence[Call], context: bytes) -> bytes:
     return codec.seal(_pack(codec, calls), context)
 
 
-def unpack_writes(codec: Codec, sealed: bytes, place: Place, context: bytes) -> list[Call]:
+def unpack_writes(codec: Codec, sealed: bytes, where: str, context: bytes) -> list[Call]:
     """Verify and open the writes of some calls."""
-    where = place.of("writes")
     body = codec.unseal(sealed, context, where=where)
     calls: list[Call] = codec.deserialize(body, where=where)
     return calls
+
+
+def cut_chain(parent_id: str) -> str:
+    """Say of a checkpoint that its parent is missing."""
+    return f"its chain is cut: its parent {parent_id!r} was deleted, and left no anchor"
 
 
 def _pack(codec: Codec, value: Any) -> bytes:

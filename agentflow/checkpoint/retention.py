@@ -35,7 +35,13 @@ from agentflow.checkpoint.rows import (
     ThreadKey,
     ThreadState,
 )
-from agentflow.errors import BlockedTypeError, ConflictError, FencedError, InvalidInputError
+from agentflow.errors import (
+    BlockedTypeError,
+    ConflictError,
+    FencedError,
+    InvalidInputError,
+    NotFoundError,
+)
 from agentflow.objects import open_objects
 from agentflow.types import Duration, to_timedelta
 
@@ -202,26 +208,31 @@ class _Thread:
         count = yield from self._count(look, 0)
         if not dry_run:
             try:
-                is_gone = yield from self._remove(look.state.version)
+                is_gone = yield from self._remove(look.state)
             except FencedError:
                 return "held"
             if not is_gone:
                 return "unfinished"
         return self._swept(count, is_deleted=True)
 
-    def _remove(self, version: tuple[int, bool, int]) -> Steps[bool]:
-        """Archive and delete, or only delete; say whether it was still what was looked at.
-
-        If nothing has changed since, it has still ended.
-        """
-        if self.retention.archive is None:
-            return (yield from delete(self.key, None, guard=lambda _, s: s.version == version))
-        store, codec = open_objects(self.retention.archive), self.encoder.codec
-        try:
-            yield from archive(codec, self.key, store, None, keep=False, version=version)
-        except ConflictError:
+    def _remove(self, looked_at: ThreadState) -> Steps[bool]:
+        """Delete, once it is archived if it has to be; say whether that was still right."""
+        if self.retention.archive is not None:
+            store, codec = open_objects(self.retention.archive), self.encoder.codec
+            version = looked_at.version
+            try:
+                yield from archive(codec, self.key, store, None, keep=True, version=version)
+            except (ConflictError, NotFoundError):
+                return False
+        # A run may have been submitted to it since all of its page were asked about.
+        if self.key[1] not in (yield Ask([self.key[1]])):
             return False
-        return True
+
+        def is_same(_: Rows, state: ThreadState) -> bool:
+            """If nothing has changed since, it has still ended."""
+            return (state.number, state.version) == (looked_at.number, looked_at.version)
+
+        return (yield from delete(self.key, None, guard=is_same))
 
     def _swept(self, count: int, *, is_deleted: bool) -> SweptThread:
         return SweptThread(thread_id=self.key[1], checkpoints=count, is_deleted=is_deleted)

@@ -17,7 +17,7 @@ import typer
 
 from agentflow.cli.command import Call, OutcomeError, UsageError, command
 from agentflow.cli.output import Output, OutputFormat, field_lines, jsonable, to_json, visible
-from agentflow.errors import NotFoundError
+from agentflow.errors import ConflictError, NotFoundError
 
 if TYPE_CHECKING:
     from langchain_core.runnables import RunnableConfig
@@ -158,7 +158,7 @@ async def prune(
 ) -> None:
     """Delete old checkpoints of threads: all but the newest of each namespace.
 
-    Of all threads or of none; a thread that a run holds is refused.
+    Of all threads or of none; a thread with a run that has not ended is refused.
     """
     async with call.open_app() as app:
         saver = _saver(app, tenant)
@@ -168,6 +168,7 @@ async def prune(
             there = await saver.count_by_namespace(thread_id)
             if not there:
                 raise NotFoundError("thread", thread_id)
+            await _check_ended(app, tenant, thread_id)
             kept = 0 if delete else len(there)
             deleted = sum(there.values()) - kept
             found.append({"thread_id": thread_id, "deleted": deleted, "kept": kept})
@@ -244,6 +245,28 @@ def _saver(app: AgentFlow, tenant: str | None) -> Saver:
     if not isinstance(saver, Saver):
         raise UsageError("--app", "has a checkpointer that is not agentflow's")
     return saver if tenant is None else saver.for_tenant(tenant)
+
+
+async def _check_ended(app: AgentFlow, tenant: str | None, thread_id: str) -> None:
+    """Refuse a thread of which a run is going to need what it has."""
+    from agentflow.types import RunStatus
+
+    for status in RunStatus:
+        if status.is_ended:
+            continue
+        found = await app._store.list_runs(
+            app.tenant if tenant is None else tenant,
+            status=status,
+            graph=None,
+            thread_id=thread_id,
+            limit=1,
+            cursor=None,
+        )
+        for run in found.items:
+            raise ConflictError(
+                f"thread {thread_id!r} has run {run.id!r}, which is {status.value}; "
+                "wait for its end, or cancel it, before anything of it is deleted"
+            )
 
 
 def _output(call: Call, *, as_json: bool) -> Output:

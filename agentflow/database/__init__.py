@@ -26,6 +26,7 @@ from agentflow.database import migrate
 from agentflow.database.connections import Connections
 from agentflow.database.engine import READERS, parse_url, snapshot, translated
 from agentflow.database.futures import Future
+from agentflow.database.pace import Pace
 from agentflow.database.session import Session
 from agentflow.database.writer import Call, GroupCommitWriter, Operation
 from agentflow.errors import StoreUnavailableError
@@ -58,6 +59,7 @@ class Database:
         self._lock = threading.Lock()
         self._is_ready = False
         self._connections = Connections(self._url, self._settings)
+        self._reads_files = self._connections.dialect == "sqlite"
         self._writer = GroupCommitWriter(
             self._connections,
             self._ensure_ready,
@@ -65,6 +67,7 @@ class Database:
             settled=self._wake_loops,
         )
         self._readers: ThreadPoolExecutor | None = None
+        self._pace = Pace()
         self._wakers: WeakKeyDictionary[asyncio.AbstractEventLoop, _Waker] = WeakKeyDictionary()
         # The loops for which the writer's present batch has settled something; the writer's own.
         self._woken: deque[_Waker] = deque()
@@ -94,6 +97,15 @@ class Database:
         """Queue an operation with the writer; the future ends when it is durable, or has failed."""
         self._check_fork()
         return self._writer.submit(operation)
+
+    def enqueue(self, operation: Operation) -> Future:
+        """Queue an operation that its submitter will push."""
+        self._check_fork()
+        return self._writer.enqueue(operation)
+
+    def push(self, operation: Operation) -> None:
+        """Have a queued operation written; see `GroupCommitWriter.push`."""
+        self._writer.push(operation)
 
     async def write(self, function: Callable[[Connection], T]) -> T:
         """Run `function` in a transaction of the writer's and return when it is durable.
@@ -127,11 +139,23 @@ class Database:
         return self._persistently(lambda: self._query(function))
 
     async def query(self, function: Callable[[Session], T]) -> T:
-        """Run single queries, each on what is committed then, in a reader thread."""
+        """Run single queries, each on what is committed then.
+
+        Those of a file are run here and now if they have been quick, the others in a reader thread.
+        """
         self._check_fork()
         if self._connections.is_memory:
             outcome: T = await self.settled(self.submit(_Query(function)))
             return outcome
+        if self._reads_files and self._is_ready and self._pace.is_quick():
+            began = time.monotonic()
+            try:
+                outcome = self._query(function, is_patient=False)
+            except StoreUnavailableError:
+                self._pace.took(time.monotonic() - began, has_failed=True)
+            else:
+                self._pace.took(time.monotonic() - began)
+                return outcome
         return await self._in_reader(lambda: self.query_now(function))
 
     async def _in_reader(self, function: Callable[[], T]) -> T:
@@ -143,8 +167,8 @@ class Database:
         with translated(self._url), snapshot(self._connections.engine) as connection:
             return function(connection)
 
-    def _query(self, function: Callable[[Session], T]) -> T:
-        with self._connections.reading() as session:
+    def _query(self, function: Callable[[Session], T], *, is_patient: bool = True) -> T:
+        with self._connections.reading(is_patient=is_patient) as session:
             return function(session)
 
     def _persistently(self, attempt: Callable[[], T]) -> T:
@@ -202,7 +226,7 @@ class Database:
     def _wake_later(self, waker: _Waker, waiter: asyncio.Future[None]) -> None:
         """Wake a waiter at the end of the writer's batch; at once if it was settled before."""
         waker.add(waiter)
-        if not self._writer.is_current_thread():
+        if not self._writer.is_writing_here():
             waker.wake()
         elif not self._woken or self._woken[-1] is not waker:
             self._woken.append(waker)
@@ -237,7 +261,11 @@ class _Waker:
     def wake(self) -> None:
         """Wake what has been added."""
         loop = self._loop()
-        if loop is not None:
+        if loop is None:
+            return
+        if loop is _running_loop():
+            loop.call_soon(self._run)
+        else:
             # A loop that was closed has nobody left who waits.
             with suppress(RuntimeError):
                 loop.call_soon_threadsafe(self._run)
@@ -247,6 +275,13 @@ class _Waker:
             waiter = self._waiting.popleft()
             if not waiter.done():
                 waiter.set_result(None)
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
 
 
 def _pauses() -> Generator[float, None, None]:

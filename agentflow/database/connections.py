@@ -22,6 +22,7 @@ from agentflow.database.engine import (
     grow_wal,
     is_memory,
     make_engine,
+    set_patience,
     translated,
     unavailable,
 )
@@ -40,6 +41,7 @@ class Connections:
     def __init__(self, url: URL, settings: Settings) -> None:
         """Make the pools of the database at `url`."""
         self.url = url
+        self._settings = settings
         self.name = display_url(url)
         self.engine = make_engine(url, settings)
         self.dialect = self.engine.dialect.name
@@ -51,6 +53,8 @@ class Connections:
         self._own: PoolProxiedConnection | None = None
         """The writer's, kept from batch to batch."""
         self._session: Session | None = None
+        self._is_patient = True
+        """Whether the writer's connection waits."""
         self._batches = 0
         self._is_grown = False
         self._inside: list[None] = []
@@ -94,11 +98,21 @@ class Connections:
         finally:
             self._inside.pop()
 
-    def run_committing(self, function: Callable[[Session], T]) -> T:
-        """Call `function` with the writer's session, on which each statement commits by itself."""
+    def run_committing(self, function: Callable[[Session], T], *, is_patient: bool = True) -> T:
+        """Call `function` with the writer's session, on which each statement commits by itself.
+
+        Args:
+            function: What to call.
+            is_patient: Whether it may wait for locks, and for a server that does not answer at
+                once; if it would have to, it fails, like any other statement that comes too late.
+        """
         if self._own is None or self._session is None:
             self._own = self._connect()
             self._session = Session(_driver(self._own), self.dialect)
+            self._is_patient = True
+        if is_patient is not self._is_patient:
+            set_patience(_driver(self._own), self.dialect, self._settings, is_patient=is_patient)
+            self._is_patient = is_patient
         self._batches += 1
         is_due = self._batches % GROW_WAL_AFTER == 0 and not self._is_grown
         if is_due and self.dialect == "sqlite" and not self.is_memory:
@@ -118,13 +132,14 @@ class Connections:
             self._inside.pop()
 
     @contextmanager
-    def reading(self) -> Iterator[Session]:
-        """Open a connection for single queries."""
+    def reading(self, *, is_patient: bool = True) -> Iterator[Session]:
+        """Open a connection for single queries; see `run_committing`."""
         pooled = self._connect()
         session = Session(_driver(pooled), self.dialect)
         self._inside.append(None)
         try:
-            yield session
+            with self._patience(pooled, is_patient=is_patient):
+                yield session
         except self._errors as exc:
             error = self._translate(exc, pooled)
             if error is None:
@@ -134,6 +149,17 @@ class Connections:
             self._inside.pop()
             session.close()
             pooled.close()
+
+    @contextmanager
+    def _patience(self, pooled: PoolProxiedConnection, *, is_patient: bool) -> Iterator[None]:
+        if is_patient:
+            yield
+            return
+        set_patience(_driver(pooled), self.dialect, self._settings, is_patient=False)
+        try:
+            yield
+        finally:
+            set_patience(_driver(pooled), self.dialect, self._settings, is_patient=True)
 
     def _connect(self) -> PoolProxiedConnection:
         try:

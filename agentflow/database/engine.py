@@ -20,6 +20,7 @@ from agentflow.database.tables import Timestamp
 from agentflow.errors import (
     MissingDriverError,
     Outcome,
+    StoreDamagedError,
     StoreUnavailableError,
     UnsupportedUrlError,
 )
@@ -27,6 +28,8 @@ from agentflow.errors import (
 SUPPORTED = ("memory://", "sqlite:///file", "postgresql://")
 READERS = 4
 _CONNECT_TIMEOUT = 10
+_IMPATIENT = timedelta(milliseconds=100)
+"""How long a server may take to answer somebody who cannot wait."""
 _WAL_RETRY = 0.005
 _LOCKED = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 _WAL_SIZE = 1000 * 4096
@@ -124,9 +127,11 @@ def _give_up_in_time(engine: Engine, limit: timedelta) -> None:
     import psycopg
 
     class Connection(psycopg.Connection[Any]):
+        patience = limit.total_seconds()
+
         def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
             try:
-                return super().wait(gen, interval=interval, timeout=limit.total_seconds())
+                return super().wait(gen, interval=interval, timeout=self.patience)
             except psycopg.errors._WaitTimeout as exc:
                 self.pgconn.finish()
                 raise psycopg.OperationalError("the server gave no answer in time") from exc
@@ -134,6 +139,19 @@ def _give_up_in_time(engine: Engine, limit: timedelta) -> None:
     @sa.event.listens_for(engine, "do_connect")
     def _connect(_dialect: Any, _record: Any, arguments: Any, options: Any) -> Any:
         return Connection.connect(*arguments, **options)
+
+
+def set_patience(connection: Any, dialect: str, settings: Settings, *, is_patient: bool) -> None:
+    """Say whether a driver's connection waits for locks of SQLite, or for a server's answer.
+
+    A server that has not answered loses the connection, since nothing else ends a statement.
+    """
+    if dialect == "sqlite":
+        wait = settings.store_timeout if is_patient else timedelta()
+        connection.execute(f"PRAGMA busy_timeout={int(wait.total_seconds() * 1000)}")
+    else:
+        wait = settings.store_timeout if is_patient else _IMPATIENT
+        connection.patience = wait.total_seconds()
 
 
 def transaction_limits(settings: Settings) -> dict[str, int]:
@@ -275,6 +293,9 @@ _SQLITE_NOW: sa.Select[Any] = sa.select(
 _PG_NOW = sa.text("SELECT clock_timestamp()")
 
 
+_PRIMARY = 0xFF
+"""The bits of an error code of SQLite that say which error it is; the others say more about it."""
+_PG_DAMAGE = {"XX001", "XX002"}  # data_corrupted, index_corrupted
 _CONTENDED = {"LockNotAvailable", "DeadlockDetected", "SerializationFailure"}
 
 
@@ -305,6 +326,11 @@ def unavailable(
     """
     kind = type(error).__name__
     is_sqlite = isinstance(error, sqlite3.Error)
+    # The driver's first line names host and cause; statements and parameters stay out.
+    text = str(error).strip().splitlines()
+    reason = f"{kind}: {text[0]}" if text else kind
+    if _is_damage(error):
+        return StoreDamagedError(display_url(url), reason)
     is_operational = any(cls.__name__ == "OperationalError" for cls in type(error).__mro__)
     if broken is None and not is_operational and type(error) is not sqlite3.DatabaseError:
         return None  # its other subclasses are about statements
@@ -315,6 +341,12 @@ def unavailable(
         outcome = "contended"
     elif not is_sqlite and getattr(error, "sqlstate", None) is None:
         outcome = "unreachable"
-    # The driver's first line names host and cause; statements and parameters stay out.
-    text = str(error).strip().splitlines()
-    return StoreUnavailableError(display_url(url), f"{kind}: {text[0]}" if text else kind, outcome)
+    return StoreUnavailableError(display_url(url), reason, outcome)
+
+
+def _is_damage(error: BaseException) -> bool:
+    """Whether a driver's error says that what is stored cannot be read."""
+    if isinstance(error, sqlite3.Error):
+        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_OK)
+        return code & _PRIMARY in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+    return getattr(error, "sqlstate", None) in _PG_DAMAGE

@@ -5,6 +5,11 @@ of all runs, and commits it in one transaction, so that fifty runs share the cos
 Operations run in the order in which they were submitted. If a batch raises, nothing of it is kept,
 and it is tried again one operation at a time, so that only the offender fails. While the database
 cannot be reached, what may be sent again is sent again, until the deadline.
+
+A run that is alone pays for the change of threads in each step, and nobody shares its commits. So
+what only one owner has written for a while is committed by the thread that submits it, as long as
+that takes no longer than the engine's own part of a step; whatever goes wrong there is left to the
+writer's thread.
 """
 
 from __future__ import annotations
@@ -25,6 +30,7 @@ from sqlalchemy.engine import Connection
 from agentflow.database.connections import Connections
 from agentflow.database.engine import translated
 from agentflow.database.futures import Future
+from agentflow.database.pace import Pace
 from agentflow.database.session import Session
 from agentflow.errors import StoreUnavailableError
 from agentflow.failpoints import failpoint
@@ -39,6 +45,10 @@ _LOOKS = 10
 """How often an idle writer looks into its queue before it falls asleep."""
 _FIRST_PAUSE, _MAX_PAUSE = 0.02, 1.0
 """Seconds between two attempts to reach the database."""
+_ALONE = 4
+"""After how many urgent operations of one owner, and none of others, the owner is alone."""
+_HERE_BYTES = 256 * 1024
+"""How much that thread writes at most."""
 _DECIDED = {"not_written", "contended"}
 """Outcomes after which another attempt at the whole batch would only fail again."""
 
@@ -65,6 +75,10 @@ class Operation(ABC):
     """Whether it may wait a moment for company."""
     resendable: bool = False
     """Whether running it again after a commit of unknown outcome gives the same end state."""
+    owner: object = None
+    """Who writes, to tell one who is alone; `None` for what comes beside everybody's operations."""
+    was_sent: bool = False
+    """Whether it may have been committed, though its future is open."""
 
     def __init__(self) -> None:
         """Start with an open future."""
@@ -129,12 +143,23 @@ class GroupCommitWriter:
         self._is_signalled = False
         self._is_asleep = False
         self._lock = threading.Lock()
+        # Held from the moment in which operations leave the queue until they have ended.
+        self._role = threading.Lock()
+        self._holder: int | None = None
+        self._company = _Company()
+        self._pace = Pace()
         self._thread: threading.Thread | None = None
         self._closing = threading.Event()
         self._was_reached = False
 
     def submit(self, operation: Operation) -> Future:
         """Queue an operation; its future ends when it is durable, or has failed."""
+        future = self.enqueue(operation)
+        self.push(operation)
+        return future
+
+    def enqueue(self, operation: Operation) -> Future:
+        """Queue an operation, of which nobody hears before it is pushed."""
         with self._lock:
             if self._closing.is_set():
                 raise StoreUnavailableError(self._connections.name, "it was closed")
@@ -144,13 +169,64 @@ class GroupCommitWriter:
                     target=self._serve, name="agentflow-writer", daemon=True
                 )
                 self._thread.start()
-            if self._is_asleep or not operation.is_patient:
-                self._wake()
+            self._company.meet(operation)
         return operation.future
 
-    def is_current_thread(self) -> bool:
-        """Whether the caller runs in the writer's thread."""
-        return self._thread is not None and self._thread.ident == threading.get_ident()
+    def push(self, operation: Operation) -> None:
+        """Have a queued operation written, perhaps by the calling thread and before this returns.
+
+        The caller must hold no lock that the end of any operation takes.
+        """
+        try:
+            if self._may_write_here(operation) and self._role.acquire(blocking=False):
+                try:
+                    self._write_here(type(operation))
+                finally:
+                    self._holder = None
+                    self._role.release()
+                if not self._queue:
+                    return
+        finally:
+            with self._lock:
+                if self._queue and (self._is_asleep or not operation.is_patient):
+                    self._wake()
+
+    def is_writing_here(self) -> bool:
+        """Whether the calling thread is the one that writes now."""
+        return self._holder == threading.get_ident()
+
+    def _may_write_here(self, operation: Operation) -> bool:
+        is_urgent = operation.commits_itself() and not operation.is_patient and self._was_reached
+        return is_urgent and self._company.lacks(operation) and self._pace.is_quick()
+
+    def _write_here(self, kind: type[Operation]) -> None:
+        """Commit what is queued in the thread of the submitter; leave it there if that fails.
+
+        The caller may be an event loop, so nothing is waited for: no lock of the database, no
+        server that is slow, no second attempt.
+        """
+        self._holder = threading.get_ident()
+        queued = tuple(self._queue)
+        if (
+            any(type(op) is not kind for op in queued)
+            or sum(op.size for op in queued) > _HERE_BYTES
+        ):
+            return
+        batch = [self._queue.popleft() for _ in queued]
+        began = time.monotonic()
+        error: BaseException | None = None
+        try:
+            error = self._attempt(batch, is_patient=False) if batch else None
+        except BaseException as exc:
+            error = exc
+            raise
+        finally:
+            if error is not None:
+                for operation in batch:
+                    operation.was_sent = operation.was_sent or _may_be_written(error)
+                self._queue.extendleft(reversed(batch))
+            self._pace.took(time.monotonic() - began, has_failed=error is not None)
+            self._tell()
 
     def close(self) -> None:
         """Write what is queued, then end the thread."""
@@ -166,21 +242,32 @@ class GroupCommitWriter:
             self._signal.put(None)
 
     def _serve(self) -> None:
-        while batch := self._take():
-            try:
-                self._write(batch)
-            except BaseException as exc:
-                logger.exception("the writer failed", extra={"operations": len(batch)})
-                for operation in batch:
-                    _settle(operation, Rejected(_as_exception(exc)))
-            try:
-                self._settled()
-            except Exception:  # whoever else waits must not wait for ever
-                logger.exception("the writer could not wake an event loop")
-        self._connections.end_writing()
+        while self._await_work():
+            with self._role:
+                self._holder = threading.get_ident()
+                if batch := self._pop():
+                    self._serve_batch(batch)
+                self._holder = None
+        with self._role:
+            self._connections.end_writing()
 
-    def _take(self) -> list[Operation]:
-        """Wait for operations and take a batch; empty once closed and drained."""
+    def _serve_batch(self, batch: list[Operation]) -> None:
+        try:
+            self._write(batch)
+        except BaseException as exc:
+            logger.exception("the writer failed", extra={"operations": len(batch)})
+            for operation in batch:
+                _settle(operation, Rejected(_as_exception(exc)))
+        self._tell()
+
+    def _tell(self) -> None:
+        try:
+            self._settled()
+        except Exception:  # whoever else waits must not wait for ever
+            logger.exception("the writer could not wake an event loop")
+
+    def _await_work(self) -> bool:
+        """Wait for operations that have to be written now; `False` once closed and drained."""
         self._listen()
         deadline: float | None = None
         while not self._queue or self._may_wait():
@@ -191,9 +278,16 @@ class GroupCommitWriter:
                     break
                 self._sleep(deadline - now)
             elif self._closing.is_set():
-                return []
+                return False
             else:
+                deadline = None
                 self._rest()
+        return True
+
+    def _pop(self) -> list[Operation]:
+        """Take a batch out of the queue; by whoever has the role of the writer."""
+        if not self._queue:
+            return []
         batch = [self._queue.popleft()]
         size = batch[0].size
         while self._queue and size + self._queue[0].size <= MAX_BATCH_BYTES:
@@ -235,7 +329,7 @@ class GroupCommitWriter:
     def _write(self, batch: list[Operation]) -> None:
         until = time.monotonic() + self._deadline
         pause = _FIRST_PAUSE
-        was_unknown = False
+        was_unknown = any(operation.was_sent for operation in batch)
         while (error := self._attempt(batch)) is not None:
             if was_unknown and isinstance(error, StoreUnavailableError):
                 # Whatever became of this attempt, an earlier one may have been committed.
@@ -269,14 +363,14 @@ class GroupCommitWriter:
                 _settle(operation, Rejected(error))
         return [operation for operation in batch if not is_hopeless(operation)]
 
-    def _attempt(self, batch: list[Operation]) -> Exception | None:
+    def _attempt(self, batch: list[Operation], *, is_patient: bool = True) -> Exception | None:
         """Write a batch and settle it, or say why it could not be written."""
         try:
             if not self._was_reached:
                 with translated(self._connections.url):
                     self._prepare()
                 self._was_reached = True
-            outcomes = self._transact(batch)
+            outcomes = self._transact(batch, is_patient=is_patient)
         except Exception as exc:  # noqa: BLE001 -- every failure is handed to its submitter
             return exc
         for operation, outcome in zip(batch, outcomes, strict=True):
@@ -291,10 +385,11 @@ class GroupCommitWriter:
         for operation in batch:
             self._write([operation])
 
-    def _transact(self, batch: Sequence[Operation]) -> list[Any]:
+    def _transact(self, batch: Sequence[Operation], *, is_patient: bool) -> list[Any]:
         groups = _neighbours(batch)
         if len(groups) == 1 and groups[0][0].commits_itself():
-            return self._connections.run_committing(partial(_run_committing, *groups[0]))
+            run = partial(_run_committing, *groups[0])
+            return self._connections.run_committing(run, is_patient=is_patient)
         with self._connections.writing() as session:
             outcomes: list[Any] = []
             for kind, group in groups:
@@ -303,6 +398,26 @@ class GroupCommitWriter:
         failpoint("database.after_commit")
         session.committed()
         return outcomes
+
+
+class _Company:
+    """Watches who writes."""
+
+    def __init__(self) -> None:
+        self._owner: object = None
+        self._streak = 0
+
+    def meet(self, operation: Operation) -> None:
+        """Note an operation that was queued."""
+        if operation.owner is None or operation.is_patient:
+            return
+        self._streak = self._streak + 1 if operation.owner == self._owner else 0
+        self._owner = operation.owner
+
+    def lacks(self, operation: Operation) -> bool:
+        """Whether nobody but the owner of an operation has written for a while."""
+        is_owner = operation.owner is not None and operation.owner == self._owner
+        return is_owner and self._streak >= _ALONE
 
 
 def _run_committing(
@@ -328,6 +443,12 @@ def _settle(operation: Operation, outcome: Any) -> None:
         operation.future.settle(error=outcome.error)
     else:
         operation.future.settle(outcome)
+
+
+def _may_be_written(error: BaseException) -> bool:
+    if isinstance(error, StoreUnavailableError):
+        return error.outcome == "unknown"
+    return not isinstance(error, Exception)
 
 
 def _as_exception(exc: BaseException) -> Exception:

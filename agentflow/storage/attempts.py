@@ -13,6 +13,7 @@ from agentflow.database.engine import now as database_now
 from agentflow.database.statements import replace
 from agentflow.database.tables import dead_letters, runs, waits
 from agentflow.errors import IllegalTransitionError
+from agentflow.storage.questions import pack_question, redacted_question
 from agentflow.storage.rows import (
     RELEASED,
     Payloads,
@@ -99,7 +100,11 @@ def park_run(
     }
     asked = {(q.ns, q.interrupt_id, q.checkpoint_id): q for q in questions}
     log = _supersede(connection, [w for key, w in known.items() if key not in asked], now)
-    new = [question for key, question in asked.items() if key not in known]
+    new = [
+        redacted_question(payloads, question, row)
+        for key, question in asked.items()
+        if key not in known
+    ]
     _insert_waits(connection, payloads, row, new, now)
     log += [
         NewEvent(
@@ -163,12 +168,7 @@ def _insert_waits(
                 "answers_recorded": question.answers_recorded,
                 "status": WaitStatus.PENDING.value,
                 "version": 1,
-                "proposal_hash": question.proposal_hash,
-                "request": payloads.dump(
-                    question.request,
-                    waits.c.request,
-                    {"tenant": row.tenant, "wait_id": question.wait_id},
-                ),
+                **pack_question(payloads, question, row),
                 "created_at": now,
             }
             for question in questions

@@ -10,20 +10,20 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from agentflow.database import Database
-from agentflow.database.tables import metadata
+from agentflow.database.tables import metadata, waits
 from agentflow.failpoints import failpoint
+from agentflow.storage.questions import repack_question
 from agentflow.storage.rows import KEYS, Column, Payloads
 
 _ROWS_AT_ONCE = 100
 
 
 class _Change(NamedTuple):
-    """A payload, as it was read and as it is to be."""
+    """A payload, as it was read, and the columns as they are to be."""
 
     column: Column
     row: Mapping[str, Any]
-    before: bytes
-    after: bytes
+    after: Mapping[str, Any]
 
 
 async def rotate_payloads(
@@ -57,7 +57,9 @@ def _read(
     table: sa.Table, after: Mapping[str, Any] | None, connection: Connection
 ) -> Sequence[Mapping[str, Any]]:
     key = [table.c[name] for name in KEYS[table.name]]
-    query = sa.select(*key, *_payload_columns(table)).order_by(*key).limit(_ROWS_AT_ONCE)
+    hashes = [waits.c.proposal_hash] if table is waits else []
+    columns = (*key, *_payload_columns(table), *hashes)
+    query = sa.select(*columns).order_by(*key).limit(_ROWS_AT_ONCE)
     if after is not None:
         query = query.where(sa.tuple_(*key) > tuple(after[column.name] for column in key))
     return [dict(row) for row in connection.execute(query).mappings()]
@@ -71,20 +73,27 @@ def _changes(payloads: Payloads, table: sa.Table, row: Mapping[str, Any]) -> lis
     changes = []
     for column in _payload_columns(table):
         before = row[column.name]
-        if before is not None and not payloads.strict.is_current(before):
-            after = payloads.seal(payloads.unseal(column, row), column, row)
-            changes.append(_Change(column, row, before, after))
+        if before is None:
+            continue
+        after: Mapping[str, Any] | None = None
+        if column is waits.c.request:
+            after = repack_question(payloads, row)
+        elif not payloads.strict.is_current(before):
+            body = payloads.unseal(column, row)
+            after = {column.name: payloads.seal(body, column, row)}
+        if after is not None:
+            changes.append(_Change(column, row, after))
     return changes
 
 
 def _apply(changes: Sequence[_Change], connection: Connection) -> int:
     """Replace payloads that still are as they were; who has changed one meanwhile sealed it."""
     sealed = 0
-    for column, row, before, after in changes:
+    for column, row, after in changes:
         table = column.table
         of_row = [table.c[name] == row[name] for name in KEYS[table.name]]
         changed = connection.execute(
-            sa.update(table).where(*of_row, column == before).values({column.name: after})
+            sa.update(table).where(*of_row, column == row[column.name]).values(after)
         )
         sealed += changed.rowcount
     failpoint("keys.rewritten")

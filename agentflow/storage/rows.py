@@ -25,7 +25,6 @@ from agentflow.errors import (
 )
 from agentflow.types import (
     TRANSITIONS,
-    Approval,
     AuditEvent,
     DeadLetter,
     Lease,
@@ -75,7 +74,7 @@ class Payloads:
         if data is None:
             return None
         codec = self.strict if strict else self.lenient
-        return codec.loads(data, context=context_in(column, row), where=_where(column, row))
+        return codec.loads(data, context=context_in(column, row), where=place_of(column, row))
 
     def redacted(self, value: Any, column: Column) -> Any:
         """Return what is to be stored of a payload."""
@@ -84,7 +83,7 @@ class Payloads:
 
     def serialize(self, value: Any, column: Column, row: Keyed) -> bytes:
         """Encode a payload without its envelope."""
-        return self.strict.serialize(value, where=_where(column, row))
+        return self.strict.serialize(value, where=place_of(column, row))
 
     def seal(self, body: bytes, column: Column, row: Keyed) -> bytes:
         """Put what was encoded into an envelope that opens only in this column of this row."""
@@ -93,7 +92,7 @@ class Payloads:
     def unseal(self, column: Column, row: Keyed) -> bytes:
         """Open the envelope in a column of a row."""
         data = _mapping(row)[column.name]
-        return self.strict.unseal(data, context_in(column, row), where=_where(column, row))
+        return self.strict.unseal(data, context_in(column, row), where=place_of(column, row))
 
 
 def context_in(column: Column, row: Keyed) -> bytes:
@@ -114,7 +113,7 @@ def _name(column: Column) -> str:
     return f"{column.table.name.removeprefix('agentflow_')}.{column.name}"
 
 
-def _where(column: Column, row: Keyed) -> str:
+def place_of(column: Column, row: Keyed) -> str:
     """Name a payload in messages."""
     tenant, *names = _key(column, row)
     of_tenant = f" of tenant {tenant!r}" if tenant else ""
@@ -148,32 +147,6 @@ def to_run(row: sa.Row[Any], payloads: Payloads, *, strict: bool = False) -> Run
         ended_at=row.ended_at,
         cancel_requested_at=row.cancel_requested_at,
         submitted_by=row.submitted_by,
-    )
-
-
-def to_approval(row: sa.Row[Any], payloads: Payloads) -> Approval:
-    """Build the record of a wait."""
-    return Approval(
-        id=row.wait_id,
-        run_id=row.run_id,
-        thread_id=row.thread_id,
-        tenant=row.tenant,
-        graph=row.graph,
-        ns=row.ns,
-        task_id=row.task_id,
-        interrupt_id=row.interrupt_id,
-        checkpoint_id=row.checkpoint_id,
-        answers_recorded=row.answers_recorded,
-        kind=row.kind,
-        request=payloads.load(waits.c.request, row),
-        proposal_hash=row.proposal_hash,
-        version=row.version,
-        status=WaitStatus(row.status),
-        created_at=row.created_at,
-        decision=payloads.load(waits.c.decision, row),
-        decided_by=row.decided_by,
-        decided_at=row.decided_at,
-        comment=payloads.load(waits.c.comment, row),
     )
 
 

@@ -25,6 +25,7 @@ from agentflow.errors import (
 )
 from agentflow.storage import attempts, claims
 from agentflow.storage.base import OnExisting, RunStore
+from agentflow.storage.questions import to_approval
 from agentflow.storage.rotation import rotate_payloads
 from agentflow.storage.rows import (
     GENESIS,
@@ -33,7 +34,6 @@ from agentflow.storage.rows import (
     drop_dead_letter,
     find_run,
     get_run,
-    to_approval,
     to_dead_letter,
     to_event,
     to_run,
@@ -479,7 +479,7 @@ def _resolve_wait(
             "approval": wait_id,
             "decision": decision.type,
             "by": by,
-            "proposal_hash": row.proposal_hash,
+            "proposal_hash": stored.proposal_hash,
         },
     )
     if run.status == RunStatus.WAITING:

@@ -90,12 +90,13 @@ class Sabotage:
         self._how = signal.Signals[how]
         self._company = company
         self._passed: Counter[tuple[str, str]] = Counter()
+        self._writer = 0
         self._changed: set[str] = set()
         self._kinds: tuple[Kind, ...] = ()
 
     def arm(self) -> None:
         """From now on watch the writer's transactions."""
-        _wrap(GroupCommitWriter, "_transact", before=lambda *_: self._changed.clear())
+        _wrap(GroupCommitWriter, "_transact", before=self._begin)
         sa.event.listen(sa.Engine, "before_cursor_execute", self._execute)
         # The checkpointer's statements go past SQLAlchemy.
         for name in ("execute", "execute_many", "commit_by"):
@@ -120,6 +121,11 @@ class Sabotage:
             # one would go on for a moment, perhaps into the next transaction.
             signal.pthread_kill(threading.get_ident(), self._how)
 
+    def _begin(self, *_: Any, **__: Any) -> None:
+        # One who is alone writes in the thread that submits.
+        self._writer = threading.get_ident()
+        self._changed.clear()
+
     def _execute(
         self,
         _connection: sa.Connection,
@@ -132,7 +138,7 @@ class Sabotage:
         self._note(statement)
 
     def _note(self, statement: str) -> None:
-        if _is_writer():
+        if threading.get_ident() == self._writer:
             self._changed.update(_CHANGE.findall(statement))
 
     def _planned(self, refused: Exception | None, _plan: ThreadPlan, put: Planned) -> None:
@@ -158,10 +164,6 @@ class Sabotage:
             self.meet(kind, "after")
 
 
-def _is_writer() -> bool:
-    return threading.current_thread().name == "agentflow-writer"
-
-
 def _kinds(changed: set[str]) -> tuple[Kind, ...]:
     """Name a transaction by the tables that it changed; a heartbeat changes `runs` alone."""
     kinds: list[Kind] = []
@@ -181,8 +183,8 @@ def _kinds(changed: set[str]) -> tuple[Kind, ...]:
 def _keep_company() -> None:
     alone = GroupCommitWriter._transact
 
-    def in_company(writer: GroupCommitWriter, batch: Sequence[Operation]) -> list[Any]:
-        return alone(writer, [Call(_ask), *batch])[1:]
+    def in_company(writer: GroupCommitWriter, batch: Sequence[Operation], **how: Any) -> list[Any]:
+        return alone(writer, [Call(_ask), *batch], **how)[1:]
 
     setattr(GroupCommitWriter, "_transact", in_company)  # noqa: B010 -- mypy knows better
 
@@ -201,9 +203,9 @@ def _wrap(
     """Have each call of a method looked at: its arguments before it, its result and them after."""
     method = getattr(owner, name)
 
-    def watched(*arguments: Any) -> Any:
+    def watched(*arguments: Any, **options: Any) -> Any:
         before(*arguments)
-        returned = method(*arguments)
+        returned = method(*arguments, **options)
         after(returned, *arguments)
         return returned
 

@@ -9,13 +9,17 @@ from collections.abc import Callable
 from typing import Annotated, Any, TypedDict
 
 import sqlalchemy as sa
+from langchain_core.runnables import RunnableConfig
 from langgraph.graph import END, START, StateGraph
 
 from agentflow import AgentFlow, RetryPolicy, request_approval
+from agentflow.checkpoint import Saver
 from agentflow.database.engine import parse_url
 from agentflow.database.tables import checkpoints, events, metadata, runs, waits
 from agentflow.keys import KeyRing
 from agentflow.storage.sql import SqlRunStore
+from agentflow.testing.savers.graphs import DeltaState
+from agentflow.testing.savers.graphs import chain as delta_chain
 
 PLACES = (
     "state",
@@ -29,6 +33,7 @@ PLACES = (
     "decision",
     "comment",
     "event",
+    "delta",
 )
 """Where users put what nobody else should read; the dead letter has the exception."""
 RUNS = ("decided", "failed", "cancelled", "waiting")
@@ -140,6 +145,15 @@ async def fill(app: AgentFlow, mark: Mark = str) -> None:
     await app.approvals.decide(asked.id, edit, by="ann", comment=mark("comment"))
     await app.drive("decided")
     await app.cancel("cancelled", reason=mark("event"))
+
+
+def prune_deltas(saver: Saver, text: str = "x") -> None:
+    """Leave behind an anchor, and what delta channels had before it."""
+    nodes = [(f"n{n}", lambda _: {"log": [text * 99], "notes": {"a": text}}) for n in range(5)]
+    graph = delta_chain(*nodes, state=DeltaState).compile(checkpointer=saver)
+    config: RunnableConfig = {"configurable": {"thread_id": "pruned"}}
+    graph.invoke({"log": ["first"]}, config, durability="sync")
+    saver.prune(["pruned"])
 
 
 def payloads(url: str) -> dict[str, list[Any]]:

@@ -239,6 +239,20 @@ class TestPrune:
         assert (result.code, "no thread 'theirs'" in result.err) == (3, True)
         assert len(cli.data("checkpoint", "list")) == 4
 
+    def test_thread_with_a_run_that_has_not_ended(self, cli: Cli) -> None:
+        """Waiting for an answer it holds nothing, and would begin again from nothing."""
+        run_id = cli.submit("refund", 10)
+        cli.drive(run_id)
+        before = cli.data("checkpoint", "list", "--thread", run_id)
+        for options in ([], ["--delete"], ["--dry-run"]):
+            result = cli("checkpoint", "prune", "mine", run_id, *options)
+            assert result.code == 4
+            assert f"{run_id!r}, which is waiting" in result.err
+        assert cli.data("checkpoint", "list", "--thread", run_id) == before
+        assert len(cli.data("checkpoint", "list", "--thread", "mine")) == 4
+        cli.ok("run", "cancel", run_id)
+        cli.ok("checkpoint", "prune", run_id)
+
     def test_thread_that_a_run_holds(self, sqlite_cli: Cli) -> None:
         change(sqlite_cli, "UPDATE agentflow_threads SET is_leased = TRUE, token = 5")
         assert sqlite_cli("checkpoint", "prune", "one").code == 4

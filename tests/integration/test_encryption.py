@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import base64
 import secrets
+import sqlite3
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import closing
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,9 @@ from agentflow.errors import (
     UnencryptedValueError,
     UnknownKeyError,
 )
+from agentflow.interrupts import proposal_hash
 from agentflow.keys import KEY_SIZE, KeyRing
+from agentflow.storage.sql import SqlRunStore
 from tests.integration.sealed import (
     PLACES,
     SEALED,
@@ -32,6 +37,7 @@ from tests.integration.sealed import (
     in_environment,
     open_app,
     payloads,
+    prune_deltas,
     read_payloads,
     read_rows,
     ring,
@@ -59,6 +65,20 @@ def files_of(url: str, request: pytest.FixtureRequest) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
+def backup_of(url: str, folder: Path, request: pytest.FixtureRequest) -> bytes:
+    """Make a backup with the database's own tool."""
+    if not url.startswith("sqlite"):
+        server: PostgresServer = request.getfixturevalue("postgres_server")
+        return server.dump(url.rpartition("/")[2])
+    copy = folder / "backup.db"
+    with (
+        closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as source,
+        closing(sqlite3.connect(copy)) as target,
+    ):
+        source.backup(target)
+    return copy.read_bytes()
+
+
 def spellings(canary: str) -> list[bytes]:
     """Return a text as UTF-8, UTF-16 and hexadecimal, and what is in any base64 of it."""
     raw = canary.encode()
@@ -73,6 +93,7 @@ async def test_no_payload_is_in_any_file_of_the_database(
     database_url: str,
     request: pytest.FixtureRequest,
     monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
     *,
     is_encrypted: bool,
 ) -> None:
@@ -83,10 +104,10 @@ async def test_no_payload_is_in_any_file_of_the_database(
     keys = ring("one") if is_encrypted else None
     async with open_app(database_url, keys, canaries.__getitem__) as app:
         await fill(app, canaries.__getitem__)
-        filled = payloads(database_url)
+        prune_deltas(_saver(app), canaries["delta"])
         contents = [path.read_bytes() for path in files_of(database_url, request)]
-    empty = {column for column, values in filled.items() if not values}
-    assert empty == {"agentflow_anchors.data", "agentflow_checkpoints.base"}
+        contents.append(backup_of(database_url, tmp_path, request))
+    assert all(payloads(database_url).values()), "a column without a payload shows nothing"
     found = {
         place
         for place, canary in canaries.items()
@@ -227,10 +248,80 @@ async def test_payload_that_is_moved_is_refused(
     assert moved > 200
 
 
+@pytest.mark.parametrize("is_encrypted", [True, False])
+async def test_hash_of_a_question_does_not_tell_whether_a_guess_is_right(
+    database_url: str, engine: Engine, *, is_encrypted: bool
+) -> None:
+    """The twin without keys shows where it would."""
+    async with open_app(database_url, ring("one") if is_encrypted else None) as app:
+        await fill(app)
+        (asked,) = (await app.approvals.list()).items
+    guess = proposal_hash(asked.request)
+    assert asked.proposal_hash == guess
+    (row,) = [row for row in read_rows(engine, waits) if row.wait_id == asked.id]
+    unkeyed = {
+        guess,
+        *(sha256(each).hexdigest() for each in (guess.encode(), bytes.fromhex(guess))),
+    }
+    assert (row.proposal_hash.removeprefix("2:") in unkeyed) is not is_encrypted
+    texts = [
+        text for each in (runs, waits, events) for row in read_rows(engine, each) for text in row
+    ]
+    assert guess not in texts
+
+
+@pytest.mark.parametrize("is_encrypted", [True, False])
+async def test_question_under_another_hash_is_refused(
+    database_url: str, engine: Engine, *, is_encrypted: bool
+) -> None:
+    keys = ring("one") if is_encrypted else None
+    async with open_app(database_url, keys) as app:
+        await fill(app)
+        (asked,) = (await app.approvals.list()).items
+        rows = read_rows(engine, waits)
+        (row,) = [row for row in rows if row.wait_id == asked.id]
+        others = [row.proposal_hash[:-1], f"{row.proposal_hash}0", "", asked.proposal_hash, "2:"]
+        for other in others:
+            with (
+                _moved(engine, waits.c.proposal_hash, row, other),
+                pytest.raises(HashMismatchError, match=r"waits\.proposal_hash"),
+            ):
+                await app.approvals.get(asked.id)
+        assert await app.approvals.get(asked.id) == asked
+
+
+async def test_question_that_was_stored_without_its_hash_is_read_and_rotated(
+    database_url: str, engine: Engine
+) -> None:
+    """As agentflow did before: the request alone in the envelope, and a plain hash outside."""
+    async with open_app(database_url, ring("one")) as app:
+        await fill(app)
+        (asked,) = (await app.approvals.list()).items
+        assert isinstance(app._store, SqlRunStore)
+        codec = app._store._payloads
+        place = {"tenant": "", "wait_id": asked.id}
+        before = {
+            "request": codec.dump(asked.request, waits.c.request, place),
+            "proposal_hash": asked.proposal_hash,
+        }
+        with engine.begin() as connection:
+            change = sa.update(waits).where(waits.c.wait_id == asked.id).values(before)
+            assert connection.execute(change).rowcount == 1
+        assert await app.approvals.get(asked.id) == asked
+        done = await app.rotate_keys()
+        assert (done.sealed, done.is_complete) == (1, True)
+        assert await app.approvals.get(asked.id) == asked
+        (row,) = [row for row in read_rows(engine, waits) if row.wait_id == asked.id]
+        assert row.proposal_hash.startswith("2:")
+        assert (await app.rotate_keys()).sealed == 0
+        await app.approvals.decide(asked.id, "approve", by="ann")
+        assert (await app.drive("waiting")).status == "succeeded"
+
+
 class _moved:  # noqa: N801 -- reads as a verb
     """Put a value into a row while the block runs."""
 
-    def __init__(self, engine: Engine, column: sa.Column[Any], row: Any, value: bytes) -> None:
+    def __init__(self, engine: Engine, column: sa.Column[Any], row: Any, value: Any) -> None:
         self._engine, self._column, self._row, self._value = engine, column, row, value
 
     def __enter__(self) -> None:
@@ -239,7 +330,7 @@ class _moved:  # noqa: N801 -- reads as a verb
     def __exit__(self, *exc_info: object) -> None:
         self._set(self._row._mapping[self._column])
 
-    def _set(self, value: bytes) -> None:
+    def _set(self, value: Any) -> None:
         table = self._column.table
         of_row = [column == self._row._mapping[column] for column in table.primary_key.columns]
         with self._engine.begin() as connection:

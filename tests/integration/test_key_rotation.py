@@ -32,18 +32,15 @@ from agentflow.keys import KeyRing
 from agentflow.storage import rotation
 from agentflow.storage.rows import GENESIS, Payloads, hash_event
 from agentflow.storage.sql import SqlRunStore
-from agentflow.testing.savers.graphs import DeltaState
-from agentflow.testing.savers.graphs import chain as delta_chain
 from tests.golden import database_v1 as v1
 from tests.golden.listing import list_database
 from tests.integration.cli import REPOSITORY, Cli, fresh_cli
 from tests.integration.graphs import chain, logs
-from tests.integration.sealed import fill, in_environment, open_app, payloads, ring
+from tests.integration.sealed import fill, in_environment, open_app, payloads, prune_deltas, ring
 
 pytestmark = pytest.mark.slow
 
 TENANTS = ("", "acme")
-PRUNED: RunnableConfig = {"configurable": {"thread_id": "pruned"}}
 
 
 async def fill_all(url: str, keys: KeyRing | None) -> None:
@@ -52,10 +49,7 @@ async def fill_all(url: str, keys: KeyRing | None) -> None:
         async with open_app(url, keys, tenant=tenant) as app:
             await fill(app)
     with open_checkpointer(url, keys=keys) as saver:
-        steps = [(f"n{n}", lambda _: {"log": ["x" * 99], "notes": {"a": 1}}) for n in range(5)]
-        graph = delta_chain(*steps, state=DeltaState).compile(checkpointer=saver)
-        graph.invoke({"log": ["first"]}, PRUNED, durability="sync")
-        saver.prune(["pruned"])
+        prune_deltas(saver)
 
 
 async def listed(

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from langchain_core.runnables import RunnableConfig
+from langgraph.graph import StateGraph
 from langgraph.types import Interrupt
 
 from agentflow import AgentFlow
 from agentflow.checkpoint import open_checkpointer
-from agentflow.types import ApprovalRequest, Decision, RunFailure
+from agentflow.types import Approval, ApprovalRequest, Decision, RunFailure
 from tests.integration.graphs import asks, chain, logs
 from tests.integration.sealed import fill, open_app, payloads
 
@@ -130,3 +132,29 @@ async def test_same_submission_and_decision_are_known_again(database_url: str) -
         ]
     assert decided[0] == decided[1]
     assert decided[0].decision == Decision(type="respond")
+
+
+async def test_hash_of_a_question_is_that_of_what_is_shown(database_url: str) -> None:
+    """Or it would tell what was taken out of it to whoever tries all the numbers."""
+
+    def redact(place: str, value: Any) -> Any:
+        if isinstance(value, ApprovalRequest):
+            return replace(value, proposal=_without_cards(value.proposal))
+        return _without_cards(value)
+
+    def number(card: str) -> StateGraph[Any, Any, Any, Any]:
+        return chain(("ask", asks({"pay with": card})))
+
+    asked: list[Approval] = []
+    for run_id, card in (("one", CARD), ("two", CARD[::-1])):
+        async with AgentFlow(database_url, redact=redact) as app:
+            app.register(number(card), name="g", version=run_id)
+            await app.submit("g", {"value": 1}, run_id=run_id, version=run_id)
+            await app.drive(run_id)
+            asked += await app.handle(run_id).approvals()
+            (event,) = [
+                each for each in await app.list_events(run_id) if each.type == "approval.requested"
+            ]
+            assert event.data["proposal_hash"] == asked[-1].proposal_hash
+    assert asked[0].proposal_hash == asked[1].proposal_hash
+    assert asked[0].request == asked[1].request

@@ -321,6 +321,25 @@ async def test_app_sweeps_only_threads_whose_runs_have_ended(sqlite_url: str) ->
         assert done.threads == 4
 
 
+async def test_retention_may_be_given_when_opening(sqlite_url: str) -> None:
+    keep = Retention(keep_last=2)
+    async with (
+        open_checkpointer(sqlite_url, retention=keep) as saver,
+        open_checkpointer(sqlite_url) as other,
+    ):
+        graph = chain(("a", logs("a")), ("b", logs("b"))).compile(checkpointer=saver)
+        for name in ("one", "two"):
+            await graph.ainvoke({"log": []}, at(thread=name))
+        with pytest.raises(InvalidInputError, match="retention: is missing"):
+            await other.asweep()
+        with pytest.raises(InvalidInputError, match="retention: is missing"):
+            await asyncio.to_thread(other.sweep)
+        assert (await saver.asweep(thread_ids=["one"])).checkpoints == 2
+        assert saver.sweep(Retention(keep_last=4)).checkpoints == 0
+        async with AgentFlow(sqlite_url, checkpoints=saver) as app:
+            assert (await app.sweep()).checkpoints == 2
+
+
 async def test_app_with_a_foreign_checkpointer_cannot_be_swept() -> None:
     async with AgentFlow("memory://", checkpoints=InMemorySaver()) as app:
         with pytest.raises(InvalidInputError, match="open_checkpointer"):

@@ -237,6 +237,39 @@ def test_parent_and_child_of_a_fork_both_write(database_url: str) -> None:
     subprocess.run(command, check=True, timeout=60, cwd=Path.cwd())
 
 
+def test_child_of_a_fork_waits_for_no_lock_that_its_parent_held(sqlite_url: str) -> None:
+    program = f"""
+import faulthandler, threading
+from contextlib import ExitStack
+{FORK.partition("child = ")[0]}
+held, go_on = threading.Event(), threading.Event()
+
+def hold():
+    with ExitStack() as locks:
+        for kept in (saver._intake, saver._intake.states, saver._intake.known):
+            locks.enter_context(kept._lock)
+        held.set()
+        go_on.wait(30)
+
+holder = threading.Thread(target=hold)
+holder.start()
+held.wait(30)
+child = os.fork()
+if child == 0:
+    faulthandler.dump_traceback_later(20, exit=True)
+    saver.delete_thread("before")
+    put(saver, "child")
+    os._exit(7)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+go_on.set()
+holder.join()
+saver.close()
+"""
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program, sqlite_url], check=True, timeout=60
+    )
+
+
 def test_many_event_loops_wait_for_one_writer(database: Database) -> None:
     ended = []
 
@@ -269,9 +302,9 @@ def test_locked_file_is_waited_for_once_by_a_whole_batch(
     attempts = []
     transact = GroupCommitWriter._transact
 
-    def counted(writer: GroupCommitWriter, batch: Sequence[Operation]) -> list[Any]:
+    def counted(writer: GroupCommitWriter, batch: Sequence[Operation], **how: Any) -> list[Any]:
         attempts.append(len(batch))
-        return transact(writer, batch)
+        return transact(writer, batch, **how)
 
     database = Database(
         f"sqlite:///{tmp_path}/a.db", Settings(store_timeout=timedelta(seconds=0.5))

@@ -7,6 +7,7 @@ import enum
 import fractions
 import ipaddress
 import json
+import math
 import pathlib
 import re
 import subprocess
@@ -16,10 +17,11 @@ from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, Self, TypeVar
 from uuid import UUID
 from zoneinfo import ZoneInfo
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -36,6 +38,7 @@ from agentflow.errors import (
 )
 from agentflow.keys import KeyRing
 
+T = TypeVar("T")
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 
@@ -95,6 +98,42 @@ class Customer(BaseModel):
     _seen: int = PrivateAttr(default=0)
 
 
+class Pair(collections.namedtuple("Pair", "x y")):  # noqa: PYI024, SLOT002 -- as users write it
+    """A named tuple whose constructor takes something else than its fields."""
+
+    def __new__(cls, both: Any) -> Self:
+        """Make a pair of equals."""
+        return super().__new__(cls, both, both)
+
+
+@dataclass
+class Box(Generic[T]):
+    """A generic dataclass."""
+
+    content: T
+
+
+class Odd(enum.Enum):
+    """An enum with a value that equals nothing."""
+
+    NAN = math.nan
+    HALF = 0.5
+
+
+@dataclass
+class DeclinedError(Exception):
+    """A dataclass that is an exception."""
+
+    code: int
+
+
+@dataclass
+class Numbered(list[Any]):
+    """A dataclass that is a list."""
+
+    number: int
+
+
 ROME = ZoneInfo("Europe/Rome")
 CUSTOMER = Customer.model_validate({"name": "ada", "level": Level.HIGH, "extra_key": {"x": (1,)}})
 VALUES: dict[str, Any] = {
@@ -146,6 +185,15 @@ VALUES: dict[str, Any] = {
     "secret": SecretStr("s"),
     "secret bytes": SecretBytes(b"s"),
 }
+MAPPINGS: dict[str, Any] = {
+    "ordered": collections.OrderedDict([("b", 1), (2, (3,)), (Level.LOW, [Colour.RED])]),
+    "counter": collections.Counter({"a": 2, ("b",): -1}),
+    "defaults": collections.defaultdict(list, {"a": [(1,)], 7: []}),
+    "no defaults": collections.defaultdict(None, {"a": 1}),
+    "counters": collections.defaultdict(collections.Counter, {"a": collections.Counter("aab")}),
+    "beside what takes the slow path": [collections.Counter("ab"), {1: "a"}, "\ud800"],
+}
+"""Python's own mappings, which compare equal to plain ones and do other things."""
 CODEC = Codec()
 
 
@@ -162,9 +210,9 @@ def same(value: Any, other: Any) -> bool:
     return bool(value == other)
 
 
-@pytest.mark.parametrize("name", list(VALUES))
+@pytest.mark.parametrize("name", [*VALUES, *MAPPINGS])
 def test_every_supported_type_comes_back_equal_and_of_its_type(name: str) -> None:
-    value = VALUES[name]
+    value = {**VALUES, **MAPPINGS}[name]
     assert same(CODEC.loads(CODEC.dumps(value)), value)
 
 
@@ -181,8 +229,35 @@ def test_what_equality_does_not_see_is_kept_too() -> None:
         (when, lambda v: (v.fold, v.tzinfo.key, v.utcoffset())),
         (VALUES["pattern"], lambda v: (v.pattern, v.flags)),
         (VALUES["secret"], lambda v: v.get_secret_value()),
+        (MAPPINGS["counter"], lambda v: v["of which there is none"]),
+        (MAPPINGS["defaults"], lambda v: v.default_factory),
+        (MAPPINGS["no defaults"], lambda v: v.default_factory),
+        (MAPPINGS["counters"], lambda v: v.default_factory),
     ):
         assert look(CODEC.loads(CODEC.dumps(value))) == look(value)
+
+
+@pytest.mark.parametrize("value", [Pair(1), Box[int](1), Odd.HALF])
+def test_what_a_constructor_would_not_make_of_it_comes_back_too(value: Any) -> None:
+    assert same(CODEC.loads(CODEC.dumps([value])), [value])
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.arange(6, dtype=">i2").reshape(2, 3)[:, ::2],
+        np.asfortranarray([[1.5, np.inf], [0, -1]]),
+        np.array(["a", "long"]),
+        np.array(["2026-01-02"], dtype="datetime64[D]"),
+        np.zeros((0, 3), dtype=bool),
+        np.array(1j),
+    ],
+)
+def test_arrays_come_back_with_their_shapes_and_types(array: Any) -> None:
+    loaded = CODEC.loads(CODEC.dumps({"a": array}))["a"]
+    assert (loaded.dtype, loaded.shape) == (array.dtype, array.shape)
+    assert np.array_equal(loaded, array)
+    assert loaded.flags.writeable
 
 
 def test_bytearray_comes_back_as_equal_bytes() -> None:
@@ -304,11 +379,20 @@ def _of_a_local_class() -> Any:
         (Point(1, Local()), ".y", "Local", ""),
         ({(1, Local()): 1}, ".keys[0][1]", "Local", ""),
         ([ValueError("no")], "[0]", "ValueError", "type and text"),
+        ([DeclinedError(1)], "[0]", "DeclinedError", "type and text"),
+        ([Numbered(1)], "[0]", "Numbered", "also a builtin"),
+        ([Odd.NAN], "[0]", "Odd", "by its value"),
+        ([np.array([object()])], "[0]", "ndarray", "a list"),
+        ([np.zeros(1, dtype=[("a", int)])], "[0]", "ndarray", "an array for each field"),
+        ([np.ma.MaskedArray([1], mask=[True])], "[0]", "MaskedArray", "two of them"),
         ([_of_a_local_class()], "[0]", "Inner", "top of a module"),
         ([datetime.now], "[0]", "builtin_function", ""),
         ([(i for i in "")], "[0]", "generator", ""),
         ([lambda: 1], "[0]", "function", ""),
         (_recursive(), "", "list", "contains itself"),
+        ({"a": collections.defaultdict(lambda: 0)}, ".a", "defaultdict", "plain dict"),
+        ({"a": collections.defaultdict(Local)}, ".a", "defaultdict", "one of bool, dict"),
+        ({"a": collections.Counter({"b": Local()})}, ".a.b", "Local", ""),
     ],
 )
 def test_unstorable_value_is_refused_with_path_type_and_advice(
@@ -418,6 +502,10 @@ def test_stored_bytes_of_version_two_are_still_read() -> None:
     """As above; this version compresses, and binds each value to its context."""
     stored = read_golden("codec-v2.jsonl", {**VALUES, "long text": LONG_TEXT}, bound=True)
     assert len(stored["long text"]) < len(LONG_TEXT) / 4
+
+
+def test_stored_mappings_of_version_two_are_still_read() -> None:
+    read_golden("codec-v2-mappings.jsonl", MAPPINGS, bound=True)
 
 
 def test_encrypted_bytes_of_version_two_are_still_read() -> None:

@@ -121,6 +121,12 @@ class DeletionSuite(Suite):
             assert values_at(saver, thread=thread) == {"x": WORDS[:2]}
             assert values_at(saver, thread=thread, ns="child:1") == {"x": WORDS[:1]}
 
+    @pytest.mark.slow
+    def test_more_runs_are_deleted_than_a_statement_may_name(self, saver: AnySaver) -> None:
+        put_runs(saver, "r0", "r70000", "r1")
+        saver.delete_for_runs([f"r{number}" for number in range(1, 70_001)])
+        assert ids(saver.list(None)) == ["c0"]
+
     @pytest.mark.parametrize("given", ["put", "metadata", "configurable"])
     def test_run_is_deleted_wherever_its_id_was_given(self, saver: AnySaver, given: str) -> None:
         config = at()

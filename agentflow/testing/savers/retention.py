@@ -215,6 +215,22 @@ class RetentionSuite(Suite):
 
         assert swept(asyncio.run(saver.asweep(choose))) == {"t0": (2, False), "t2": (1, False)}
 
+    def test_thread_is_asked_about_again_before_it_is_deleted(self, saver: Saver) -> None:
+        """A run may have been submitted to it meanwhile."""
+        graph: Graph = letters("a").compile(checkpointer=saver)
+        for name in ("t0", "t1"):
+            run(graph, {"log": []}, thread(name))
+        asked: list[list[str]] = []
+
+        async def choose(names: Any) -> dict[str, Retention]:
+            asked.append(list(names))
+            return {} if names == ["t0"] else dict.fromkeys(names, OLD)
+
+        report = asyncio.run(saver.asweep(choose, clock=Later()))
+        assert asked == [["t0", "t1"], ["t0"], ["t1"]]
+        assert (swept(report), report.spared) == ({"t1": (3, True)}, {"unfinished": 1})
+        assert len(list(saver.list(thread("t0")))) == 3
+
     @pytest.mark.parametrize("limits", [{"keep_last": 0}, {"ttl": 0}, {"ttl": -DAY}])
     def test_limit_that_would_delete_what_is_in_use_is_refused(self, limits: Any) -> None:
         with pytest.raises(InvalidInputError, match="retention"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -22,6 +23,13 @@ from agentflow.testing.savers.calls import (
     values_at,
     writes_at,
 )
+
+
+@dataclass
+class DeclinedError(Exception):
+    """An error that is also something which could be stored, but not loaded back."""
+
+    code: int
 
 
 class WritesSuite(Suite):
@@ -96,8 +104,10 @@ class WritesSuite(Suite):
         put(saver, "c1")
         saver.put_writes(at("c1"), [(ERROR, ValueError("no"))], "a")
         saver.put_writes(at("c1"), [(ERROR, OddError())], "b")
+        saver.put_writes(at("c1"), [(ERROR, DeclinedError(3))], "c")
         texts = [value for _, _, value in writes_at(saver)]
-        assert texts == ["ValueError('no')", "OddError(<no text: its repr raises>)"]
+        odd = "OddError(<no text: its repr raises>)"
+        assert texts == ["ValueError('no')", odd, "DeclinedError(code=3)"]
 
     def test_batch_with_an_unstorable_write_leaves_none(self, saver: AnySaver) -> None:
         put(saver, "c1")

@@ -1,0 +1,36 @@
+"""Whether something short may be done in the thread of an event loop, instead of in another one.
+
+A change of threads costs as much as a commit to a fast disk, and leaves both threads with cold
+caches. But an event loop that waits for a slow disk, a lock or a server keeps everybody waiting.
+"""
+
+from __future__ import annotations
+
+import time
+
+_LIMIT = 0.002
+"""Seconds that most of it must not take; a superstep of LangGraph's alone takes a quarter of it."""
+_SLOWNESS = 4
+"""How much more often than not it may take longer for a while."""
+_PAUSE = 1.0
+"""Seconds after which what was too slow is tried again."""
+
+
+class Pace:
+    """Learns from what it took the last times."""
+
+    def __init__(self) -> None:
+        """Start with confidence."""
+        self._slowness = 0
+        self._not_before = 0.0
+
+    def is_quick(self) -> bool:
+        """Whether to expect that it takes no longer than a loop may wait."""
+        return time.monotonic() >= self._not_before
+
+    def took(self, seconds: float, *, has_failed: bool = False) -> None:
+        """Note how long a thread was kept, and whether in vain."""
+        self._slowness = max(0, self._slowness + (2 if seconds > _LIMIT else -1))
+        if has_failed or self._slowness > _SLOWNESS:
+            self._slowness = 0
+            self._not_before = time.monotonic() + _PAUSE
