@@ -44,6 +44,8 @@ class KnownList:
     """How long the list was when all of it was compared last."""
     parts: int
     """Of how many stretches it is stored."""
+    size: int
+    """Bytes of its elements, serialized."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,17 +66,26 @@ def whole(items: list[Any], block: bytes, dumps: Dumps) -> KnownList:
     """Remember a list of which `block` is the serialized form."""
     hasher = new_hasher()
     hash_block(hasher, block, len(items))
-    return loaded(items, hasher, 1, dumps)
+    return loaded(items, hasher, 1, len(block), dumps)
 
 
-def loaded(items: list[Any], hasher: Hasher, parts: int, dumps: Dumps) -> KnownList:
-    """Remember a list that was read from `parts` stretches; `hasher` has gone over its bytes."""
+def loaded(items: list[Any], hasher: Hasher, parts: int, size: int, dumps: Dumps) -> KnownList:
+    """Remember a list that was read from `parts` stretches.
+
+    Args:
+        items: The list.
+        hasher: Has gone over its bytes.
+        parts: How many stretches there were.
+        size: How many bytes.
+        dumps: Serializes.
+    """
     return KnownList(
         items=list(items),
         tail=_tail(items, len(items), dumps),
         hasher=hasher,
         checked=max(len(items), _FIRST_CHECK // 2),
         parts=parts,
+        size=size,
     )
 
 
@@ -107,9 +118,12 @@ def grown(
     block = dumps(items[kept:])
     if is_cut:
         hasher = new_hasher()
-        hash_block(hasher, dumps(items[:kept]), kept)
+        start = dumps(items[:kept])
+        size = len(start)
+        hash_block(hasher, start, kept)
     else:
         hasher = known.hasher.copy()
+        size = known.size
     hash_block(hasher, block, length - kept)
     after = KnownList(
         items=list(items),
@@ -117,6 +131,7 @@ def grown(
         hasher=hasher,
         checked=checked,
         parts=known.parts + is_cut,
+        size=size + len(block),
     )
     return Grown(kept, block, length, hasher.digest()), after
 

@@ -53,10 +53,10 @@ def open_checkpointer(
         compress: Whether values are compressed.
         save: When the state of a running graph is stored: after `"every_step"`; before and after
             the nodes with the given names; or on `"exit"`. It is always stored when a node
-            interrupts or fails and when the graph ends, but not at a breakpoint, nor when a call is
-            cancelled or its stream left: await `saver.flush(thread_id)` then. A crash runs again
-            what came after the last stored state; see `Save`. Graphs with a `DeltaChannel` need
-            every step.
+            interrupts or fails and when the graph ends, but not at a breakpoint, after an error
+            that is no node's, nor when a call is cancelled or its stream left: await
+            `saver.flush(thread_id)` then. A crash runs again what came after the last stored state;
+            see `Save`. Graphs with a `DeltaChannel` need every step.
         verify_deltas: A list that grows is stored by what was added. An element that was edited in
             place is noticed among the last eight at once, and elsewhere when the list has doubled;
             with this, everywhere at once, at the cost of comparing the whole list each time.

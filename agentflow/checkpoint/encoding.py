@@ -63,7 +63,10 @@ from agentflow.types import Lease, new_id
 _REPLAY = "__pregel_replay_state"
 _MAX_STEP = 2**31
 _KNOWN_LIMIT = 1024
-_KNOWN_ELEMENTS = 2_000_000
+_KNOWN_BYTES = 256 * 1024 * 1024
+"""How much of lists is kept alive after the graphs that made them have ended."""
+_ELEMENT_BYTES = 64
+"""What an element takes beside its content, roughly."""
 
 Stretches = Mapping[tuple[int, int], Sequence[ValueRow]]
 """The sealed stretches of values, by thread number and series."""
@@ -78,6 +81,7 @@ class _Known(NamedTuple):
 
     lists: Lists
     size: int
+    """Bytes, roughly."""
 
 
 class KnownLists:
@@ -95,12 +99,13 @@ class KnownLists:
 
     def remember(self, key: HeadKey, checkpoint_id: str, lists: Lists) -> None:
         """Keep the lists of a checkpoint, and drop the oldest ones if there are too many."""
-        known = _Known(lists, sum(len(entry.items) for _, entry in lists.values()))
+        sizes = (each.size + _ELEMENT_BYTES * len(each.items) for _, each in lists.values())
+        known = _Known(lists, sum(sizes))
         with self._lock:
             self._drop((key, checkpoint_id))
             self._known[key, checkpoint_id] = known
             self._size += known.size
-            while len(self._known) > _KNOWN_LIMIT or self._size > _KNOWN_ELEMENTS:
+            while len(self._known) > _KNOWN_LIMIT or self._size > _KNOWN_BYTES:
                 self._drop(next(iter(self._known)))
 
     def recall(self, key: HeadKey, checkpoint_id: str) -> Lists:
@@ -379,6 +384,7 @@ class Encoder:
         """Put a list together from its stretches."""
         joined: list[Any] = []
         hasher = new_hasher()
+        size = 0
         for part, stretches in zip(parts, rows, strict=True):
             taken = 0
             for row in stretches:
@@ -393,6 +399,7 @@ class Encoder:
                 elements = self.codec.deserialize(block, where=where)
                 hash_block(hasher, block, len(elements))
                 joined += elements
+                size += len(block)
                 taken += len(elements)
             if taken < part.length:
                 raise MissingBlobError(where)
@@ -400,7 +407,7 @@ class Encoder:
         def dumps(value: Any) -> bytes:
             return self.codec.serialize(value, where=where)
 
-        return joined, remembered(joined, hasher, len(parts), dumps)
+        return joined, remembered(joined, hasher, len(parts), size, dumps)
 
 
 class Loaded(NamedTuple):

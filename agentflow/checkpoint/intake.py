@@ -141,19 +141,19 @@ class Intake:
         if self._policy.saves_all:
             return self._enqueue(key, lease, config, checkpoint_id, make)
         with self._holding:
-            held = self._held.get((key, lease, checkpoint_id))
+            spot = (key, lease, checkpoint_id)
+            held = self._held.get(spot)
             if held is not None:
                 try:
                     planned = make()
                 except AgentflowError as exc:
-                    make = partial(_refuse, exc)
-                else:
-                    if not any(channel in {ERROR, INTERRUPT} for channel, _ in writes):
-                        held.writes.append(planned)
-                        return _done()
-                    make = partial(_same, planned)
+                    return self._refuse_held(spot, spot, config, exc)
+                if not any(channel in {ERROR, INTERRUPT} for channel, _ in writes):
+                    held.writes.append(planned)
+                    return _done()
                 # The run stops here, so that what was held back is stored, and this behind it.
-                self._store_held((key, lease, checkpoint_id))
+                self._store_held(spot)
+                make = partial(_same, planned)
             return self._enqueue(key, lease, config, checkpoint_id, make)
 
     def checkpoint(
@@ -191,9 +191,7 @@ class Intake:
                     key, lease, attempt, config, checkpoint, metadata, new_versions
                 )
             except AgentflowError as exc:
-                # The run stops here, so that what was held back is stored.
-                self._store_held(parent)
-                return self._enqueue(key, lease, config, spot[2], partial(_refuse, exc))
+                return self._refuse_held(parent, spot, config, exc)
             if followed is not None:
                 # Others may follow it too; if not, it is one of the first to be forgotten.
                 _remember(self._carried, parent, self._held.pop(parent).carried, _CARRIED_LIMIT)
@@ -284,6 +282,21 @@ class Intake:
             stored,
             *(self._enqueue(key, lease, config, checkpoint_id, make) for make in writes),
         ]
+
+    def _refuse_held(
+        self, held: _Spot, spot: _Spot, config: RunnableConfig, error: AgentflowError
+    ) -> Future:
+        """Refuse a put, and what follows it; the run stops there, so that what is held is stored.
+
+        Whoever is told of the error finds it durable.
+        """
+        stored = self._store_held(held)
+        refused = self._enqueue(*spot[:2], config, spot[2], partial(_refuse, error))
+        if not stored:
+            return refused
+        told = Future()
+        stored[-1].add_done_callback(lambda _: told.settle(error=error))
+        return told
 
     def store_held(self, thread: ThreadKey | None = None) -> list[Future]:
         """Store what is held back of a thread, or of all threads."""

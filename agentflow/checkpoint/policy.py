@@ -26,11 +26,13 @@ Whatever the choice, the state is stored when a node interrupts or fails, and wh
 has used its steps; and an update of the state by hand is always stored.
 
 LangGraph does not tell its checkpointer of any other end: a breakpoint (`interrupt_before` or
-`interrupt_after`), a drain, a stream that its reader leaves, a call that is cancelled. What was not
-stored by then is in the memory of this process, and a crash loses it. It is stored when the thread
-is read, copied or pruned through this saver, by `Saver.flush`, and when the saver is closed or the
-process ends by itself. So after an invocation that may end in one of these ways, await
-`saver.flush(thread_id)`, or call `graph.get_state(config)`.
+`interrupt_after`), a drain, a stream that its reader leaves, a call that is cancelled or that
+Ctrl-C interrupts, an error that is no node's (a step that takes longer than `step_timeout`, two
+nodes that update a channel of one value). What was not stored by then is in the memory of this
+process, and a crash loses it. It is stored when the thread is read, copied or pruned through this
+saver, by `Saver.flush`, and when the saver is closed or the process ends by itself. So after an
+invocation that may end in one of these ways, await `saver.flush(thread_id)`, or call
+`graph.get_state(config)`.
 """
 
 _BRANCH, _JOIN, _TASKS = "branch:to:", "join:", "__pregel_tasks"

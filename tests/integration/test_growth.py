@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import sqlite3
+import weakref
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
@@ -17,6 +19,7 @@ from langgraph.types import Command
 from agentflow.checkpoint import open_checkpointer
 from agentflow.database.tables import metadata
 from agentflow.keys import KeyRing
+from agentflow.testing.savers.calls import put
 
 STEPS = 150
 COLUMNS = [
@@ -73,3 +76,18 @@ def test_twice_the_steps_store_twice_as_much(tmp_path: Path, keys: KeyRing | Non
     assert more_stored <= 2.1 * stored
     assert more_rows <= 2.1 * rows
     assert more_statements.total() <= 2.1 * statements.total()
+
+
+def test_lists_of_threads_that_have_ended_do_not_fill_the_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("agentflow.checkpoint.encoding._KNOWN_BYTES", 100_000)
+    made = []
+    with open_checkpointer("memory://") as saver:
+        for number in range(30):
+            message = AIMessage("x" * 10_000)
+            made.append(weakref.ref(message))
+            put(saver, "c1", thread=f"t{number}", changed=[message])
+            del message
+        gc.collect()
+        assert 0 < sum(message() is not None for message in made) < 10

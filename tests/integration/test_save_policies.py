@@ -20,7 +20,7 @@ from langgraph.graph import END, START, StateGraph
 from langgraph.types import Command, Send, interrupt
 
 from agentflow.checkpoint import Save, Saver, open_checkpointer
-from agentflow.errors import ConflictError, InvalidInputError
+from agentflow.errors import ConflictError, InvalidInputError, SerializationError
 from tests.integration.graphs import State, chain, logs
 
 CONFIG: RunnableConfig = {"configurable": {"thread_id": "t"}}
@@ -131,6 +131,19 @@ async def test_failure_is_stored_with_what_its_siblings_wrote(
         output = await run(builder.compile(checkpointer=other), interface, None)
     assert output["log"] == ["a", "good", "bad"]
     assert len(ran) in {1, 2}, "a sibling that was still running when the other failed runs again"
+
+
+@pytest.mark.parametrize("interface", ["sync", "async"])
+async def test_state_before_an_update_that_cannot_be_stored_is_durable_when_that_is_told(
+    database_url: str, interface: Literal["sync", "async"]
+) -> None:
+    def unstorable(_: State) -> State:
+        return {"log": [object()]}
+
+    with open_checkpointer(database_url, save="exit") as saver:
+        with pytest.raises(SerializationError):
+            await run(line(saver, c=unstorable), interface, {"log": []})
+        assert stored_log(database_url) == ["a", "b"]
 
 
 async def test_what_is_held_back_is_read_and_kept_by_closing(database_url: str) -> None:

@@ -121,7 +121,6 @@ class DeletionSuite(Suite):
             assert values_at(saver, thread=thread) == {"x": WORDS[:2]}
             assert values_at(saver, thread=thread, ns="child:1") == {"x": WORDS[:1]}
 
-    @pytest.mark.slow
     def test_more_runs_are_deleted_than_a_statement_may_name(self, saver: AnySaver) -> None:
         put_runs(saver, "r0", "r70000", "r1")
         saver.delete_for_runs([f"r{number}" for number in range(1, 70_001)])
