@@ -44,6 +44,7 @@ ERRORS = {
         "VersionChangedError",
     },
     "FencedError": {"LeaseLostError"},
+    "StoreUnavailableError": {"StoreDamagedError"},
     "CodecError": {
         "BlockedTypeError",
         "HashMismatchError",

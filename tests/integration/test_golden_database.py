@@ -9,6 +9,7 @@ import gzip
 import json
 import sqlite3
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from agentflow.database import migrate
 from agentflow.errors import (
     AlreadyResolvedError,
     FencedError,
+    HashMismatchError,
     IdempotencyConflictError,
     RunCancelledError,
     RunFailedError,
@@ -397,6 +399,31 @@ async def test_old_file_is_kept_when_it_is_migrated(url: str, tmp_path: Path) ->
     assert backups == [f"agentflow.db.{v1.REVISION}.bak"]
     unpack(tmp_path / "original.db")
     assert dump(tmp_path / "golden" / backups[0]) == dump(tmp_path / "original.db")
+
+
+@pytest.mark.parametrize(
+    "column",
+    ["checkpoints.body", "checkpoints.metadata", "checkpoints.channels", "writes.value"],
+)
+def test_damage_that_is_older_stops_the_migration_and_nothing_is_changed(
+    url: str, column: str
+) -> None:
+    table, name = column.split(".")
+    file = Path(url.removeprefix("sqlite:///"))
+    of_one = "tenant = 'acme'" if table == "checkpoints" else "thread_id = 'run-waiting'"
+    with closing(sqlite3.connect(file)) as connection, connection:
+        change = f"UPDATE agentflow_{table} SET {name} = substr({name}, 2) WHERE {of_one}"
+        assert connection.execute(change).rowcount > 0
+    before = dump(file)
+    with (
+        open_checkpointer(url) as saver,
+        pytest.raises(HashMismatchError, match="restore it from a backup") as raised,
+    ):
+        saver.get_tuple(on("chat"))
+    for named in ("checkpoint '1f", *(("'acme'",) if "acme" in of_one else ("'run-waiting'",))):
+        assert named in str(raised.value)
+    assert dump(file) == before
+    assert migrate.status(url).current == v1.REVISION
 
 
 def dump(file: Path) -> list[str]:

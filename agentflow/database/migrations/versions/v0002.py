@@ -14,6 +14,8 @@ import ormsgpack
 import sqlalchemy as sa
 from alembic import op
 
+from agentflow.errors import HashMismatchError
+
 revision = "0002"
 down_revision = "0001"
 
@@ -156,7 +158,7 @@ class _Thread:
         calls: dict[tuple[str, str, str, str], list[Any]] = {}
         for row in self._rows("writes", "ns, checkpoint_id, task_id, idx"):
             call = (row.ns, row.checkpoint_id, row.task_id, row.task_path)
-            calls.setdefault(call, []).append([row.idx, row.channel, _unseal(row.value)])
+            calls.setdefault(call, []).append([row.idx, row.channel, self._unseal(row.value, row)])
         for (ns, checkpoint_id, task_id, task_path), items in calls.items():
             seq = self.next()
             body = ormsgpack.packb([[task_id, task_path, items]])
@@ -179,11 +181,11 @@ class _Thread:
 
     def _convert_checkpoint(self, row: Any) -> None:
         channels = {}
-        for channel, held in ormsgpack.unpackb(_unseal(row.channels)).items():
+        for channel, held in ormsgpack.unpackb(self._unseal(row.channels, row)).items():
             here = (row.ns, row.checkpoint_id, channel)
             if isinstance(held, bytes):
                 series = self.next()
-                body = _unseal(held)
+                body = self._unseal(held, row)
                 sealed = _seal(body, ["value", *self.names, series, 0])
                 self.insert("values", series=series, start=0, data=sealed)
                 self.places[here] = [hashlib.sha256(body).digest(), series, WHOLE, False]
@@ -191,7 +193,7 @@ class _Thread:
                 self.places[here] = self.places[row.ns, held, channel]
             channels[channel] = self.places[here]
         # The body and the metadata stay as they were serialized.
-        head = b"\x92" + _unseal(row.body) + _unseal(row.metadata)
+        head = b"\x92" + self._unseal(row.body, row) + self._unseal(row.metadata, row)
         parent = self.hashes.get((row.ns, row.parent_id))
         columns = {
             "checkpoint_id": row.checkpoint_id,
@@ -207,6 +209,18 @@ class _Thread:
         context = ["checkpoint", *place, row.seq, *columns.values(), own, False, False]
         data = _seal(ormsgpack.packb([head, channels, [], parent]), context)
         self.insert("checkpoints", ns=row.ns, seq=row.seq, **columns, data=data, hash=own)
+
+    def _unseal(self, data: bytes, row: Any) -> bytes:
+        """Take a value out of its envelope; a damaged one stops the migration."""
+        header, body = data[: _HEADER.size], data[_PREFIX:]
+        if hashlib.sha256(header + body).digest() != data[_HEADER.size : _PREFIX]:
+            tenant, thread_id = self.names
+            raise HashMismatchError(
+                f"checkpoint {row.checkpoint_id!r} of thread {thread_id!r}"
+                + (f", namespace {row.ns!r}" if row.ns else "")
+                + (f" of tenant {tenant!r}" if tenant else "")
+            )
+        return body
 
     def next(self) -> int:
         self.seq += 1
@@ -233,14 +247,6 @@ def _seal(body: bytes, context: list[Any]) -> bytes:
     bound = ormsgpack.packb(context)
     digest = hashlib.sha256(header + len(bound).to_bytes(8, "big") + bound + body).digest()
     return header + digest + body
-
-
-def _unseal(data: bytes) -> bytes:
-    """Take a value out of its envelope; a damaged one stops the migration."""
-    header, body = data[: _HEADER.size], data[_PREFIX:]
-    if hashlib.sha256(header + body).digest() != data[_HEADER.size : _PREFIX]:
-        raise ValueError("a stored value is damaged; restore the backup and verify it first")
-    return body
 
 
 def downgrade() -> None:
