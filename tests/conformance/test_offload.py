@@ -1,4 +1,8 @@
-"""The shipped suites on a checkpointer whose values are objects, from a few bytes on."""
+"""The shipped suites on a checkpointer whose values are objects, from a few bytes on.
+
+Those that are about heads and leases, or compare with other savers, do not depend on where values
+are, and are not repeated.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,34 @@ from pathlib import Path
 import pytest
 
 from agentflow.checkpoint import Saver, open_checkpointer
-from agentflow.testing.savers import SaverSuite
+from agentflow.testing.savers import (
+    BranchesSuite,
+    ContractSuite,
+    CopySuite,
+    DeletionSuite,
+    DeltaChannelSuite,
+    HistoriesSuite,
+    ListingSuite,
+    ListsSuite,
+    OrderSuite,
+    RetentionSuite,
+    WritesSuite,
+)
 
 
-class TestOffloaded(SaverSuite):
+class TestOffloaded(
+    ContractSuite,
+    ListingSuite,
+    WritesSuite,
+    DeletionSuite,
+    CopySuite,
+    BranchesSuite,
+    OrderSuite,
+    ListsSuite,
+    HistoriesSuite,
+    DeltaChannelSuite,
+    RetentionSuite,
+):
     """A file of SQLite beside a folder of objects."""
 
     @pytest.fixture(autouse=True)
