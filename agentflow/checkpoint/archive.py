@@ -159,8 +159,8 @@ class _Export:
         plain: list[Any] = []
         for row in page:
             (apart if _KINDS[kind] is ValueRow and is_apart(row.data) else plain).append(row)
-        if plain:
-            self._put(kind, [row[1:] for row in plain])
+        for some in _parts(plain):
+            self._put(kind, [row[1:] for row in some])
         codec, place = self.place.codec, Place(*self.place.thread, "")
         for row in apart:
             body = open_value(codec, place, row, place.of("a value"))
@@ -169,7 +169,7 @@ class _Export:
             self.checkpoints += len(page)
         if len(page) < limit:
             return None, 0
-        size = sum(len(row.data) for row in page)
+        size = sum(map(_size_of, page))
         return page[-1], max(1, min(2 * limit, _MAX_PAGE, limit * _PART_BYTES // max(1, size)))
 
     def _put(self, kind: int, held: list[Any]) -> None:
@@ -195,6 +195,24 @@ class _Export:
         """Remove what was put."""
         for number in range(len(self.digests)):
             self.place.store.remove(self.place.name(number))
+
+
+def _parts(rows: Sequence[Any]) -> Iterator[list[Any]]:
+    """Divide rows, which may be large before anybody knows, among parts."""
+    part: list[Any] = []
+    size = 0
+    for row in rows:
+        if part and size + _size_of(row) > _PART_BYTES:
+            yield part
+            part, size = [], 0
+        part.append(row)
+        size += _size_of(row)
+    if part:
+        yield part
+
+
+def _size_of(row: Any) -> int:
+    return sum(len(each) for each in row if isinstance(each, bytes))
 
 
 def folder_of(thread: ThreadKey) -> str:

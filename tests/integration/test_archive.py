@@ -173,11 +173,14 @@ def test_damaged_archive_restores_nothing(database_url: str, store: str, name: s
         graph = letters("a", "b").compile(checkpointer=saver)
         config: Any = {"configurable": {"thread_id": "t"}}
         graph.invoke({"log": [text(0)]}, config)
+        head = saver.get_tuple(config)
+        assert head is not None
+        saver.put_writes(head.config, [("log", ["written"])], "task")
         whole = everything(saver)
         saver.archive("t", to=store)
         paths = objects(folder_of(store))
         contents = [path.read_bytes() for path in paths]
-        assert len(paths) > 3
+        assert len(paths) == 4  # checkpoints, writes, values, and the manifest
         for path, data in zip(paths, contents, strict=True):
             places = {*range(14), len(data) // 2, len(data) - 1}
             flipped = [data[:i] + bytes((data[i] ^ 1,)) + data[i + 1 :] for i in sorted(places)]
@@ -357,6 +360,45 @@ def test_sweep_archives_instead_of_deleting(saver: Saver, store: str) -> None:
     assert done.swept == said.swept
     assert done.swept[0].is_deleted
     assert everything(saver) == []
+    saver.restore("t", source=store)
+    assert everything(saver) == whole
+
+
+def test_thread_is_asked_about_again_once_it_is_archived(saver: Saver, store: str) -> None:
+    """A run may have been submitted to it meanwhile."""
+    graph = letters("a").compile(checkpointer=saver)
+    graph.invoke({"log": ["0"]}, {"configurable": {"thread_id": "t"}})
+    whole = everything(saver)
+    keep = Retention(ttl=timedelta(days=1), archive=store)
+
+    async def choose(names: Any) -> dict[str, Retention]:
+        return {} if objects(folder_of(store)) else dict.fromkeys(names, keep)
+
+    done = asyncio.run(saver.asweep(choose, clock=Later(timedelta(days=2))))
+    assert (done.swept, done.spared) == ((), {"unfinished": 1})
+    assert everything(saver) == whole
+
+
+def test_thread_that_is_deleted_meanwhile_does_not_end_the_sweep(saver: Saver, store: str) -> None:
+    graph = letters("a").compile(checkpointer=saver)
+    for name in ("t0", "t1"):
+        graph.invoke({"log": ["0"]}, {"configurable": {"thread_id": name}})
+    keep = Retention(ttl=timedelta(days=1), archive=store)
+    arm("objects.put", once(lambda: saver.delete_thread("t0")))
+    done = saver.sweep(keep, clock=Later(timedelta(days=2)))
+    assert [each.thread_id for each in done.swept] == ["t1"]
+    assert done.spared == {"unfinished": 1}
+
+
+def test_part_is_small_although_its_rows_are_large(
+    saver: Saver, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(archive, "_PART_BYTES", 50_000)
+    for number in range(10):
+        put_value(saver, f"c{number}", f"c{number - 1}" if number else None, text(number, 40_000))
+    whole = everything(saver)
+    saver.archive("t", to=store)
+    assert max(path.stat().st_size for path in objects(folder_of(store))) < 55_000
     saver.restore("t", source=store)
     assert everything(saver) == whole
 
