@@ -741,7 +741,7 @@ class PostgresRows(SqlRows):
 
     def apply(self, changes: Sequence[ThreadChange]) -> set[int]:
         tables: tuple[list[tuple[Any, ...]], ...] = (
-            [(c.before.number, *c.before.version, c.after.seq) for c in changes],
+            [(c.after.seq, c.before.number, *c.before.version) for c in changes],
             [row for change in changes for row in change.checkpoints],
             [row for change in changes for row in change.values],
             [row for change in changes for row in change.writes],
@@ -972,7 +972,7 @@ def _sorted_sql(count: int) -> str:
     return f"INSERT INTO agentflow_sorted VALUES {', '.join([row] * count)}"
 
 
-_THREAD_COLUMNS = ("id", "token", "is_leased", "seq", "after")
+_THREAD_COLUMNS = ("after", "id", "token", "is_leased", "seq")
 _INSERTS = (_CHECKPOINTS, _VALUES, _WRITES)
 _WIDTHS = (len(_THREAD_COLUMNS), *(len(insert.columns) for insert in _INSERTS))
 
@@ -980,17 +980,7 @@ _WIDTHS = (len(_THREAD_COLUMNS), *(len(insert.columns) for insert in _INSERTS))
 @cache
 def _apply_sql(threads: int, *sizes: int) -> str:
     """Build the statement that applies changes, for so many rows of each kind."""
-    given = f"given({', '.join(_THREAD_COLUMNS)}) AS ({_rows_of(_THREAD_COLUMNS, threads)})"
-    # In the order of the ids, so that two batches never wait for each other.
-    held = (
-        "held AS MATERIALIZED (SELECT t.id, g.after FROM agentflow_threads t JOIN given g "
-        "ON g.id = t.id AND g.token = t.token AND g.is_leased = t.is_leased AND g.seq = t.seq "
-        "ORDER BY t.id FOR UPDATE OF t)"
-    )
-    raised = (
-        "raised AS (UPDATE agentflow_threads t SET seq = h.after FROM held h WHERE h.id = t.id)"
-    )
-    parts = [given, held, raised]
+    parts = [_hold_one()] if threads == 1 else _hold(threads)
     for number, (insert, size) in enumerate(zip(_INSERTS, sizes, strict=True)):
         if size:
             listed = ", ".join(insert.columns)
@@ -1001,6 +991,30 @@ def _apply_sql(threads: int, *sizes: int) -> str:
                 f"JOIN held h ON h.id = r.thread {insert.conflict})"
             )
     return f"WITH {', '.join(parts)} SELECT id FROM held"
+
+
+def _hold_one() -> str:
+    """Raise the number of one thread: without an order, and without a join."""
+    after, *known = (f"?::{_TYPES[name]}" for name in _THREAD_COLUMNS)
+    is_as_it_was = map(" = ".join, zip(_THREAD_COLUMNS[1:], known, strict=True))
+    return (
+        f"held AS (UPDATE agentflow_threads SET seq = {after} "
+        f"WHERE {' AND '.join(is_as_it_was)} RETURNING id)"
+    )
+
+
+def _hold(threads: int) -> list[str]:
+    """Raise numbers in the order of the threads' ids, so that no batches wait for each other."""
+    given = f"given({', '.join(_THREAD_COLUMNS)}) AS ({_rows_of(_THREAD_COLUMNS, threads)})"
+    held = (
+        "held AS MATERIALIZED (SELECT t.id, g.after FROM agentflow_threads t JOIN given g "
+        "ON g.id = t.id AND g.token = t.token AND g.is_leased = t.is_leased AND g.seq = t.seq "
+        "ORDER BY t.id FOR UPDATE OF t)"
+    )
+    raised = (
+        "raised AS (UPDATE agentflow_threads t SET seq = h.after FROM held h WHERE h.id = t.id)"
+    )
+    return [given, held, raised]
 
 
 def _rows_of(columns: Sequence[str], count: int) -> str:

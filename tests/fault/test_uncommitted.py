@@ -166,6 +166,11 @@ class _InSession:
             operation.future.settle(outcome)
         return operation.future
 
+    enqueue = submit
+
+    def push(self, operation: Operation) -> None:
+        assert operation.future.done()
+
     async def settled(self, future: Future) -> Any:
         return future.result()
 
