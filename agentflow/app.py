@@ -94,6 +94,7 @@ class AgentFlow:
         allow: AllowList = "imported",
         keys: KeyRing | None = None,
         redact: Redact | None = None,
+        offload: str | None = None,
     ) -> None:
         """Set where runs and checkpoints live.
 
@@ -109,14 +110,18 @@ class AgentFlow:
                 `AGENTFLOW_KEYS`, if there is one.
             redact: Changes values before they are stored; see `open_checkpointer`. The places in
                 what is stored of runs are named by table and column, such as `runs.input`.
+            offload: Where large values of checkpoints are kept; see `open_checkpointer`.
 
         Raises:
             UnsupportedUrlError: A URL's scheme is unknown.
             MissingDriverError: A database's driver, or `cryptography`, is not installed.
+            InvalidInputError: `offload` is malformed.
+            ObjectStoreError: The folder of `offload` is not there.
         """
         # Imported with the first object: SQLAlchemy takes longer to import than all else here.
         from agentflow.codec import Codec
         from agentflow.database import Database
+        from agentflow.objects import open_tier
         from agentflow.storage.sql import SqlRunStore
 
         self._settings: Settings = load_settings()
@@ -128,10 +133,12 @@ class AgentFlow:
             "allow": allow,
             "keys": keys,
             "redact": redact,
+            "offload": offload,
         }
         self._clock = clock or SystemClock()
         self._keys = keys or self._settings.keys
-        codec = Codec(allow=allow, keys=self._keys, redact=redact)
+        tier = open_tier(offload or self._settings.offload) if checkpoints is None else None
+        codec = Codec(allow=allow, keys=self._keys, redact=redact, tier=tier)
         database = Database(self.url, self._settings)
         self._store: RunStore = SqlRunStore(
             database,
@@ -147,7 +154,12 @@ class AgentFlow:
             self._saver = Saver(database, codec=codec, tenant=tenant)
         elif isinstance(checkpoints, str):
             self._saver = self._owned_saver = open_checkpointer(
-                checkpoints, keys=keys, allow=allow, tenant=tenant, redact=redact
+                checkpoints,
+                keys=keys,
+                allow=allow,
+                tenant=tenant,
+                redact=redact,
+                offload=offload,
             )
         else:
             self._saver = checkpoints

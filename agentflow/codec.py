@@ -4,7 +4,8 @@ Layout of version 2, big-endian: `version` (1 byte), `flags` (1 byte), `serializ
 length of the key's name (1 byte), the `length` of the serialized bytes (8 bytes), the key's name.
 Without encryption follow SHA-256 over all of this, a *context* and all that comes after (32 bytes),
 and the serialized bytes, compressed with Zstandard where the flag says so. With encryption follows
-what `keys` makes of the compressed bytes, bound to the same header and context.
+what `keys` makes of the compressed bytes, bound to the same header and context. Where another flag
+says so, what is in the envelope is not the value but the name of the object that holds it.
 
 The context says where the value belongs: what is moved to another place does not open there. The
 hash covers what is stored, since not every bit of a compressed value changes what comes out of it.
@@ -32,6 +33,7 @@ from agentflow.errors import (
     UnknownVersionError,
 )
 from agentflow.keys import Key, KeyRing
+from agentflow.objects import ObjectTier
 from agentflow.serializer import AllowList, Serializer
 
 VERSION = 2
@@ -48,8 +50,8 @@ MAX_SIZE = 1 << 30
 
 _HEADER = struct.Struct(">BBBBQ")
 _MSGPACK = 1
-_COMPRESSED, _ENCRYPTED = 1, 2
-_KNOWN_FLAGS = {1: 0, 2: _COMPRESSED | _ENCRYPTED}
+_COMPRESSED, _ENCRYPTED, _APART = 1, 2, 4
+_KNOWN_FLAGS = {1: 0, 2: _COMPRESSED | _ENCRYPTED | _APART}
 _LEVEL, _FAST_LEVEL = 3, 1
 _WINDOW = 22
 """How far back repetitions of large values are found, as a power of two.
@@ -86,6 +88,15 @@ Redact = Callable[[str, Any], Any]
 """Given a place, such as `runs.input` or `channel:messages`, and a value: what is stored of it."""
 
 
+class Compressed(NamedTuple):
+    """Serialized bytes, ready for an envelope."""
+
+    flags: int
+    stored: bytes
+    length: int
+    """Of what was compressed."""
+
+
 class Codec:
     """Values to stored bytes and back."""
 
@@ -97,6 +108,7 @@ class Codec:
         compress: bool = True,
         keys: KeyRing | None = None,
         redact: Redact | None = None,
+        tier: ObjectTier | None = None,
     ) -> None:
         """Set how values are stored.
 
@@ -106,11 +118,13 @@ class Codec:
             compress: Whether values are compressed.
             keys: With them everything is encrypted.
             redact: Changes values before they are stored; called by those who know their place.
+            tier: Takes what is too large for rows; used by those who know how to refer to it.
         """
         self._serializer = Serializer(allow=allow, unknown=unknown)
         self._compress = compress
         self._keys = keys
         self.redact = redact
+        self.tier = tier
 
     @property
     def keys(self) -> KeyRing | None:
@@ -168,24 +182,60 @@ class Codec:
         Raises:
             SerializationError: There are too many of them.
         """
-        if len(body) > MAX_SIZE:
-            raise SerializationError("bytes", "", f"it is larger than {MAX_SIZE:,} bytes; split it")
-        flags, stored = 0, body
-        if self._compress and len(body) >= COMPRESS_FROM:
-            smaller = _zstd.compress(body)
-            if len(smaller) < len(body):
-                flags, stored = _COMPRESSED, smaller
-        if self._keys is None:
-            header = _HEADER.pack(VERSION, flags, _MSGPACK, 0, len(body))
-            return b"".join((header, _digest(header, context, stored), stored))
-        key = self._keys.current
-        header = _HEADER.pack(VERSION, flags | _ENCRYPTED, _MSGPACK, len(key.id), len(body))
-        header += key.id
-        return header + key.seal(stored, header + context)
+        flags, stored = self._compressed(body)
+        return _enveloped(flags, stored, len(body), context, self._current)
+
+    def seal_like(self, sealed: bytes, body: bytes, context: bytes) -> bytes:
+        """Put serialized bytes into an envelope under the key of another one, or without, as that.
+
+        What has a keyed hash beside it, which stays, has to stay under that key.
+        """
+        name = _read_header(sealed, "").key
+        key = self._key(name, "") if name else None
+        flags, stored = self._compressed(body)
+        return _enveloped(flags, stored, len(body), context, key)
+
+    def compress(self, body: bytes) -> Compressed:
+        """Do the first half of `seal`, after which it is known how large it will be.
+
+        Raises:
+            SerializationError: There are too many bytes.
+        """
+        return Compressed(*self._compressed(body), len(body))
+
+    def envelope(self, compressed: Compressed, context: bytes) -> bytes:
+        """Do the second half of `seal`."""
+        return _enveloped(*compressed, context, self._current)
+
+    def seal_reference(self, body: bytes, context: bytes) -> bytes:
+        """Put what says where a value is, instead of the value, into an envelope."""
+        return _enveloped(_APART, body, len(body), context, self._current)
+
+    def unseal_reference(self, data: bytes, context: bytes, *, where: str = "") -> bytes:
+        """Verify an envelope that `is_apart`, and return what is in it."""
+        return self._unsealed(data, _read_header(data, where), context, where)
 
     def unseal(self, data: bytes, context: bytes = b"", *, where: str = "") -> bytes:
         """Verify an envelope and return the serialized bytes in it; see `loads`."""
         header = _read_header(data, where)
+        if header.flags & _APART:
+            raise HashMismatchError(where, "it says where a value is, and should be one")
+        return self._unsealed(data, header, context, where)
+
+    def _compressed(self, body: bytes) -> tuple[int, bytes]:
+        if len(body) > MAX_SIZE:
+            raise SerializationError("bytes", "", f"it is larger than {MAX_SIZE:,} bytes; split it")
+        if self._compress and len(body) >= COMPRESS_FROM:
+            smaller = _zstd.compress(body)
+            if len(smaller) < len(body):
+                return _COMPRESSED, smaller
+        return 0, body
+
+    @property
+    def _current(self) -> Key | None:
+        return None if self._keys is None else self._keys.current
+
+    def _unsealed(self, data: bytes, header: _Header, context: bytes, where: str) -> bytes:
         if not header.flags & _ENCRYPTED:
             if self._keys is not None and not self._keys.accept_plaintext:
                 raise UnencryptedValueError(where)
@@ -229,9 +279,23 @@ class Codec:
         return key
 
 
+def _enveloped(flags: int, stored: bytes, length: int, context: bytes, key: Key | None) -> bytes:
+    if key is None:
+        header = _HEADER.pack(VERSION, flags, _MSGPACK, 0, length)
+        return b"".join((header, _digest(header, context, stored), stored))
+    header = _HEADER.pack(VERSION, flags | _ENCRYPTED, _MSGPACK, len(key.id), length)
+    header += key.id
+    return header + key.seal(stored, header + context)
+
+
 def context_of(*parts: str | int | bool | bytes | None) -> bytes:
     """Write down where a value belongs, so that no two places are written alike."""
     return ormsgpack.packb(parts)
+
+
+def is_apart(sealed: bytes) -> bool:
+    """Whether an envelope has not a value but the name of the object that holds it."""
+    return bool(sealed[1:2] and sealed[1] & _APART)
 
 
 def digest_of(body: bytes) -> bytes:

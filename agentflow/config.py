@@ -38,6 +38,9 @@ class Settings:
     separated by commas; the first one seals). With `AGENTFLOW_ACCEPT_PLAINTEXT=1` what was stored
     before is still read."""
 
+    offload: str | None = None
+    """Where values that are too large for rows are kept (`AGENTFLOW_OFFLOAD`, a URL)."""
+
     @property
     def heartbeat(self) -> timedelta:
         """How often a lease is extended: three times within its length, with slack."""
@@ -62,6 +65,7 @@ def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
         max_abandoned=_count(env, "AGENTFLOW_MAX_ABANDONED", defaults.max_abandoned),
         max_payload=_count(env, "AGENTFLOW_MAX_PAYLOAD", defaults.max_payload),
         keys=_keys(env),
+        offload=env.get("AGENTFLOW_OFFLOAD") or None,
     )
 
 

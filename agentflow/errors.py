@@ -19,6 +19,7 @@ The tree::
     │   ├── FencedError
     │   │   └── LeaseLostError
     │   ├── PausedError
+    │   ├── ObjectStoreError
     │   └── StoreUnavailableError
     │       └── StoreDamagedError
     ├── CodecError
@@ -357,6 +358,23 @@ class StoreDamagedError(StoreUnavailableError):
         )
 
 
+class ObjectStoreError(StoreError):
+    """An object store could not do what was asked: no folder, no room, no permission."""
+
+    def __init__(self, store: str, reason: str) -> None:
+        """Name the store and what the system says."""
+        super().__init__(store, reason)
+        self.store = store
+        self.reason = reason
+
+    def __str__(self) -> str:
+        """Say which store and why."""
+        return (
+            f"cannot use the object store {self.store}: {self.reason}; nothing that needs it was "
+            "stored or deleted: see that it is there, has room and may be read and written"
+        )
+
+
 class CodecError(AgentflowError):
     """A stored value could not be written or read faithfully."""
 
@@ -403,16 +421,17 @@ class HashMismatchError(CodecError):
 class MissingBlobError(CodecError):
     """What a stored value refers to is not there any more."""
 
-    def __init__(self, where: str = "") -> None:
-        """Name the place of the value."""
-        AgentflowError.__init__(self, where)
+    def __init__(self, where: str = "", reason: str = "a part of it was deleted") -> None:
+        """Name the place of the value and what is missing."""
+        AgentflowError.__init__(self, where, reason)
         self.where = where
+        self.reason = reason
 
     def __str__(self) -> str:
         """Say what to do about it."""
         return (
-            f"stored value{_at(self.where)} is incomplete: a part of it was deleted; nothing was "
-            "executed, restore it from a backup"
+            f"stored value{_at(self.where)} is incomplete: {self.reason}; nothing was executed, "
+            "restore it from a backup, or go on from a checkpoint that does not have it"
         )
 
 
@@ -707,6 +726,7 @@ _MEANINGS: dict[type[AgentflowError], Meaning] = {
     FencedError: Meaning("fenced", 409, 4),
     PausedError: Meaning("paused", 409, 4),
     StoreUnavailableError: Meaning("store_unavailable", 503, 1),
+    ObjectStoreError: Meaning("object_store", 503, 1),
     StoreDamagedError: Meaning("store_damaged", 500, 1),
     InputError: Meaning("invalid", 422, 1),
     InvalidInputError: Meaning("invalid_input", 422, 1),

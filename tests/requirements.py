@@ -21,6 +21,8 @@ _RESUME = "tests/integration/test_resume_cases.py"
 _SPANS = "tests/integration/test_telemetry.py"
 _URLS = "tests/integration/test_database_urls.py"
 _DAMAGE = "tests/integration/test_damage.py"
+_OFFLOAD = "tests/integration/test_offload.py"
+_ARCHIVE = "tests/integration/test_archive.py"
 _VALUES = "tests/unit/test_serializer.py"
 _RETRY = "tests/unit/test_retry.py"
 _INPUTS = "tests/unit/test_inputs.py"
@@ -65,6 +67,11 @@ REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
         f"{_SAVER}::test_torn_write_leaves_the_old_checkpoint",
         f"{_GRAPHS}::test_failed_checkpoint_stops_the_graph_and_finished_nodes_are_not_run_again",
         f"{_GRAPHS}::test_unstorable_write_stops_the_graph_before_the_next_node",
+    ),
+    "S2-18": (
+        f"{_OFFLOAD}::test_large_value_is_neither_copied_nor_stored_again_by_the_steps_after",
+        f"{_ARCHIVE}::test_all_kinds_of_threads_come_back_as_they_were",
+        f"{_ARCHIVE}::test_restored_thread_is_resumed",
     ),
     "S2-20": (
         f"{_SUITE}::test_latest_is_the_newest_put_whatever_the_ids_say",

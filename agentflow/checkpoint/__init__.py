@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from agentflow.checkpoint.archive import Archived
 from agentflow.checkpoint.base import Saver
 from agentflow.checkpoint.policy import Save
 from agentflow.checkpoint.retention import Retention, SweepReport, SweptThread
@@ -9,9 +10,18 @@ from agentflow.codec import Codec, Redact
 from agentflow.config import load_settings
 from agentflow.database import Database
 from agentflow.keys import KeyRing
+from agentflow.objects import OFFLOAD_FROM, open_tier
 from agentflow.serializer import AllowList
 
-__all__ = ["Retention", "Save", "Saver", "SweepReport", "SweptThread", "open_checkpointer"]
+__all__ = [
+    "Archived",
+    "Retention",
+    "Save",
+    "Saver",
+    "SweepReport",
+    "SweptThread",
+    "open_checkpointer",
+]
 
 
 def open_checkpointer(
@@ -24,6 +34,8 @@ def open_checkpointer(
     verify_deltas: bool = False,
     tenant: str = "",
     redact: Redact | None = None,
+    offload: str | None = None,
+    offload_from: int = OFFLOAD_FROM,
     retention: Retention | None = None,
 ) -> Saver:
     """Open a checkpointer on the database at `url`.
@@ -53,12 +65,17 @@ def open_checkpointer(
             about to be stored there; what it returns is stored instead. That is also what the graph
             gets when it is resumed, so it has to be of the same kind. The value itself is the
             graph's own, and must not be changed.
+        offload: Where values that are too large for rows are kept: `file:///folder`, a folder that
+            is there; without it the environment's `AGENTFLOW_OFFLOAD`, if there is one. Whoever
+            reads such values needs it too.
+        offload_from: How many bytes, as stored, make a value too large.
         retention: What `sweep` keeps, unless it is told otherwise; nothing is swept by itself.
 
     Raises:
-        UnsupportedUrlError: The URL's scheme is unknown.
+        UnsupportedUrlError: A URL's scheme is unknown.
         MissingDriverError: The database's driver, or `cryptography` for keys, is not installed.
-        InvalidInputError: `save` is not one of the above.
+        InvalidInputError: `save` is not one of the above, or `offload` is malformed.
+        ObjectStoreError: The folder of `offload` is not there.
 
     Example:
         ```python
@@ -69,9 +86,16 @@ def open_checkpointer(
     """
     settings = load_settings()
     database = Database(url, settings)
+    codec = Codec(
+        allow=allow,
+        compress=compress,
+        keys=keys or settings.keys,
+        redact=redact,
+        tier=open_tier(offload or settings.offload, offload_from=offload_from),
+    )
     return Saver(
         database,
-        codec=Codec(allow=allow, compress=compress, keys=keys or settings.keys, redact=redact),
+        codec=codec,
         tenant=tenant,
         owns_database=True,
         verify_deltas=verify_deltas,

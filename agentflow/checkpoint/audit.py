@@ -19,6 +19,7 @@ from typing import Any, Final, Generic, NamedTuple
 
 import ormsgpack
 
+from agentflow.checkpoint.offload import open_value, read_reference
 from agentflow.checkpoint.records import Call, Place, cut_chain, hash_of, references
 from agentflow.checkpoint.rows import (
     RETIRED,
@@ -27,13 +28,14 @@ from agentflow.checkpoint.rows import (
     AnyRow,
     CheckpointRow,
     Held,
+    ObjectRow,
     Rows,
     ThreadKey,
     ThreadState,
     ValueRow,
     WritesRow,
 )
-from agentflow.codec import Codec, digest_of
+from agentflow.codec import Codec, digest_of, is_apart
 from agentflow.delta import Hasher, count_block, hash_block, is_list, new_hasher
 from agentflow.errors import CodecError, HashMismatchError, MissingBlobError
 
@@ -155,6 +157,7 @@ def _audit_range(
     checkpoints = _Sweep(rows, CheckpointRow, between, advance)
     values = _Sweep(rows, ValueRow, between)
     writes = _Sweep(rows, WritesRow, between)
+    objects = _Sweep(rows, ObjectRow, between)
     sweeps: tuple[_Sweep[Any], ...] = (anchors, checkpoints, values, writes)
     for key, state in found:
         for sweep in sweeps:
@@ -170,11 +173,12 @@ def _audit_range(
         for checkpoint in checkpoints.of(state.number):
             audit.checkpoint(checkpoint)
         audit.end_chains()
+        for row in writes.of(state.number):
+            audit.writes(row)
+        audit.refer(objects.of(state.number))
         for value in values.of(state.number):
             audit.value(value)
         audit.end_values()
-        for row in writes.of(state.number):
-            audit.writes(row)
         audit.end()
     for sweep in sweeps:
         audited.damages += _strays(sweep, between[1] + 1)
@@ -214,7 +218,7 @@ class _Sweep(Generic[AnyRow]):
             if len(page) < limit:
                 return
             last = page[-1]
-            size = sum(len(row.data) for row in page)
+            size = sum(len(getattr(row, "data", b"")) for row in page)
             limit = max(1, min(4 * limit, _MAX_PAGE, limit * _PAGE_BYTES // max(1, size)))
 
 
@@ -263,13 +267,15 @@ class _Wanted:
 
 
 class _ThreadAudit:
-    """Verifies one thread: its anchors, checkpoints, values and writes, in this order."""
+    """Verifies one thread: its anchors, checkpoints, writes and values, in this order."""
 
     def __init__(self, codec: Codec, key: ThreadKey, state: ThreadState, audited: Audited) -> None:
         self._codec = codec
         self._key = key
         self._seq = state.seq
+        self._number = state.number
         self._newest = 0
+        self._objects: set[tuple[int, int, str]] = set()
         self._audited = audited
         self._place = Place(*key, "")
         self._counts = audited.counts
@@ -413,12 +419,16 @@ class _ThreadAudit:
             self._report(HashMismatchError(where, "they are not writes"), referrer)
 
     def writes(self, row: WritesRow) -> None:
-        """Verify a row of the log; what it shares with values would have been verified by now."""
+        """Verify a row of the log, and note what it has in common with values."""
         self._counts.writes += 1
         self._newest = max(self._newest, row.seq)
         place = self._at(row.ns)
         context = place.context_of_writes(row.checkpoint_id, row.seq)
         self._calls(row.data, context, Referrer(row.ns, row.checkpoint_id))
+
+    def refer(self, rows: Iterator[ObjectRow]) -> None:
+        """Take the references to objects, but for which these would be collected."""
+        self._objects = {row[1:] for row in rows if row.thread == self._number}
 
     def value(self, row: ValueRow) -> None:
         """Verify a stretch, and compare digests as far as it reaches."""
@@ -448,8 +458,14 @@ class _ThreadAudit:
             self._report(error, Referrer())
 
     def opened_value(self, row: ValueRow) -> bytes:
-        """Verify the seal of a stretch."""
-        return self._codec.unseal(row.data, self._place.context_of_value(row.series, row.start))
+        """Verify the seal of a stretch, and of the object that it is in."""
+        if not is_apart(row.data):
+            context = self._place.context_of_value(row.series, row.start)
+            return self._codec.unseal(row.data, context)
+        name = read_reference(self._codec, self._place, row, "").name
+        if (row.series, row.start, name) not in self._objects:
+            raise HashMismatchError("", f"nothing keeps the object {name} from being collected")
+        return open_value(self._codec, self._place, row, "")
 
     def resumed(self, prefix: Prefix) -> Hasher | None:
         """Return the hash of the parts before a series; `None` if they are damaged."""

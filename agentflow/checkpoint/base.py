@@ -36,7 +36,9 @@ from langgraph.checkpoint.base import (
 )
 from sqlalchemy.engine import Connection
 
+from agentflow.checkpoint.archive import Archived, archive, restore
 from agentflow.checkpoint.audit import Audited, Scope, audit_group
+from agentflow.checkpoint.collection import GRACE
 from agentflow.checkpoint.deltas import read_history
 from agentflow.checkpoint.encoding import Encoder
 from agentflow.checkpoint.intake import Intake
@@ -64,7 +66,8 @@ from agentflow.database.session import Session
 from agentflow.database.tables import EPOCH
 from agentflow.errors import AgentflowError, InvalidInputError
 from agentflow.keys import KeyRing
-from agentflow.types import Clock, FencingToken, Lease, SystemClock
+from agentflow.objects import open_objects
+from agentflow.types import Clock, Duration, FencingToken, Lease, SystemClock
 
 T = TypeVar("T")
 PruneStrategy = Literal["keep_latest", "delete"]
@@ -446,6 +449,7 @@ class Saver(BaseCheckpointSaver[str]):
         dry_run: bool = False,
         thread_ids: Sequence[str] | None = None,
         clock: Clock | None = None,
+        grace: Duration = GRACE,
     ) -> SweepReport:
         """Delete what need not be kept any longer, of all threads of the tenant.
 
@@ -457,6 +461,8 @@ class Saver(BaseCheckpointSaver[str]):
             dry_run: Only say what would go.
             thread_ids: Sweep only these.
             clock: Tells the age of threads; the machine's by default.
+            grace: How long objects of the object tier are kept to which nothing refers any more.
+                They are looked at when all threads are.
 
         Raises:
             InvalidInputError: Nobody has said what is kept.
@@ -466,7 +472,7 @@ class Saver(BaseCheckpointSaver[str]):
         def answer(asked: Ask) -> Mapping[str, Retention]:
             return dict.fromkeys(asked.thread_ids, kept)
 
-        return self._run(self._sweep(thread_ids, clock, dry_run=dry_run), answer)
+        return self._run(self._sweep(thread_ids, clock, grace, dry_run=dry_run), answer)
 
     async def asweep(
         self,
@@ -475,6 +481,7 @@ class Saver(BaseCheckpointSaver[str]):
         dry_run: bool = False,
         thread_ids: Sequence[str] | None = None,
         clock: Clock | None = None,
+        grace: Duration = GRACE,
     ) -> SweepReport:
         """Delete what need not be kept any longer; see `sweep`.
 
@@ -489,7 +496,7 @@ class Saver(BaseCheckpointSaver[str]):
                 return dict.fromkeys(asked.thread_ids, chosen)
             return await chosen(asked.thread_ids)
 
-        return await self._arun(self._sweep(thread_ids, clock, dry_run=dry_run), answer)
+        return await self._arun(self._sweep(thread_ids, clock, grace, dry_run=dry_run), answer)
 
     def _kept(self, retention: Retention | None) -> Retention:
         found = retention or self.retention
@@ -498,12 +505,75 @@ class Saver(BaseCheckpointSaver[str]):
         return found
 
     def _sweep(
-        self, thread_ids: Sequence[str] | None, clock: Clock | None, *, dry_run: bool
+        self,
+        thread_ids: Sequence[str] | None,
+        clock: Clock | None,
+        grace: Duration,
+        *,
+        dry_run: bool,
     ) -> Steps[SweepReport]:
         for thread_id in thread_ids or ():
             check_ids(thread_id=thread_id)
         now = (clock or SystemClock()).now()
-        return sweep(self._encoder, self._tenant, thread_ids, now, dry_run=dry_run)
+        return sweep(self._encoder, self._tenant, thread_ids, now, dry_run=dry_run, grace=grace)
+
+    def archive(self, thread_id: str, *, to: str, keep: bool = False) -> Archived:
+        """Move a thread with all that it has into an object store.
+
+        Rows are deleted once the archive is durable. Killed before, it leaves the thread as it is.
+
+        Args:
+            thread_id: The thread.
+            to: The object store, as `file:///folder`.
+            keep: Do not delete the thread.
+
+        Raises:
+            NotFoundError: There is no such thread.
+            FencedError: A run holds it.
+            ConflictError: It was written meanwhile; nothing was deleted.
+            ObjectStoreError: The store could not be written; nothing was deleted.
+        """
+        return self._run(self._archive(thread_id, to, keep=keep))
+
+    async def aarchive(self, thread_id: str, *, to: str, keep: bool = False) -> Archived:
+        """Move a thread into an object store; see `archive`."""
+        return await self._arun(self._archive(thread_id, to, keep=keep))
+
+    def _archive(self, thread_id: str, to: str, *, keep: bool) -> Steps[Archived]:
+        thread, store = self._thread_key(thread_id), open_objects(to)
+        self._intake.store_held(thread)
+        forget = partial(self._intake.forget_thread, thread)
+        return archive(self._codec, thread, store, self._lease, keep=keep, on_deleted=forget)
+
+    def restore(self, thread_id: str, *, source: str, archive_id: str | None = None) -> Archived:
+        """Make a thread from its archive, also in another database; the archive stays.
+
+        It is there whole, in one commit, or not at all.
+
+        Args:
+            thread_id: The thread, which must not have anything.
+            source: The object store, as `file:///folder`.
+            archive_id: Which archive; by default the newest of the thread.
+
+        Raises:
+            NotFoundError: There is no such archive.
+            ConflictError: The thread is there already.
+            FencedError: A run holds the thread.
+            HashMismatchError: The archive is damaged, or is another thread's.
+            MissingBlobError: A part of it is not there.
+            UnknownKeyError: It is encrypted by a key that is not here.
+        """
+        return self._run(self._restore(thread_id, source, archive_id))
+
+    async def arestore(
+        self, thread_id: str, *, source: str, archive_id: str | None = None
+    ) -> Archived:
+        """Make a thread from its archive; see `restore`."""
+        return await self._arun(self._restore(thread_id, source, archive_id))
+
+    def _restore(self, thread_id: str, source: str, archive_id: str | None) -> Steps[Archived]:
+        thread, store = self._thread_key(thread_id), open_objects(source)
+        return restore(self._codec, thread, store, self._lease, archive_id)
 
     def _run(self, steps: Steps[T], answer: Callable[[Ask], Any] | None = None) -> T:
         """Run steps, and wait for each of them."""

@@ -22,7 +22,8 @@ from langgraph.checkpoint.base import (
 )
 from langgraph.checkpoint.serde.types import ERROR
 
-from agentflow.checkpoint.pending import Write, open_value
+from agentflow.checkpoint.offload import open_value
+from agentflow.checkpoint.pending import Write
 from agentflow.checkpoint.planning import (
     INLINE,
     GrownList,
@@ -354,6 +355,7 @@ class Encoder:
         Raises:
             HashMismatchError: It is not what its checkpoint was hashed with.
             MissingBlobError: Not all of it is there.
+            ObjectStoreError: An object that it is in could not be read.
         """
         row = found.row
         place = Place(found.tenant, found.thread_id, row.ns)

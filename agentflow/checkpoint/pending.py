@@ -11,6 +11,7 @@ from typing import Any
 
 from langgraph.checkpoint.base import writes_sort_key
 
+from agentflow.checkpoint.offload import open_value
 from agentflow.checkpoint.records import (
     Call,
     Place,
@@ -21,7 +22,7 @@ from agentflow.checkpoint.records import (
     unpack_writes,
 )
 from agentflow.checkpoint.rows import WHOLE, FoundCheckpoint, Logged, Rows, ValueRow
-from agentflow.codec import Codec
+from agentflow.codec import Codec, is_apart
 from agentflow.delta import slice_block
 from agentflow.errors import MissingBlobError
 
@@ -100,11 +101,6 @@ def _decode(
     return writes
 
 
-def open_value(codec: Codec, place: Place, row: ValueRow, where: str) -> bytes:
-    """Verify and open a stretch of a value."""
-    return codec.unseal(row.data, place.context_of_value(row.series, row.start), where=where)
-
-
 def _shared(
     codec: Codec, place: Place, row: ValueRow | None, written: list[int], where: str
 ) -> Any:
@@ -132,7 +128,8 @@ def inlined(
 ) -> bytes:
     """Return writes with what they share with values in them, for a row of their own.
 
-    What is shared is there as long as the checkpoint that carries the writes, and no longer.
+    What is shared is there as long as the checkpoint that carries the writes, and no longer; but
+    what is in an object stays there.
 
     Args:
         rows: Where the values are.
@@ -149,13 +146,16 @@ def inlined(
     shared = {(thread, series, start) for series, start, _ in references(calls)}
     stretches = rows.list_stretches(shared) if shared else {}
 
-    def own(written: Written) -> bytes:
+    def own(written: Written) -> Written:
         if isinstance(written, bytes):
             return written
         series, start, length = written
         row = stretches.get((thread, series, start))
         if row is None:
             raise MissingBlobError(where)
+        if is_apart(row.data):
+            # As large as it is, it stays what it is: pruning knows that the log refers to such.
+            return written
         block = open_value(codec, place, row, where)
         return block if length == WHOLE else slice_block(block, start - row.start, length)
 

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from langgraph.constants import START
 
-from agentflow.checkpoint.pending import inlined, open_value
+from agentflow.checkpoint.offload import confirm, open_value, seal_value
+from agentflow.checkpoint.pending import inlined
 from agentflow.checkpoint.records import (
     Call,
     Place,
@@ -32,6 +33,7 @@ from agentflow.checkpoint.rows import (
     HeadKey,
     Held,
     Layout,
+    ObjectRow,
     Part,
     Query,
     Rows,
@@ -41,9 +43,10 @@ from agentflow.checkpoint.rows import (
     ValueRow,
     WritesRow,
 )
-from agentflow.codec import Codec, digest_of
+from agentflow.codec import Codec, digest_of, is_apart
 from agentflow.delta import Grown, KnownList, joined
 from agentflow.errors import ConflictError, FencedError
+from agentflow.objects import ObjectTier
 from agentflow.types import Lease
 
 INLINE = 128
@@ -232,6 +235,9 @@ class ThreadPlan:
         self._moved: list[WritesRow] = []
         self._replaced: list[ValueRow] = []
         self._dropped: list[tuple[int, int]] = []
+        self._objects: list[ObjectRow] = []
+        self._tier: ObjectTier | None = None
+        """Where the objects are, once there are any."""
         self._blocks: dict[bytes, tuple[int, int, int]] = {}
         """Where the blocks of the checkpoint that is being planned are put."""
 
@@ -258,11 +264,11 @@ class ThreadPlan:
         for place, puts in self._pending.items():
             draft = self._drafts.get(place)
             if draft is not None and not draft.was_there:
-                draft.calls += [put.call for put in puts]
+                draft.calls += self._calls(puts)
             else:
                 seq = self._next()
                 context = Place(*puts[0].key).context_of_writes(place[1], seq)
-                writes.append(WritesRow(number, *place, seq, _pack(puts, context)))
+                writes.append(WritesRow(number, *place, seq, self._pack(puts, context)))
         heads = self._heads
         if len(heads) > _MAX_HEADS:
             heads = dict(list(heads.items())[-_MAX_HEADS:])
@@ -276,7 +282,51 @@ class ThreadPlan:
             self._replaced,
             self._dropped,
             writes,
+            objects=self._objects,
+            confirm=self._confirm if self._objects else None,
         )
+
+    def _confirm(self) -> None:
+        assert self._tier is not None
+        confirm(self._tier, (row.object for row in self._objects))
+
+    def _pack(
+        self,
+        puts: Sequence[PlannedWrites],
+        context: bytes,
+        blocks: Mapping[bytes, tuple[int, int, int]] | None = None,
+    ) -> bytes:
+        """Pack writes; what is among the blocks already is only referred to."""
+        return pack_writes(puts[0].codec, self._calls(puts, blocks), context)
+
+    def _calls(
+        self,
+        puts: Sequence[PlannedWrites],
+        blocks: Mapping[bytes, tuple[int, int, int]] | None = None,
+    ) -> list[Call]:
+        if not blocks and puts[0].codec.tier is None:
+            return [put.call for put in puts]
+        known = blocks or {}
+        calls: list[Call] = []
+        for put in puts:
+            task_id, path, items = put.call
+            written = [
+                (index, channel, self._set_apart(put, _shared(value, known)))
+                for index, channel, value in items
+            ]
+            calls.append((task_id, path, written))
+        return calls
+
+    def _set_apart(self, put: PlannedWrites, written: Written) -> Written:
+        """Make a value of its own of a write that has to be in an object."""
+        if not isinstance(written, bytes) or not _is_large(put.codec, written):
+            return written
+        series = self._next()
+        row = self._sealed(put, series, 0, written)
+        if not is_apart(row.data):
+            return written
+        self._values.append(row)
+        return [series, 0, WHOLE]
 
     def _next(self) -> int:
         self._seq += 1
@@ -322,12 +372,18 @@ class ThreadPlan:
         head = self._heads[put.ns]
         if self._is_taken(put, head):
             return conflict(put.key[1])
-        before = len(self._values), len(self._replaced), len(self._dropped)
+        lists: tuple[list[Any], ...] = (
+            self._values,
+            self._replaced,
+            self._dropped,
+            self._objects,
+        )
+        before = [len(each) for each in lists]
         self._blocks = {}
         layout = self._lay_out(put, head)
         if layout is None:
-            values, replaced, dropped = before
-            del self._values[values:], self._replaced[replaced:], self._dropped[dropped:]
+            for each, length in zip(lists, before, strict=True):
+                del each[length:]
             return conflict(put.key[1])
         is_again = head is not None and head.checkpoint_id == put.checkpoint_id
         seq = self._next()
@@ -337,7 +393,7 @@ class ThreadPlan:
         if superseded:
             draft.superseded = superseded
             context = Place(*put.key).context_of_carried(draft.seq, put.checkpoint_id)
-            draft.parent_writes = _pack(superseded, context, self._blocks)
+            draft.parent_writes = self._pack(superseded, context, self._blocks)
         if is_again:
             self._keep_writes(draft, is_head=True)
         elif head is not None and not follows:
@@ -499,7 +555,7 @@ class ThreadPlan:
             self._put_block(put, series, 0, value.block, value.length)
             return (Part(series, value.length, is_open=True),)
         # An input is gone after one step, and stands best beside the writes that are made of it.
-        if len(value) <= INLINE or channel == START:
+        if len(value) <= INLINE or (channel == START and not _is_large(put.codec, value)):
             return value
         series = self._next()
         self._put_block(put, series, 0, value, WHOLE)
@@ -508,10 +564,16 @@ class ThreadPlan:
     def _put_block(
         self, put: PlannedCheckpoint, series: int, start: int, block: bytes, length: int
     ) -> None:
-        sealed = put.codec.seal(block, Place(*put.key).context_of_value(series, start))
-        row = ValueRow(self._before.number, series, start, sealed)
-        self._values.append(row)
+        self._values.append(self._sealed(put, series, start, block))
         self._blocks[block] = (series, start, length)
+
+    def _sealed(self, put: Planned, series: int, start: int, block: bytes) -> ValueRow:
+        place, number = Place(*put.key), self._before.number
+        sealed = seal_value(put.codec, self._rows, place, series, start, block)
+        if sealed.object:
+            self._tier = put.codec.tier
+            self._objects.append(ObjectRow(number, series, start, sealed.object))
+        return ValueRow(number, series, start, sealed.data)
 
     def _append(self, put: PlannedCheckpoint, last: Part, block: bytes, length: int) -> Part:
         """Put elements behind a series, and its last stretches together if they are many."""
@@ -524,7 +586,8 @@ class ThreadPlan:
             if after // _TIER > tier and is_alone
             else []
         )
-        if len(small) <= 1:
+        # What is in an object is large enough.
+        if len(small) <= 1 or any(is_apart(row.data) for row in small):
             self._put_block(put, last.series, start, block, length)
             return appended
         place = Place(*put.key)
@@ -532,9 +595,7 @@ class ThreadPlan:
         opened = (open_value(put.codec, place, row, place.of("a list")) for row in small)
         blocks = [*opened, block]
         lengths = [end - begin for begin, end in pairwise([*starts, start, after])]
-        context = place.context_of_value(last.series, starts[0])
-        merged = put.codec.seal(joined(blocks, lengths), context)
-        self._replaced.append(small[0]._replace(data=merged))
+        self._replaced.append(self._sealed(put, last.series, starts[0], joined(blocks, lengths)))
         self._dropped += [(row.series, row.start) for row in small[1:]]
         self._blocks[block] = (last.series, start, length)
         return appended
@@ -634,19 +695,9 @@ def _digest(value: NewValue, stored: Stored) -> bytes | None:
     return value.digest if isinstance(value, WholeList) else digest_of(value)
 
 
-def _pack(
-    puts: Sequence[PlannedWrites],
-    context: bytes,
-    blocks: Mapping[bytes, tuple[int, int, int]] | None = None,
-) -> bytes:
-    """Pack writes; what is among the blocks already is only referred to."""
-    calls = [put.call for put in puts]
-    if blocks:
-        calls = [
-            (task_id, path, [(index, channel, _shared(w, blocks)) for index, channel, w in items])
-            for task_id, path, items in calls
-        ]
-    return pack_writes(puts[0].codec, calls, context)
+def _is_large(codec: Codec, value: bytes) -> bool:
+    """Whether a value may have to be in an object."""
+    return codec.tier is not None and len(value) > codec.tier.offload_from
 
 
 def _shared(written: Written, blocks: Mapping[bytes, tuple[int, int, int]]) -> Written:

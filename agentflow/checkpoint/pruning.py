@@ -19,16 +19,26 @@ A whole thread is deleted by giving its name to an empty one, and its rows later
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from agentflow.checkpoint.deltas import delta_channels, read_history
 from agentflow.checkpoint.encoding import Encoder
+from agentflow.checkpoint.offload import note, open_value, seal_value
 from agentflow.checkpoint.pending import inlined
 from agentflow.checkpoint.planning import closed, fence
 from agentflow.checkpoint.records import (
+    Call,
     Place,
     Record,
     pack_record,
@@ -48,10 +58,10 @@ from agentflow.checkpoint.rows import (
     ThreadChange,
     ThreadKey,
     ThreadState,
-    ValueRow,
     WritesRow,
 )
 from agentflow.checkpoint.verbs import lock
+from agentflow.codec import is_apart
 from agentflow.database.writer import Rejected
 from agentflow.delta import cut_block
 from agentflow.errors import FencedError
@@ -395,9 +405,8 @@ class _Batch:
             channel: held._replace(stored=closed(held.stored))
             for channel, held in record.layout.items()
         }
-        data = pack_record(
-            self.encoder.codec, place, row, record.head, layout, record.calls, record.parent_hash
-        )
+        codec, facts = self.encoder.codec, (record.head, layout, record.calls, record.parent_hash)
+        data = pack_record(codec, place, row, *facts, like=row.data)
         done[head.seq] = row._replace(data=data)
         change.repeated[:] = done.values()
 
@@ -457,15 +466,26 @@ class _Window:
 
     def mark(self, encoder: Encoder, thread: ThreadKey, rows: Sequence[CheckpointRow]) -> None:
         """Note what checkpoints need."""
-        first, last = (self.series[0][0], self.series[-1][0]) if self.series else (1, 0)
         anchored = {(anchor.ns, anchor.checkpoint_id) for anchor in self.anchors}
         for row in rows:
             parent = (row.ns, row.parent_id or "")
             if parent in anchored:
                 self.parents.add(parent)
-            for series, reach in _reach(encoder, thread, row):
-                if first <= series <= last:
-                    self.needed[series] = max(reach, self.needed.get(series, 0))
+            self._need(_reach(encoder, thread, row))
+
+    def mark_log(self, encoder: Encoder, thread: ThreadKey, rows: Sequence[WritesRow]) -> None:
+        """Note what writes of the log need: what is, or was, in objects, and nothing else."""
+        for row in rows:
+            place = Place(*thread, row.ns)
+            context = place.context_of_writes(row.checkpoint_id, row.seq)
+            where = place.of(f"writes of checkpoint {row.checkpoint_id!r}")
+            self._need(_shared(unpack_writes(encoder.codec, row.data, where, context)))
+
+    def _need(self, reached: Iterable[tuple[int, int]]) -> None:
+        first, last = (self.series[0][0], self.series[-1][0]) if self.series else (1, 0)
+        for series, reach in reached:
+            if first <= series <= last:
+                self.needed[series] = max(reach, self.needed.get(series, 0))
 
     def dead(self) -> list[DeadValue]:
         return [
@@ -494,12 +514,17 @@ def _reach(encoder: Encoder, thread: ThreadKey, row: CheckpointRow) -> Iterator[
         if stored is not None and not isinstance(stored, bytes):
             for part in stored:
                 yield part.series, _ALL if part.length == WHOLE else part.length
+    yield from _shared(record.calls)
     if row.parent_writes is not None:
         context = place.context_of_carried(row.seq, row.checkpoint_id)
         where = place.of(f"writes of checkpoint {row.parent_id!r}")
-        own = unpack_writes(encoder.codec, row.parent_writes, where, context)
-        for series, start, length in references(own):
-            yield series, _ALL if length == WHOLE else start + length
+        yield from _shared(unpack_writes(encoder.codec, row.parent_writes, where, context))
+
+
+def _shared(calls: Iterable[Call]) -> Iterator[tuple[int, int]]:
+    """Say which series writes need, and how far."""
+    for series, start, length in references(calls):
+        yield series, _ALL if length == WHOLE else start + length
 
 
 def _collect(encoder: Encoder, thread: ThreadKey, lease: Lease | None) -> Steps[None]:
@@ -514,10 +539,7 @@ def _collect(encoder: Encoder, thread: ThreadKey, lease: Lease | None) -> Steps[
         window = yield Read(partial(_open_window, state, series, anchor, size))
         if not window.series and not window.anchors:
             break
-        after, read = None, 0
-        while page := (yield Read(partial(_mark, encoder, thread, state, window, after))):
-            after, count = page
-            read += count
+        read = yield from _mark_all(encoder, thread, state, window)
         size = max(_MIN_WINDOW, min(read, _MAX_WINDOW))
         for dead in _chunks(window.dead()):
             while not (yield Change(partial(_bury, thread, lease, state, dead), thread)):
@@ -530,6 +552,21 @@ def _collect(encoder: Encoder, thread: ThreadKey, lease: Lease | None) -> Steps[
         anchor = window.anchors[-1] if window.anchors else anchor
     if seq is not None:
         yield Change(partial(_remove_note, thread, lease, note), thread)
+
+
+def _mark_all(
+    encoder: Encoder, thread: ThreadKey, state: ThreadState, window: _Window
+) -> Steps[int]:
+    """Note what is needed of a window; return how many rows were read for it."""
+    after, logged, read = None, None, 0
+    while page := (yield Read(partial(_mark, encoder, thread, state, window, after))):
+        after, count = page
+        read += count
+    # Behind the checkpoints, since writes move from these into the log and not back.
+    while page := (yield Read(partial(_mark_log, encoder, thread, state, window, logged))):
+        logged, count = page
+        read += count
+    return read
 
 
 def _begin(thread: ThreadKey, rows: Rows) -> tuple[ThreadState, AnchorRow] | None:
@@ -559,6 +596,19 @@ def _mark(
     page = rows.scan(state, CheckpointRow, after)
     window.mark(encoder, thread, page)
     return (page[-1]._replace(data=b"", parent_writes=None, base=None), len(page)) if page else None
+
+
+def _mark_log(
+    encoder: Encoder,
+    thread: ThreadKey,
+    state: ThreadState,
+    window: _Window,
+    after: WritesRow | None,
+    rows: Rows,
+) -> tuple[WritesRow, int] | None:
+    page = rows.scan(state, WritesRow, after)
+    window.mark_log(encoder, thread, page)
+    return (page[-1]._replace(data=b""), len(page)) if page else None
 
 
 def _bury(
@@ -606,20 +656,23 @@ def _shorten(
     if state.seq != seq:
         return None
     place, codec = Place(*thread, ""), encoder.codec
+    change = ThreadChange(state, replace(state, seq=state.seq + 1))
     last = rows.list_stretches({(state.number, series, reach - 1) for series, reach in ends})
     needed = dict(ends)
-    shorter: list[ValueRow] = []
     for row in last.values():
-        context = place.context_of_value(row.series, row.start)
-        whole = codec.unseal(row.data, context, where=place.of("a list"))
+        whole = open_value(codec, place, row, place.of("a list"))
         block = cut_block(whole, needed[row.series] - row.start)
-        if block is not None:
-            shorter.append(row._replace(data=codec.seal(block, context)))
-    if not shorter:
+        if block is None:
+            continue
+        sealed = seal_value(codec, rows, place, row.series, row.start, block)
+        if is_apart(row.data) and not sealed.object:
+            change.released.append((row.series, row.start))
+        change.replaced.append(row._replace(data=sealed.data))
+        note(change, sealed, row, codec.tier)
+    if not change.replaced:
         return seq
-    after = replace(state, seq=state.seq + 1)
-    rows.apply([ThreadChange(state, after, replaced=shorter)])
-    return after.seq
+    rows.apply([change])
+    return change.after.seq
 
 
 def _forget_anchors(

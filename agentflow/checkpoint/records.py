@@ -119,15 +119,28 @@ def pack_record(
     layout: Layout,
     calls: Sequence[Call],
     parent_hash: bytes | None,
+    *,
+    like: bytes | None = None,
 ) -> bytes:
-    """Seal the record of a checkpoint that has these columns."""
+    """Seal the record of a checkpoint that has these columns.
+
+    Args:
+        codec: How it is stored.
+        place: Where it belongs.
+        row: Its columns.
+        head: What LangGraph calls the checkpoint, and the metadata.
+        layout: Where its values are.
+        calls: Writes.
+        parent_hash: The hash of its parent.
+        like: The record as it was, if it keeps its hash, which is under the same key.
+    """
     channels = {
         channel: stored if isinstance(stored, bytes) else [digest, *(n for p in stored for n in p)]
         for channel, (_, stored, digest) in layout.items()
         if stored is not None
     }
-    body = _pack(codec, [head, channels, calls, parent_hash])
-    return codec.seal(body, place.context_of_row(row))
+    body, context = _pack(codec, [head, channels, calls, parent_hash]), place.context_of_row(row)
+    return codec.seal(body, context) if like is None else codec.seal_like(like, body, context)
 
 
 def unpack_record(codec: Codec, row: CheckpointRow, place: Place) -> Record:
@@ -155,7 +168,8 @@ def reseal(codec: Codec, place: Place, row: CheckpointRow, after: CheckpointRow)
     """Return `after`, which differs from `row` in what it carries, with its record sealed anew."""
     where = place.of(f"checkpoint {row.checkpoint_id!r}")
     body = codec.unseal(row.data, place.context_of_row(row), where=where)
-    return after._replace(data=codec.seal(body, place.context_of_row(after)))
+    # By the key that its hash is under, which stays as it is.
+    return after._replace(data=codec.seal_like(row.data, body, place.context_of_row(after)))
 
 
 def _stored(found: Any) -> tuple[Stored | None, bytes | None]:

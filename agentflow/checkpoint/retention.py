@@ -15,6 +15,8 @@ from typing import Any, Literal
 from langgraph.checkpoint.serde.types import INTERRUPT, TASKS
 from langgraph.constants import START
 
+from agentflow.checkpoint.archive import archive
+from agentflow.checkpoint.collection import GRACE, collect
 from agentflow.checkpoint.encoding import Encoder, open_record
 from agentflow.checkpoint.pruning import (
     Ask,
@@ -33,7 +35,14 @@ from agentflow.checkpoint.rows import (
     ThreadKey,
     ThreadState,
 )
-from agentflow.errors import BlockedTypeError, FencedError, InvalidInputError
+from agentflow.errors import (
+    BlockedTypeError,
+    ConflictError,
+    FencedError,
+    InvalidInputError,
+    NotFoundError,
+)
+from agentflow.objects import open_objects
 from agentflow.types import Duration, to_timedelta
 
 Reason = Literal["unfinished", "held"]
@@ -52,13 +61,17 @@ class Retention:
     task), or that a run holds, is kept as it is.
 
     Raises:
-        InvalidInputError: A limit is not positive.
+        InvalidInputError: A limit is not positive, or `archive` malformed.
+        UnsupportedUrlError: The scheme of `archive` is unknown.
+        ObjectStoreError: The folder of `archive` is not there.
     """
 
     keep_last: int | None = None
     """How many checkpoints of each namespace."""
     ttl: Duration | None = None
     """How long after its newest checkpoint a thread is deleted."""
+    archive: str | None = None
+    """The object store, as a URL, in which a thread is archived before it is deleted."""
 
     def __post_init__(self) -> None:
         """Refuse what would delete what is in use."""
@@ -66,6 +79,8 @@ class Retention:
             raise InvalidInputError("retention", ("keep_last: must be at least 1",))
         if self.ttl is not None and to_timedelta(self.ttl) <= timedelta():
             raise InvalidInputError("retention", ("ttl: must be longer than nothing",))
+        if self.archive is not None:
+            open_objects(self.archive)
 
 
 Chooser = Callable[[Sequence[str]], Awaitable[Mapping[str, Retention]]]
@@ -93,6 +108,10 @@ class SweepReport:
     swept: tuple[SweptThread, ...]
     spared: Mapping[Reason, int]
     """How many threads were let be because something may still happen to them."""
+    objects: int = 0
+    """How many objects, to which nothing refers any more, were removed from the object tier."""
+    object_bytes: int = 0
+    """Their bytes."""
 
     @property
     def checkpoints(self) -> int:
@@ -107,8 +126,12 @@ def sweep(
     now: datetime,
     *,
     dry_run: bool,
+    grace: Duration = GRACE,
 ) -> Steps[SweepReport]:
-    """Go through a tenant's threads; each page of ids is asked about first."""
+    """Go through a tenant's threads; each page of ids is asked about first.
+
+    A sweep of all threads also removes the objects that nothing needs, of whatever tenant.
+    """
     swept: list[SweptThread] = []
     spared: dict[Reason, int] = {}
     seen, after = 0, ""
@@ -127,7 +150,16 @@ def sweep(
         seen, after = seen + len(page), page[-1]
     if not dry_run:
         yield from clear_retired()
-    return SweepReport(dry_run=dry_run, threads=seen, swept=tuple(swept), spared=spared)
+    tier = encoder.codec.tier if given is None else None
+    collected = yield from collect(tier, now, to_timedelta(grace), dry_run=dry_run)
+    return SweepReport(
+        dry_run=dry_run,
+        threads=seen,
+        swept=tuple(swept),
+        spared=spared,
+        objects=collected.objects,
+        object_bytes=collected.size,
+    )
 
 
 def _page(tenant: str, given: Sequence[str] | None, after: str, rows: Rows) -> Sequence[str]:
@@ -175,19 +207,32 @@ class _Thread:
     def _delete(self, look: _Look, *, dry_run: bool) -> Steps[SweptThread | Reason]:
         count = yield from self._count(look, 0)
         if not dry_run:
-            # A run may have been submitted to it since all of its page were asked about.
-            if self.key[1] not in (yield Ask([self.key[1]])):
-                return "unfinished"
-            # If nothing has changed since, it has still ended.
             try:
-                is_gone = yield from delete(
-                    self.key, None, guard=lambda _, state: state.version == look.state.version
-                )
+                is_gone = yield from self._remove(look.state)
             except FencedError:
                 return "held"
             if not is_gone:
                 return "unfinished"
         return self._swept(count, is_deleted=True)
+
+    def _remove(self, looked_at: ThreadState) -> Steps[bool]:
+        """Delete, once it is archived if it has to be; say whether that was still right."""
+        if self.retention.archive is not None:
+            store, codec = open_objects(self.retention.archive), self.encoder.codec
+            version = looked_at.version
+            try:
+                yield from archive(codec, self.key, store, None, keep=True, version=version)
+            except (ConflictError, NotFoundError):
+                return False
+        # A run may have been submitted to it since all of its page were asked about.
+        if self.key[1] not in (yield Ask([self.key[1]])):
+            return False
+
+        def is_same(_: Rows, state: ThreadState) -> bool:
+            """If nothing has changed since, it has still ended."""
+            return (state.number, state.version) == (looked_at.number, looked_at.version)
+
+        return (yield from delete(self.key, None, guard=is_same))
 
     def _swept(self, count: int, *, is_deleted: bool) -> SweptThread:
         return SweptThread(thread_id=self.key[1], checkpoints=count, is_deleted=is_deleted)

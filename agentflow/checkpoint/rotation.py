@@ -13,6 +13,8 @@ from functools import partial
 from itertools import chain
 
 from agentflow.checkpoint.base import Saver
+from agentflow.checkpoint.offload import reseal_value
+from agentflow.checkpoint.records import Place
 from agentflow.checkpoint.rows import (
     RETIRED,
     AnchorRow,
@@ -27,7 +29,7 @@ from agentflow.checkpoint.rows import (
 )
 from agentflow.checkpoint.sql import open_rows
 from agentflow.checkpoint.verbs import Copier, lock
-from agentflow.codec import Codec
+from agentflow.codec import Codec, is_apart
 from agentflow.database.session import Session
 from agentflow.failpoints import failpoint
 
@@ -57,6 +59,8 @@ async def rotate_checkpoints(saver: Saver, tell: Callable[[int, int], None]) -> 
             rows, is_current = await saver._database.query(partial(_look, codec, state))
             seen += rows
             if not is_current:
+                # Objects first, without the lock: they may be large, and are found again below.
+                await saver._database.query(partial(_renew_objects, codec, thread, state))
                 verb = saver._intake.verb(thread, partial(_rotate, codec, thread))
                 sealed += await saver._database.settled(verb)
             tell(seen, sealed)
@@ -91,6 +95,18 @@ def _is_current(codec: Codec, row: _Row) -> bool:
     return all(map(codec.is_current, payloads))
 
 
+def _renew_objects(codec: Codec, key: ThreadKey, thread: ThreadState, session: Session) -> None:
+    """Seal the objects of a thread by the current key, under the names that they get by it."""
+    rows, place = open_rows(session), Place(*key, "")
+    if codec.tier is None or not rows.has_objects(thread.number):
+        return
+    for values in _pages(rows, thread, ValueRow):
+        for row in values:
+            if is_apart(row.data) and not codec.is_current(row.data):
+                reseal_value(codec, rows, place, place, row, place.of("a value"))
+                failpoint("keys.rewritten")
+
+
 def _rotate(codec: Codec, thread: ThreadKey, rows: Rows) -> int:
     before = lock(rows, thread)
     state = replace(before, seq=before.seq + 1)
@@ -110,7 +126,11 @@ def _rotate(codec: Codec, thread: ThreadKey, rows: Rows) -> int:
     for checkpoints in _pages(rows, state, CheckpointRow):
         store(list(map(copier.checkpoint, checkpoints)))
     for values in _pages(rows, state, ValueRow):
-        store([copier.value(row) for row in values if not codec.is_current(row.data)])
+        change = ThreadChange(state, state)
+        old = [row for row in values if not codec.is_current(row.data)]
+        store([copier.value(rows, row, change) for row in old])
+        if change.objects or change.released:
+            rows.apply([change])
     for writes in _pages(rows, state, WritesRow):
         store([copier.writes(row) for row in writes if not codec.is_current(row.data)])
     return sealed

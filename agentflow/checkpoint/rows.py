@@ -2,7 +2,7 @@
 
 LangGraph's rules stand above it, in `planning`; a backend only keeps rows and applies changes to
 threads, each as a whole and only if the thread is still what the change was made from. There are
-five kinds of rows:
+six kinds of rows:
 
 - a *thread*: its fencing token, whether a lease holds it, and its sequence number, which every
   change of the thread raises. Equal token, lease and number mean that nothing has changed;
@@ -10,15 +10,17 @@ five kinds of rows:
 - a *value*: something too large to stand in the row of each checkpoint that has it. Values belong
   to a series: a list that grows is one series of stretches, anything else a series of one;
 - *writes*: what tasks have written for a checkpoint that has no successor yet, as a log;
-- an *anchor*: the hash of a deleted checkpoint that something kept follows.
+- an *anchor*: the hash of a deleted checkpoint that something kept follows;
+- an *object*: where a value is whose row only refers to it.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import NamedTuple, TypeVar
 
 ThreadKey = tuple[str, str]
@@ -142,6 +144,19 @@ class AnchorRow(NamedTuple):
     """Its hash."""
 
 
+class ObjectRow(NamedTuple):
+    """A value that is kept in an object; the row outlives the value until the object is collected.
+
+    It names the object in clear, which the value's own row does too, but sealed.
+    """
+
+    thread: int
+    series: int
+    start: int
+    object: str
+    """Its name."""
+
+
 class Link(NamedTuple):
     """What can be known of a checkpoint without reading what it holds."""
 
@@ -171,7 +186,7 @@ RETIRED = "\x7fretired"
 What they hold is readable by nobody, and verified by nobody.
 """
 
-AnyRow = TypeVar("AnyRow", CheckpointRow, ValueRow, WritesRow, AnchorRow)
+AnyRow = TypeVar("AnyRow", CheckpointRow, ValueRow, WritesRow, AnchorRow, ObjectRow)
 
 
 @dataclass(slots=True)
@@ -191,6 +206,12 @@ class ThreadChange:
     """Stretches to delete, by series and start."""
     writes: list[WritesRow] = field(default_factory=list)
     anchors: list[AnchorRow] = field(default_factory=list)
+    objects: list[ObjectRow] = field(default_factory=list)
+    """Where values are, as `refer` has it."""
+    released: list[tuple[int, int]] = field(default_factory=list)
+    """Values that are in no object any more, by series and start."""
+    confirm: Callable[[], None] | None = None
+    """Called before the commit, with collection locked out; it raises if an object is gone."""
 
 
 class Logged(NamedTuple):
@@ -355,6 +376,49 @@ class Rows(ABC):
     @abstractmethod
     def rewrite(self, rows: Sequence[AnyRow]) -> None:
         """Put rows, all of one kind, in the place of those with the same keys."""
+
+    @abstractmethod
+    def refer(
+        self, objects: Sequence[ObjectRow], released: Sequence[tuple[int, int, int]] = ()
+    ) -> None:
+        """Note in which objects values are, and lock out collection until the transaction ends.
+
+        Args:
+            objects: A value that was in another object is in that one no more.
+            released: Values that are in none any more, by thread, series and start.
+        """
+
+    @abstractmethod
+    def find_space(self, *, make: bool) -> tuple[str, bool] | None:
+        """Return the folder of this database in its object tier, and whether there was one.
+
+        Args:
+            make: Make one where there is none.
+        """
+
+    @abstractmethod
+    def has_objects(self, thread: int) -> bool:
+        """Whether values of a thread are, or lately were, in objects."""
+
+    @abstractmethod
+    def exclude_referrers(self) -> None:
+        """Lock out `refer` until the transaction ends."""
+
+    @abstractmethod
+    def list_abandoned(self, limit: int) -> list[ObjectRow]:
+        """List references of which the value is gone or elsewhere, and not yet noted when."""
+
+    @abstractmethod
+    def abandon(self, rows: Sequence[ObjectRow], at: datetime) -> None:
+        """Note since when references are abandoned, of those that still are."""
+
+    @abstractmethod
+    def forget_objects(self, before: datetime, limit: int) -> bool:
+        """Delete references that were abandoned before a time; say whether none is left."""
+
+    @abstractmethod
+    def find_needed(self, names: Sequence[str], since: datetime) -> set[str]:
+        """Return which objects are referred to, or were at a time or later."""
 
     @abstractmethod
     def list_threads_of_runs(self, tenant: str, run_ids: Collection[str]) -> list[ThreadKey]:

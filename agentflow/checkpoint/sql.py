@@ -11,6 +11,7 @@ import operator
 import sqlite3
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from datetime import UTC, datetime, timedelta
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from agentflow.checkpoint.rows import (
     HeadKey,
     Link,
     Logged,
+    ObjectRow,
     Part,
     Query,
     Rows,
@@ -37,6 +39,7 @@ from agentflow.checkpoint.rows import (
 )
 from agentflow.database.session import Session
 from agentflow.failpoints import failpoint
+from agentflow.types import new_id
 
 _CHECKPOINT_COLUMNS = ", ".join(CheckpointRow._fields)
 _C = ", ".join(f"c.{name}" for name in CheckpointRow._fields)
@@ -127,9 +130,21 @@ class SqlRows(Rows):
             for statement, parameters in ((_REPLACE_VALUE, replaced), (_DROP_VALUE, dropped)):
                 if parameters:
                     session.execute_many(statement, parameters)
+            referring = [change for change in fresh if change.objects or change.released]
+            if referring:
+                self._refer(referring)
             if any(change.checkpoints or change.repeated for change in fresh):
                 failpoint("checkpoint.after_insert")
         return applied
+
+    def _refer(self, changes: Sequence[ThreadChange]) -> None:
+        self.refer(
+            [row for change in changes for row in change.objects],
+            [(c.before.number, *place) for c in changes for place in c.released],
+        )
+        for change in changes:
+            if change.confirm is not None:
+                change.confirm()
 
     def _raise(self, changes: Sequence[ThreadChange]) -> set[int]:
         """Raise the numbers of the threads that are as they were, and say which these are."""
@@ -389,6 +404,80 @@ class SqlRows(Rows):
             [[getattr(row, name) for name in (*others, *key)] for row in rows],
         )
 
+    def refer(
+        self, objects: Sequence[ObjectRow], released: Sequence[tuple[int, int, int]] = ()
+    ) -> None:
+        self._lock_objects("pg_advisory_xact_lock_shared")
+        left = [*(row[:3] for row in objects), *released]
+        if left:
+            self._session.execute_many(_LEAVE_OBJECT, left)
+        if objects:
+            self._session.execute_many(_REFER, objects)
+
+    def exclude_referrers(self) -> None:
+        self._lock_objects("pg_advisory_xact_lock")
+
+    def _lock_objects(self, lock: str) -> None:
+        """Keep collection and referrers apart; one writer at a time needs nothing for that."""
+
+    def find_space(self, *, make: bool) -> tuple[str, bool] | None:
+        query = "SELECT name FROM agentflow_object_space"
+        for was_there in (True, False):
+            if rows := self._session.fetch(query):
+                return rows[0][0], was_there
+            if make and was_there:
+                with self._session.transaction():
+                    self._session.execute(
+                        "INSERT INTO agentflow_object_space (id, name) VALUES (1, ?) "
+                        "ON CONFLICT (id) DO NOTHING",
+                        (new_id(),),
+                    )
+        return None
+
+    def has_objects(self, thread: int) -> bool:
+        query = "SELECT 1 FROM agentflow_objects WHERE thread = ? LIMIT 1"
+        return bool(self._session.fetch(query, (thread,)))
+
+    def list_abandoned(self, limit: int) -> list[ObjectRow]:
+        rows = self._session.fetch(
+            f"SELECT {', '.join(ObjectRow._fields)} FROM agentflow_objects "
+            f"WHERE {_IS_ABANDONED} LIMIT ?",
+            (limit,),
+        )
+        return [ObjectRow(*row) for row in rows]
+
+    def abandon(self, rows: Sequence[ObjectRow], at: datetime) -> None:
+        # The value may have come back meanwhile: a thread that was restored has its old numbers.
+        self._session.execute_many(
+            f"UPDATE agentflow_objects SET unneeded_at = ? WHERE thread = ? AND series = ? "
+            f"AND start = ? AND object = ? AND {_IS_ABANDONED}",
+            [(_stamp(at), *row) for row in rows],
+        )
+
+    def forget_objects(self, before: datetime, limit: int) -> bool:
+        found = self._session.fetch(
+            f"SELECT {', '.join(ObjectRow._fields)} FROM agentflow_objects "
+            "WHERE unneeded_at > 0 AND unneeded_at <= ? LIMIT ?",
+            (_stamp(before), limit + 1),
+        )
+        if found:
+            self._session.execute_many(
+                "DELETE FROM agentflow_objects WHERE thread = ? AND series = ? AND start = ? "
+                "AND object = ? AND unneeded_at > 0 AND unneeded_at <= ?",
+                [(*row, _stamp(before)) for row in found[:limit]],
+            )
+        return len(found) <= limit
+
+    def find_needed(self, names: Sequence[str], since: datetime) -> set[str]:
+        rows = self._fetch_for(
+            [(name,) for name in names],
+            ("name text",),
+            "SELECT DISTINCT w.name FROM {given} JOIN agentflow_objects o ON o.object = w.name "
+            "WHERE o.unneeded_at IS NULL OR o.unneeded_at = 0 OR o.unneeded_at > ?",
+            _stamp(since),
+        )
+        return {name for (name,) in rows}
+
     def list_threads_of_runs(self, tenant: str, run_ids: Collection[str]) -> list[ThreadKey]:
         rows = self._fetch_for(
             [(run_id,) for run_id in run_ids],
@@ -519,7 +608,8 @@ class SqlRows(Rows):
         return len(some) == len(found)
 
     def remove_some(self, thread: int, *, limit: int, max_bytes: int) -> bool:
-        for kind, (table, key) in _SCANS.items():
+        for kind in _KINDS_OF_THREAD:
+            table, key = _SCANS[kind]
             payload = " + ".join(f"coalesce(length({name}), 0)" for name in _PAYLOADS[kind])
             found = self._session.fetch(
                 f"SELECT {', '.join(key)}, {payload} FROM {table} WHERE thread = ? LIMIT ?",
@@ -649,6 +739,9 @@ class PostgresRows(SqlRows):
 
     _lock_clause = "FOR UPDATE OF t"
 
+    def _lock_objects(self, lock: str) -> None:
+        self._session.fetch(f"SELECT {lock}(?::bigint)", (_OBJECTS_LOCK,))
+
     def apply(self, changes: Sequence[ThreadChange]) -> set[int]:
         tables: tuple[list[tuple[Any, ...]], ...] = (
             [(c.after.seq, c.before.number, *c.before.version) for c in changes],
@@ -670,7 +763,14 @@ class PostgresRows(SqlRows):
 
 
 def _changes_rows(change: ThreadChange) -> bool:
-    return bool(change.repeated or change.replaced or change.dropped or change.anchors)
+    return bool(
+        change.repeated
+        or change.replaced
+        or change.dropped
+        or change.anchors
+        or change.objects
+        or change.released
+    )
 
 
 def _padded(count: int) -> int:
@@ -707,6 +807,11 @@ def _given(columns: tuple[str, ...], count: int, dialect: str) -> str:
         return f"(SELECT {selected} FROM (VALUES {rows})) w"
     row = f"({', '.join(f'CAST(? AS {kind})' for kind in types)})"
     return f"(VALUES {', '.join(row for _ in range(count))}) w({', '.join(names)})"
+
+
+def _stamp(at: datetime) -> int:
+    """Return a time as the database has it: microseconds since 1970."""
+    return (at - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
 
 
 def _link(row: Sequence[Any]) -> Link:
@@ -771,6 +876,20 @@ _LINK = (
     "ns, seq, checkpoint_id, parent_id, run_id, hash, parent_writes IS NOT NULL, "
     "length(data) + coalesce(length(parent_writes), 0) + coalesce(length(base), 0)"
 )
+_LEAVE_OBJECT = (
+    "UPDATE agentflow_objects SET unneeded_at = 0 WHERE thread = ? AND series = ? AND start = ? "
+    "AND unneeded_at IS NULL"
+)
+_REFER = (
+    "INSERT INTO agentflow_objects (thread, series, start, object) VALUES (?, ?, ?, ?) "
+    "ON CONFLICT (thread, series, start, object) DO UPDATE SET unneeded_at = NULL"
+)
+_IS_ABANDONED = (
+    "(unneeded_at = 0 OR (unneeded_at IS NULL AND NOT EXISTS (SELECT 1 FROM agentflow_values v "
+    "WHERE v.thread = agentflow_objects.thread AND v.series = agentflow_objects.series "
+    "AND v.start = agentflow_objects.start)))"
+)
+_OBJECTS_LOCK = 0x61676F626A  # any number that nobody else is likely to lock
 _DROP_VALUE = "DELETE FROM agentflow_values WHERE thread = ? AND series = ? AND start = ?"
 _HEAD_SEQ = "(SELECT max(h.seq) FROM agentflow_checkpoints h WHERE h.thread = t.id AND h.ns = ?)"
 _FIND_HEAD = (
@@ -802,10 +921,13 @@ _SCANS: dict[type, tuple[str, tuple[str, ...]]] = {
     ValueRow: ("agentflow_values", ("series", "start")),
     WritesRow: ("agentflow_writes", ("ns", "checkpoint_id", "seq")),
     AnchorRow: ("agentflow_anchors", ("ns", "checkpoint_id")),
+    ObjectRow: ("agentflow_objects", ("series", "start", "object")),
 }
+_KINDS_OF_THREAD = (CheckpointRow, ValueRow, WritesRow, AnchorRow)
+"""What goes with a thread; references stay until their objects are collected."""
 _PAYLOADS: dict[type, tuple[str, ...]] = {
     kind: ("data", "parent_writes", "base") if kind is CheckpointRow else ("data",)
-    for kind in _SCANS
+    for kind in _KINDS_OF_THREAD
 }
 _TYPES = {
     "id": "bigint", "token": "bigint", "is_leased": "boolean", "after": "bigint",

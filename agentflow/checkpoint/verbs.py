@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 
+from agentflow.checkpoint.offload import note, reseal_value
 from agentflow.checkpoint.planning import fence
 from agentflow.checkpoint.records import (
     Place,
@@ -26,7 +27,7 @@ from agentflow.checkpoint.rows import (
     ValueRow,
     WritesRow,
 )
-from agentflow.codec import Codec
+from agentflow.codec import Codec, is_apart
 from agentflow.database.writer import Rejected
 from agentflow.errors import ConflictError
 from agentflow.types import Lease
@@ -95,7 +96,9 @@ def copy_thread(
     # From here on each page is a change of its own, of the thread as it already is.
     copier = Copier(codec, source, target, number)
     for values in _pages(rows, original, ValueRow):
-        rows.apply([ThreadChange(after, after, values=list(map(copier.value, values)))])
+        change = ThreadChange(after, after)
+        change.values = [copier.value(rows, row, change) for row in values]
+        rows.apply([change])
     for anchors in _pages(rows, original, AnchorRow):
         rows.apply([ThreadChange(after, after, anchors=list(map(copier.anchor, anchors)))])
     for checkpoints in _pages(rows, original, CheckpointRow):
@@ -120,14 +123,15 @@ class Copier:
         self._number = number
         self._hashes: dict[tuple[str, str], bytes] = {}
 
-    def value(self, row: ValueRow) -> ValueRow:
-        """Return a stretch of a value."""
+    def value(self, rows: Rows, row: ValueRow, change: ThreadChange) -> ValueRow:
+        """Return a stretch of a value, and note in a change in which object it is."""
         before, after = self._places("")
-        context = (row.series, row.start)
-        data = self._again(
-            row.data, before.context_of_value(*context), after.context_of_value(*context), "a value"
-        )
-        return row._replace(thread=self._number, data=data)
+        sealed = reseal_value(self._codec, rows, before, after, row, before.of("a value"))
+        made = row._replace(thread=self._number, data=sealed.data)
+        note(change, sealed, made, self._codec.tier)
+        if is_apart(row.data) and not sealed.object:
+            change.released.append((row.series, row.start))
+        return made
 
     def anchor(self, row: AnchorRow) -> AnchorRow:
         """Return an anchor; what it names was never part of the target, and keeps its hash."""

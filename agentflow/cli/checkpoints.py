@@ -1,4 +1,4 @@
-"""`agentflow checkpoint`: list, show, verify, prune.
+"""`agentflow checkpoint`: list, show, verify, prune, archive, restore.
 
 Everything is shown without the code of the graphs: an object whose class is not imported here is
 shown as the name of its class and its plain data.
@@ -24,13 +24,14 @@ if TYPE_CHECKING:
     from langgraph.checkpoint.base import CheckpointTuple
 
     from agentflow.app import AgentFlow
-    from agentflow.checkpoint import Saver
+    from agentflow.checkpoint import Archived, Saver
 
 group = typer.Typer(help="Look at stored checkpoints, and verify them.", no_args_is_help=True)
 
 _COLUMNS = ("thread_id", "ns", "checkpoint_id", "step", "source", "run_id", "created_at")
 _FIELDS = (*_COLUMNS[:3], "parent_id", *_COLUMNS[3:])
 _DAMAGE = ("error", "tenant", "thread_id", "ns", "checkpoint_id", "channel", "message")
+_ARCHIVED = ("thread_id", "archive_id", "checkpoints", "parts", "size")
 _REFRESHES = 10
 """How often a second a progress bar is drawn."""
 
@@ -180,6 +181,60 @@ async def prune(
     call.output.rows(found, ("thread_id", "deleted", "kept"), empty="")
     would = "would be" if dry_run else "were" if total != 1 else "was"
     call.output.message(f"{_checkpoints(total)} {would} deleted")
+
+
+@command(group, "archive")
+async def archive(
+    call: Call,
+    thread_ids: Annotated[list[str], typer.Argument(metavar="THREAD...", help="Ids of threads.")],
+    *,
+    to: Annotated[str, typer.Option(metavar="URL", help="The object store: file:///folder.")],
+    keep: Annotated[bool, typer.Option("--keep", help="Do not delete the threads.")] = False,
+    tenant: Tenant = None,
+) -> None:
+    """Move threads with all that they have into an object store.
+
+    One by one; each is deleted once its archive is durable. A thread that a run holds is refused.
+    """
+    async with call.open_app() as app:
+        saver = _saver(app, tenant)
+        names = list(dict.fromkeys(thread_ids))
+        for name in names:
+            if not await saver.count_by_namespace(name):
+                raise NotFoundError("thread", name)
+        if not keep and not call.confirm(f"Archive {len(names)} threads, and delete them?"):
+            raise OutcomeError("not confirmed; nothing was archived")
+        done: list[Archived] = []
+        try:
+            for name in names:
+                done += [await saver.aarchive(name, to=to, keep=keep)]
+        finally:
+            call.output.rows(done, _ARCHIVED, empty="no thread was archived")
+    call.output.message("archived and kept" if keep else "archived and deleted")
+
+
+@command(group, "restore")
+async def restore(
+    call: Call,
+    thread_id: Annotated[str, typer.Argument(metavar="THREAD", help="The thread's id.")],
+    *,
+    source: Annotated[
+        str, typer.Option("--from", metavar="URL", help="The object store: file:///folder.")
+    ],
+    archive_id: Annotated[
+        str | None, typer.Option("--archive", help="Which archive; by default the newest.")
+    ] = None,
+    tenant: Tenant = None,
+) -> None:
+    """Make a thread from its archive, after all of it is verified; the archive stays.
+
+    A thread that is there already is refused.
+    """
+    async with call.open_app() as app:
+        saver = _saver(app, tenant)
+        done = await saver.arestore(thread_id, source=source, archive_id=archive_id)
+    call.output.rows([done], _ARCHIVED, empty="")
+    call.output.message(f"restored {_checkpoints(done.checkpoints)}")
 
 
 def _saver(app: AgentFlow, tenant: str | None) -> Saver:

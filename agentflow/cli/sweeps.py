@@ -42,7 +42,8 @@ async def sweep(
     spared = ", ".join(f"{count} {reason}" for reason, count in sorted(report.spared.items()))
     call.output.message(
         f"{report.threads} threads looked at; let be: {spared or 'none'}; "
-        f"{'would go' if dry_run else 'gone'}: {report.checkpoints} checkpoints"
+        f"{'would go' if dry_run else 'gone'}: {report.checkpoints} checkpoints, "
+        f"{report.objects} objects of {report.object_bytes} bytes"
     )
     columns = ("thread_id", "checkpoints", "is_deleted")
     call.output.rows(report.swept, columns, empty="nothing to delete")

@@ -161,6 +161,26 @@ anchors = _table(
     PrimaryKeyConstraint("thread", "ns", "checkpoint_id"),
 )
 
+objects = _table(
+    "objects",
+    # Which value is in which object of the object tier.
+    Column("thread", BigInteger, nullable=False),
+    Column("series", BigInteger, nullable=False),
+    Column("start", BigInteger, nullable=False),
+    Column("object", _NAME, nullable=False),
+    # Since when no value is; 0 if that is not known yet.
+    Column("unneeded_at", Timestamp),
+    PrimaryKeyConstraint("thread", "series", "start", "object"),
+    Index("agentflow_objects_object", "object"),
+)
+
+# One row: the folder of this database in its object tier.
+object_space = _table(
+    "object_space",
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("name", _NAME, nullable=False),
+)
+
 leases = _table(
     "leases",
     Column("tenant", _ID, nullable=False),

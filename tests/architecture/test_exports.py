@@ -10,6 +10,7 @@ from agentflow import errors
 EXPORTS = {
     "agentflow": {"AgentFlow", "RetryPolicy", "request_approval", "shield"},
     "agentflow.checkpoint": {
+        "Archived",
         "Retention",
         "Save",
         "Saver",
@@ -34,6 +35,7 @@ ERRORS = {
         "FencedError",
         "NotFoundError",
         "PausedError",
+        "ObjectStoreError",
         "StoreUnavailableError",
     },
     "ConflictError": {

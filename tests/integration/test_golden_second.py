@@ -60,7 +60,11 @@ def url(form: str, tmp_path: Path) -> Iterator[str]:
         yield f"sqlite:///{file}"
 
 
-LATER = {"agentflow_pauses.reason"}
+LATER = {
+    "agentflow_pauses.reason",
+    "agentflow_runs.cancellation",
+    "agentflow_runs.retry",
+}
 """Columns that a later revision has added, and which are therefore empty."""
 
 

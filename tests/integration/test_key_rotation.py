@@ -232,6 +232,30 @@ async def test_checkpointer_goes_on_across_a_rotation(database_url: str) -> None
         assert [each.values for each in again] == [each.values for each in history]
 
 
+@pytest.mark.parametrize("before", ["old", None])
+def test_pruning_between_a_new_key_and_its_rotation_damages_nothing(
+    database_url: str, before: str | None
+) -> None:
+    """What is sealed anew keeps its hash, and the key that this is under."""
+    graph = chain(*((f"n{n}", logs(f"{n} {'.' * 99}")) for n in range(4)))
+    with open_checkpointer(database_url, keys=ring(before) if before else None) as saver:
+        for run_id in ("one", "two"):
+            config: RunnableConfig = {
+                "configurable": {"thread_id": "t"},
+                "metadata": {"run_id": run_id},
+            }
+            graph.compile(checkpointer=saver).invoke({"log": ["first"]}, config)
+        saver.copy_thread("t", "u")
+    both = ring("new", "old", accept_plaintext=True)
+    with open_checkpointer(database_url, keys=both) as saver:
+        saver.prune(["u"])
+        (kept,) = saver.list({"configurable": {"thread_id": "u"}})
+        saver.delete_for_runs(["two"])
+        assert len(kept.checkpoint["channel_values"]["log"]) == 10
+        before_that = list(saver.list({"configurable": {"thread_id": "t"}}))
+        assert [len(each.checkpoint["channel_values"]["log"]) for each in before_that[:2]] == [5, 4]
+
+
 async def test_value_that_changes_meanwhile_is_not_overwritten(database_url: str) -> None:
     """Between reading and writing; a decision takes the place of what was read."""
     async with open_app(database_url, ring("old")) as app:

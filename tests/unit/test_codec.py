@@ -63,3 +63,5 @@ def test_value_too_large_to_be_read_is_refused_when_it_is_written(
     assert Codec().loads(Codec().dumps(b"x" * 990)) == b"x" * 990
     with pytest.raises(SerializationError, match="larger than 1,000 bytes"):
         Codec().dumps(b"x" * 1000)
+    with pytest.raises(SerializationError, match="larger than 1,000 bytes"):
+        Codec().compress(b"x" * 1001)

@@ -106,6 +106,22 @@ def _create() -> None:
         sa.Column("data", sa.LargeBinary(), nullable=False),
         sa.PrimaryKeyConstraint("thread", "ns", "checkpoint_id"),
     )
+    op.create_table(
+        "agentflow_objects",
+        sa.Column("thread", sa.BigInteger(), nullable=False),
+        sa.Column("series", sa.BigInteger(), nullable=False),
+        sa.Column("start", sa.BigInteger(), nullable=False),
+        sa.Column("object", sa.Text(), nullable=False),
+        sa.Column("unneeded_at", sa.BigInteger(), nullable=True),
+        sa.PrimaryKeyConstraint("thread", "series", "start", "object"),
+    )
+    op.create_index("agentflow_objects_object", "agentflow_objects", ["object"])
+    op.create_table(
+        "agentflow_object_space",
+        sa.Column("id", sa.Integer(), autoincrement=False, nullable=False),
+        sa.Column("name", sa.Text(), nullable=False),
+        sa.PrimaryKeyConstraint("id"),
+    )
 
 
 def _leave_compressed() -> None:
