@@ -65,9 +65,12 @@ class PostgresServer:
         """Whether it was started and neither stopped nor killed."""
         return self._daemon.is_running
 
-    def stop(self) -> None:
-        """Shut the server down; open connections are cut."""
-        self._daemon.end(signal.SIGINT)
+    def stop(self, *, immediately: bool = False) -> None:
+        """Shut the server down; open connections are cut.
+
+        Immediately, it writes nothing more, and recovers from its log when it is started again.
+        """
+        self._daemon.end(signal.SIGQUIT if immediately else signal.SIGINT)
 
     def kill(self) -> None:
         """Crash the server: no shutdown, no checkpoint."""

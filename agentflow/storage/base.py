@@ -177,9 +177,8 @@ class RunStore(ABC):
     async def end_isolation(self, lease: Lease) -> None:
         """Note that the isolation of a run is over: it has made progress, or its time has passed.
 
-        It becomes a suspect again when it has lost two more attempts.
-
-        To be called before the worker claims anything else.
+        To be called before the worker claims anything else. It becomes a suspect again when it has
+        lost two more attempts.
         """
 
     @abstractmethod

@@ -30,6 +30,7 @@ class ModelRun:
     status: RunStatus = Q
     attempt: int = 0
     losses: int = 0
+    pardoned: int = 0
     claims: int = 0
     has_loss_counted: bool = True
     progress: str | None = None
@@ -47,7 +48,7 @@ class ModelRun:
 
     def clear(self) -> None:
         """Give it a new attempt budget."""
-        self.attempt = self.losses = 0
+        self.attempt = self.losses = self.pardoned = 0
         self.has_loss_counted = True
 
     def let_go(self, status: RunStatus) -> None:
@@ -150,7 +151,7 @@ class Model:
 
     def is_suspect(self, run: ModelRun) -> bool:
         """Whether a run that is claimed now is isolated."""
-        return run.losses + (run.status is R) >= SUSPECT
+        return run.losses + (run.status is R) - run.pardoned >= SUSPECT
 
     def claim(self, run: ModelRun, instance: str, lease: Lease) -> None:
         """Give a run to an instance."""
@@ -172,7 +173,7 @@ class Model:
         if run.progress not in {None, progress}:
             was_lost = reason == "recovery"
             run.attempt = 2 if was_lost and run.has_loss_counted else 1
-            run.losses = int(was_lost)
+            run.losses, run.pardoned = int(was_lost), 0
             run.is_isolated = False
         run.progress = progress
 

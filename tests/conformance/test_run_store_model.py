@@ -263,7 +263,7 @@ class RunStoreMachine(RuleBasedStateMachine):
             self._start(run, "p" if run.progress is None else run.progress)
             if run.is_isolated and not is_isolated:
                 self.do("end_isolation", run.lease)
-                run.is_isolated = False
+                run.is_isolated, run.pardoned = False, run.losses
         if runs and not is_isolated:
             # Its isolation is over: the same worker may claim more.
             runs += self._claim(limit, instance=runs[0].instance)

@@ -19,6 +19,7 @@ from agentflow.errors import (
     ThreadBusyError,
 )
 from agentflow.storage import OnBusy, RunStore
+from agentflow.testing import VirtualClock
 from agentflow.types import (
     ClaimedRun,
     Lease,
@@ -53,24 +54,14 @@ S, F, C = RunStatus.SUCCEEDED, RunStatus.FAILED, RunStatus.CANCELLED
 HOUR = timedelta(hours=1)
 
 
-class ManualClock:
-    """A clock that stands still until it is moved."""
-
-    def __init__(self) -> None:
-        self.time = datetime(2030, 1, 1, tzinfo=UTC)
-
-    def now(self) -> datetime:
-        return self.time
-
-
 @pytest.fixture
-def clock() -> ManualClock:
+def clock() -> VirtualClock:
     """The clock of `timed`."""
-    return ManualClock()
+    return VirtualClock(datetime(2030, 1, 1, tzinfo=UTC))
 
 
 @pytest.fixture
-async def timed(database_url: str, clock: ManualClock) -> AsyncIterator[RunStore]:
+async def timed(database_url: str, clock: VirtualClock) -> AsyncIterator[RunStore]:
     """A store whose timers go by `clock`."""
     opened = open_store(database_url, clock=clock)
     yield opened
@@ -305,13 +296,13 @@ async def test_run_paused_by_its_failure_gets_a_new_budget(store: RunStore) -> N
 
 
 async def test_queued_run_is_cancelled_at_its_start_deadline(
-    timed: RunStore, clock: ManualClock
+    timed: RunStore, clock: VirtualClock
 ) -> None:
     await create(timed, "missed", start_at=clock.now() + HOUR, start_timeout=HOUR)
     await create(timed, "met", start_timeout=HOUR)
     met = await claim(timed, "met")
     await timed.retry_run(met, FAILURE, delay=HOUR, failures={}, checkpoint_id=None, step=None)
-    clock.time += 2 * HOUR
+    clock.advance(2 * HOUR)
     assert [c.run.id for c in await claim_all(timed)] == ["met"]
     assert await timed.claim_run("", "missed", worker="w", lease=LEASE) is None
     assert (await timed.survey("")).overdue == 1
@@ -323,7 +314,7 @@ async def test_queued_run_is_cancelled_at_its_start_deadline(
 
 @pytest.mark.parametrize("status", [Q, W])
 async def test_run_that_nobody_holds_fails_at_its_deadline(
-    timed: RunStore, clock: ManualClock, status: RunStatus
+    timed: RunStore, clock: VirtualClock, status: RunStatus
 ) -> None:
     lease = await running(timed, "r", timeout=30 * 24 * HOUR)
     wait_id = question()
@@ -331,9 +322,9 @@ async def test_run_that_nobody_holds_fails_at_its_deadline(
         await park(timed, lease, wait_id)
     else:
         await timed.release_run(lease, reason="drain", counts=False)
-    clock.time += 30 * 24 * HOUR - timedelta(seconds=1)
+    clock.advance(30 * 24 * HOUR - timedelta(seconds=1))
     assert await timed.fire_due("", limit=9) == 0
-    clock.time += timedelta(seconds=1)
+    clock.advance(timedelta(seconds=1))
     assert await timed.fire_due("", limit=9) == 1
     run, letter = await timed.get_run("", "r"), await timed.find_dead_letter("", "r")
     assert letter is not None
@@ -346,11 +337,11 @@ async def test_run_that_nobody_holds_fails_at_its_deadline(
     assert again.deadline_at == clock.now() + 30 * 24 * HOUR
 
 
-async def test_running_run_hears_of_its_deadline(timed: RunStore, clock: ManualClock) -> None:
+async def test_running_run_hears_of_its_deadline(timed: RunStore, clock: VirtualClock) -> None:
     await create(timed, "r", timeout=HOUR)
     (claimed,) = await claim_all(timed)
     assert (await begin(timed, claimed)).stop is None
-    clock.time += HOUR
+    clock.advance(HOUR)
     assert await timed.fire_due("", limit=9) == 0, "it is left to its holder"
     assert (await timed.extend_leases([claimed.lease], LEASE))["r"].stop == "deadline"
     await timed.extend_leases([claimed.lease], EXPIRED)
@@ -359,17 +350,17 @@ async def test_running_run_hears_of_its_deadline(timed: RunStore, clock: ManualC
 
 
 async def test_times_of_starting_and_backoff_go_by_the_clock(
-    timed: RunStore, clock: ManualClock
+    timed: RunStore, clock: VirtualClock
 ) -> None:
     await create(timed, "later", start_at=clock.now() + 24 * HOUR)
     assert await claim_all(timed) == []
-    clock.time += 24 * HOUR
+    clock.advance(24 * HOUR)
     (claimed,) = await claim_all(timed)
     await timed.retry_run(
         claimed.lease, FAILURE, delay=HOUR, failures={}, checkpoint_id=None, step=None
     )
     assert await claim_all(timed) == []
-    clock.time += HOUR
+    clock.advance(HOUR)
     assert len(await claim_all(timed)) == 1
 
 

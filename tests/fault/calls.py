@@ -47,22 +47,22 @@ async def decide(app: AgentFlow, run_id: str) -> None:
 
 async def pause_run(app: AgentFlow, run_id: str) -> None:
     """Pause a run."""
-    await app._store.pause_run("", run_id, reason="a question", by="alice")
+    await app.pause_run(run_id, reason="a question", by="alice")
 
 
 async def resume_run(app: AgentFlow, run_id: str) -> None:
     """Let a paused run go on."""
-    await app._store.resume_run("", run_id, by="alice")
+    await app.resume_run(run_id, by="alice")
 
 
 async def pause_queue(app: AgentFlow, run_id: str) -> None:
     """Pause the queue that is named as the run is."""
-    await app._store.pause("", "queue", run_id, reason="a question", by="alice")
+    await app.pause(queue=run_id, reason="a question", by="alice")
 
 
 async def resume_queue(app: AgentFlow, run_id: str) -> None:
     """Let a paused queue go on."""
-    await app._store.resume("", "queue", run_id, by="alice")
+    await app.resume(queue=run_id, by="alice")
 
 
 async def fire_due(app: AgentFlow, run_id: str) -> None:
@@ -73,18 +73,18 @@ async def fire_due(app: AgentFlow, run_id: str) -> None:
 async def requeue(app: AgentFlow, run_id: str) -> None:
     """Requeue a failed run, unless somebody has."""
     with suppress(NotDeadLetterError):
-        await app._store.requeue_dead_letter("", run_id, checkpoint_id=None, by="alice")
+        await app.dead_letters.requeue(run_id, by="alice")
 
 
 async def discard(app: AgentFlow, run_id: str) -> None:
     """Discard the dead letter of a run, unless somebody has."""
     with suppress(NotDeadLetterError):
-        await app._store.discard_dead_letter("", run_id, reason="seen", by="alice")
+        await app.dead_letters.discard(run_id, reason="seen", by="alice")
 
 
 async def restore(app: AgentFlow, run_id: str) -> None:
     """Mark the store as put back from a backup."""
-    await app._store.restore(reason="a drill", by="alice")
+    await app.restore(reason="a drill", by="alice")
 
 
 async def delete_thread(app: AgentFlow, run_id: str) -> None:

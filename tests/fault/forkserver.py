@@ -140,6 +140,12 @@ class Victim:
         if self.returncode is None:
             os.kill(self.pid, how)
 
+    def has_ended(self) -> bool:
+        """Whether the process has ended, for whatever reason."""
+        with contextlib.suppress(TimeoutError):
+            self.wait(0)
+        return self.returncode is not None
+
     def stop(self) -> None:
         """Freeze the process, as a paused machine would; returns once it no longer runs."""
         self.kill(signal.SIGSTOP)

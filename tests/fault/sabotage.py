@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 import sqlalchemy as sa
 
+from agentflow.checkpoint import Saver
 from agentflow.checkpoint.planning import Planned, PlannedWrites, ThreadPlan
 from agentflow.checkpoint.rows import Rows
 from agentflow.checkpoint.sql import PostgresRows, SqliteRows
@@ -51,6 +52,8 @@ MOMENTS: tuple[Moment, ...] = ("before", "uncommitted", "committed", "after")
 VERBS = transitions(RunStore, reads={"close", "next_due", "subscribe", "survey"})
 """By which something becomes durable; whatever is added to the port is among them."""
 ROW_VERBS = transitions(Rows, reads={"exclusive", "locate", "scan", "sweep"})
+SAVER_VERBS = ("acquire", "aput", "aput_writes", "release")
+"""What a worker asks of the checkpointer."""
 _PERIODIC = {
     "RunStore.beat_worker",
     "RunStore.claim_runs",
@@ -140,6 +143,7 @@ class Sabotage:
         arm("checkpoint.before_insert", lambda: self.meet("insert", "before"))
         arm("checkpoint.after_insert", lambda: self.meet("insert", "after"))
         self._arm_port(SqlRunStore, RunStore, VERBS)
+        self._arm_port(Saver, Saver, SAVER_VERBS)
         for rows in (SqliteRows, PostgresRows):
             self._arm_port(rows, Rows, ROW_VERBS)
 

@@ -51,6 +51,7 @@ from tests.fault.ledger import Entry, Ledger
 from tests.fault.sabotage import Place
 
 LEASE = 1.0
+STORE_TIMEOUT = 30.0
 LONG = 30.0
 """A lease that nobody has to wait for: of workers that are going to be dead. See `Scene.expire`."""
 PATIENCE = 60.0
@@ -84,26 +85,38 @@ class Scene:
         """Where the checkpoints are."""
         return self.checkpoints or self.url
 
-    def worker(self, *, lease: float = LEASE, url: str = "", **options: Any) -> Victim:
+    def worker(
+        self,
+        *,
+        lease: float = LEASE,
+        store_timeout: float = STORE_TIMEOUT,
+        url: str = "",
+        **options: Any,
+    ) -> Victim:
         """Start a worker process; see `graphs.worker_main` for the options."""
         if self.services_url:
             where = (url or self.url, self.ledger.address, self.services_url)
             return self.forkserver.spawn(REFUNDS_WORKER, *where, options, env=_env(lease))
-        return self._spawn(WORKER, url, lease, (), options)
+        return self._spawn(WORKER, url, _env(lease, store_timeout), (), options)
 
     def caller(
         self, call: str, run_id: str, *, lease: float = LEASE, url: str = "", **options: Any
     ) -> Victim:
         """Start a process that makes one of the calls of `tests.fault.calls` about a run."""
-        return self._spawn(CALLER, url, lease, (call, run_id), options)
+        return self._spawn(CALLER, url, _env(lease), (call, run_id), options)
 
     def _spawn(
-        self, target: str, url: str, lease: float, what: tuple[str, ...], options: dict[str, Any]
+        self,
+        target: str,
+        url: str,
+        env: dict[str, str],
+        what: tuple[str, ...],
+        options: dict[str, Any],
     ) -> Victim:
         if self.checkpoints:
             options = {**options, "checkpoints": self.checkpoints}
         where = (url or self.url, self.ledger.address)
-        return self.forkserver.spawn(target, *where, *what, options, env=_env(lease))
+        return self.forkserver.spawn(target, *where, *what, options, env=env)
 
     async def until(self, happened: Callable[[], Awaitable[T | None]], what: str) -> T:
         """Look until something has happened; what people do meanwhile happens too."""
@@ -221,7 +234,10 @@ class Scene:
         return len(died)
 
     def expire(self, run_ids: Iterable[str]) -> None:
-        """Let the time of the leases of some runs pass, whose workers are dead."""
+        """Let the time of the leases of some runs pass: of those whose workers are dead.
+
+        A worker that lives and holds one of them notices that it has lost it.
+        """
         with connected(self.url) as connection:
             held = sa.and_(runs.c.run_id.in_(sorted(run_ids)), runs.c.lease_expires_at.is_not(None))
             connection.execute(sa.update(runs).where(held).values(lease_expires_at=now(connection)))
@@ -267,6 +283,24 @@ async def logged(scene: Scene, **facts: Any) -> list[Entry]:
     return await scene.until(look, f"an entry with {facts}")
 
 
+async def stay(scene: Scene, _worker: Victim, name: str) -> None:
+    """Leave a worker in a node that is held."""
+    await logged(scene, run=name, event="enter")
+
+
+async def drain(scene: Scene, worker: Victim, name: str) -> None:
+    """Tell a worker to go while it is in a node, which then goes on."""
+    await logged(scene, run=name, event="enter")
+    worker.kill(signal.SIGTERM)
+    scene.ledger.release(run=name)
+
+
+async def cancel(scene: Scene, worker: Victim, name: str) -> None:
+    """Cancel a run while its worker is in a node."""
+    await logged(scene, run=name, event="enter")
+    await scene.app.cancel(name)
+
+
 @asynccontextmanager
 async def open_scene(
     url: str,
@@ -282,8 +316,12 @@ async def open_scene(
         yield Scene(url, ledger, forkserver, app, checkpoints)
 
 
-def _env(lease: float) -> dict[str, str]:
-    return {"AGENTFLOW_LEASE": str(lease), "AGENTFLOW_POLL_INTERVAL": "0.05"}
+def _env(lease: float, store_timeout: float = STORE_TIMEOUT) -> dict[str, str]:
+    return {
+        "AGENTFLOW_LEASE": str(lease),
+        "AGENTFLOW_POLL_INTERVAL": "0.05",
+        "AGENTFLOW_STORE_TIMEOUT": str(store_timeout),
+    }
 
 
 async def few_at_once(act: Callable[[T], Awaitable[None]], each: Sequence[T]) -> None:
@@ -378,10 +416,10 @@ def is_lease_over(url: str, run_id: str) -> bool:
 def assert_sound(url: str, run_ids: Iterable[str], *, saved: str = "") -> None:
     """Hold what is stored of ended runs against the invariants that need no knowledge of the graph.
 
-    One outcome for each run, or one for each time that it was requeued; an unbroken chain of audit events; checkpoints of a thread that form
-    one line in each namespace, and can all be read; fencing tokens that only grow along it; numbers
-    of which none is given twice or left out; no value that no checkpoint has; and no writes for a
-    checkpoint that already had a successor.
+    One outcome for each run, or one for each time that it was requeued; an unbroken chain of audit
+    events; checkpoints of a thread that form one line in each namespace, and can all be read;
+    fencing tokens that only grow along it; numbers of which none is given twice or left out; no
+    value that no checkpoint has; and no writes for a checkpoint that already had a successor.
 
     Args:
         url: Where the runs are.

@@ -13,7 +13,7 @@ from agentflow.retry import RetryPolicy
 from agentflow.types import RunStatus
 from tests.fault.conftest import Tally
 from tests.fault.forkserver import Victim
-from tests.fault.scene import Scene, assert_sound
+from tests.fault.scene import LONG, Scene, assert_sound
 
 APPROVALS = 50
 KILLS = 20
@@ -51,8 +51,9 @@ async def test_twenty_kills_with_progress_between_them_end_in_success(
 ) -> None:
     await scene.app.submit("loop", {"wanted": KILLS + 2}, run_id="unlucky")
     for number in range(KILLS):
-        await scene.died(scene.worker(lease=0.5, kill_at=number))
-    scene.worker(lease=0.5)
+        await scene.died(scene.worker(lease=LONG, kill_at=number))
+        scene.expire(["unlucky"])
+    scene.worker(lease=LONG)
     (run,) = await scene.ended(["unlucky"])
     assert run.status is RunStatus.SUCCEEDED
     assert run.output["log"] == [str(number) for number in range(KILLS + 2)]
@@ -75,8 +76,9 @@ async def test_node_that_kills_its_worker_each_time_ends_in_the_dead_letter(
     for name in others:
         await scene.app.submit("linear", {"input": name}, run_id=name)
     for _ in range(MAX_ATTEMPTS):
-        await scene.died(scene.worker())
-    scene.worker()
+        await scene.died(scene.worker(lease=LONG))
+        scene.expire(["poison"])
+    scene.worker(lease=LONG)
     (run, *rest) = await scene.ended(["poison", *others])
     assert run.status is RunStatus.FAILED
     assert run.dead_letter
@@ -111,7 +113,9 @@ async def test_poison_does_not_use_up_the_attempts_of_its_neighbours(
         return False if (await scene.app.get_run("poison")).status.is_ended else None
 
     kills = 0
-    while await scene.until(partial(is_dead, scene.worker(concurrency=10)), "death or its end"):
+    while await scene.until(
+        partial(is_dead, scene.worker(concurrency=10, lease=2)), "death or its end"
+    ):
         kills += 1
     # Until it is under suspicion there is nobody in particular to blame.
     assert MAX_ATTEMPTS <= kills <= MAX_ATTEMPTS + 2

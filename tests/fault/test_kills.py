@@ -93,7 +93,7 @@ async def settle(scene: Scene, tried: dict[str, Place], *, twin: str) -> int:
     for run in await scene.ended(tried):
         assert (run.status, run.output) == (RunStatus.SUCCEEDED, ended.output), run.id
         assert (await scene.app.state(run.id)).values == expected, run.id
-        again = Counter(name for name in usual if begun[run.id][name] > saved[run.id][name])
+        again = Counter({name: (begun[run.id] - saved[run.id])[name] for name in usual})
         assert scene.entered(run.id) == usual + again, (run.id, begun[run.id], saved[run.id])
         await assert_approvals_were_used_once(scene, run.id)
     # The places mean what they say: before the writes of a node it counts as not executed.

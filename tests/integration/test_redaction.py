@@ -102,6 +102,7 @@ async def test_hook_sees_every_payload_of_a_run_as_what_it_is(
         "waits.comment": str,
         "events.data": dict,
         "dead_letters.cause": RunFailure,
+        "pauses.reason": str,
     }
 
 
