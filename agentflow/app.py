@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from agentflow.codec import Redact
 
 _EVENT_PAGE = 100
+_FIRED_AT_ONCE = 100
 Until = Literal["ended", "parked"]
 
 
@@ -391,8 +392,9 @@ class AgentFlow:
                     self.tenant, run_id, worker=name, lease=self._settings.lease
                 )
                 if claimed is None:
-                    # Not due yet, by the store's clock, or it has just ended.
-                    await listener.wait(self._settings.poll_interval.total_seconds())
+                    # Not due yet, by the store's clock, or too late, or it has just ended.
+                    if not await self._store.fire_due(self.tenant, limit=_FIRED_AT_ONCE):
+                        await listener.wait(self._settings.poll_interval.total_seconds())
                 else:
                     driver = Driver(self._store, self._saver, keeper, threads)
                     control = AttemptControl()
