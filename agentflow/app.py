@@ -67,6 +67,8 @@ if TYPE_CHECKING:
 
 _EVENT_PAGE = 100
 _FIRED_AT_ONCE = 100
+_SELDOM = 10
+"""How many times longer those wait until they look who are told of what they wait for."""
 Until = Literal["ended", "parked"]
 
 
@@ -358,14 +360,14 @@ class AgentFlow:
             TimeoutError: It took longer than `timeout`.
         """
         limit = None if timeout is None else to_timedelta(timeout).total_seconds()
-        with self._listen() as listener:
+        with self._listen(run_id) as listener:
             async with asyncio.timeout(limit):
                 while True:
                     run = await self.get_run(run_id)
                     is_parked = until == "parked" and run.status is RunStatus.WAITING
                     if run.status.is_ended or is_parked:
                         return run
-                    await listener.wait(self._settings.poll_interval.total_seconds())
+                    await listener.wait(self._pause())
 
     async def drive(self, run_id: str) -> Run:
         """Drive a run here and now, under a lease, to its end or to its first wait.
@@ -381,7 +383,7 @@ class AgentFlow:
         """
         name = f"drive-{new_id()[-6:]}"
         keeper = self._keeper()
-        with keeper, on_loop(1) as threads, self._listen() as listener:
+        with keeper, on_loop(1) as threads, self._listen(run_id) as listener:
             while True:
                 run = await self.get_run(run_id)
                 if run.status.is_ended or run.status is RunStatus.WAITING:
@@ -490,7 +492,7 @@ class AgentFlow:
     async def events(self, run_id: str, *, after: int = 0) -> AsyncIterator[AuditEvent]:
         """Yield the run's audit events with numbers above `after`, until it has ended."""
         seen = after
-        with self._listen() as listener:
+        with self._listen(run_id) as listener:
             while True:
                 run = await self.get_run(run_id)
                 page = await self._store.list_events(
@@ -628,8 +630,13 @@ class AgentFlow:
             self._store, lease=self._settings.lease, heartbeat=self._settings.heartbeat
         )
 
-    def _listen(self) -> Listener:
-        return Listener(partial(self._store.subscribe, "settled"))
+    def _pause(self) -> float:
+        """Return for how many seconds nobody looks who listens."""
+        poll = self._settings.poll_interval.total_seconds()
+        return poll * _SELDOM if self._store.hears_others else poll
+
+    def _listen(self, run_id: str) -> Listener:
+        return Listener(partial(self._store.subscribe, "settled", run_id=run_id))
 
     def _find_graph(self, name: str, version: str | None) -> RegisteredGraph:
         # The newest version is the one registered last.
