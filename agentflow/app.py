@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from agentflow.codec import Redact
 
 _EVENT_PAGE = 100
+_FIRED_AT_ONCE = 100
 _SELDOM = 10
 """How many times longer those wait until they look who are told of what they wait for."""
 Until = Literal["ended", "parked"]
@@ -393,8 +394,9 @@ class AgentFlow:
                     self.tenant, run_id, worker=name, lease=self._settings.lease
                 )
                 if claimed is None:
-                    # Not due yet, by the store's clock, or it has just ended.
-                    await listener.wait(self._settings.poll_interval.total_seconds())
+                    # Not due yet, by the store's clock, or too late, or it has just ended.
+                    if not await self._store.fire_due(self.tenant, limit=_FIRED_AT_ONCE):
+                        await listener.wait(self._settings.poll_interval.total_seconds())
                 else:
                     driver = Driver(self._store, self._saver, keeper, threads)
                     control = AttemptControl()
