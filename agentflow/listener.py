@@ -32,8 +32,8 @@ class Listener:
     async def wait(self, timeout: float) -> bool:
         """Return at the next change, at the latest after about `timeout` seconds.
 
-        Says whether there was one. The time is up to a fifth longer, so that many processes do not look
-        at the same moment.
+        Says whether there was one. The time is up to a fifth longer, so that many processes do not
+        look at the same moment.
         """
         jittered = timeout * (1 + random.random() / 5)  # noqa: S311 -- not a secret
         with suppress(TimeoutError):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 from dbos import DBOS, DBOSConfig, SetWorkflowID
@@ -54,6 +54,19 @@ async def open_dbos(url: str) -> AsyncIterator[None]:
         yield
     finally:
         await asyncio.to_thread(DBOS.destroy)
+
+
+async def in_loop_of_its_own(url: str, measure: Callable[[], Awaitable[float]]) -> float:
+    """Measure DBOS on a database, in an event loop of its own.
+
+    It makes its own executor the loop's, and leaves it shut down.
+    """
+
+    async def launched() -> float:
+        async with open_dbos(url):
+            return await measure()
+
+    return await asyncio.to_thread(lambda: asyncio.run(launched()))
 
 
 async def steps_per_second(runs: int, steps: int, at_a_time: int) -> float:

@@ -138,8 +138,9 @@ async def _our_steps(url: str) -> float:
 
 
 async def _dbos_steps(url: str) -> float:
-    async with dbos_runs.open_dbos(url):
-        return await dbos_runs.steps_per_second(_RUNS, _STEPS, _AT_A_TIME)
+    return await dbos_runs.in_loop_of_its_own(
+        url, lambda: dbos_runs.steps_per_second(_RUNS, _STEPS, _AT_A_TIME)
+    )
 
 
 def _faster(workload: str, figures: Figures, ours: str, theirs: str) -> Row:
@@ -223,24 +224,22 @@ async def _decide(app: AgentFlow, watched: Watched) -> float:
 
 
 async def _dbos_latency(url: str) -> float:
-    async with dbos_runs.open_dbos(url):
+    async def median() -> float:
         return statistics.median(
             [await dbos_runs.send_to_recv(uuid.uuid4().hex) for _ in range(_TRIES)]
         )
+
+    return await dbos_runs.in_loop_of_its_own(url, median)
 
 
 async def expiry(lab: Lab) -> Result:
     """From the moment at which a dead worker's lease expires to the first node on another."""
     watched = Watched()
 
-    def of(url: str) -> Subject:
-        async def measure() -> float:
-            async with working(url, watched) as app:
-                return await _expire(app, watched)
-
-        return measure
-
-    subjects = {"SQLite": of(lab.sqlite_url()), "PostgreSQL": of(lab.postgres_url())}
+    subjects = {
+        "SQLite": _with_url(lab.sqlite_url(), lambda url: _expire(url, watched)),
+        "PostgreSQL": _with_url(lab.postgres_url(), lambda url: _expire(url, watched)),
+    }
     figures = await interleave(subjects, max(lab.rounds, 3))
     worst = {name: max(each) for name, each in figures.items()}
     rows = [
@@ -255,19 +254,21 @@ async def expiry(lab: Lab) -> Result:
     return Result(rows=rows, figures={"seconds": figures})
 
 
-async def _expire(app: AgentFlow, watched: Watched) -> float:
+async def _expire(url: str, watched: Watched) -> float:
     name = uuid.uuid4().hex
-    async with AgentFlow(app.url) as dead:
-        # Nobody's queue: its worker claims the run and is never heard of again.
+    entered = watched.expect(f"begin {name}")
+    async with AgentFlow(url) as dead:
+        # It claims the run and is never heard of again.
         _register(dead, watched)
-        entered = watched.expect(f"begin {name}")
-        handle = await dead.submit("ask", {"name": name}, queue="default", start_at=None)
+        handle = await dead.submit("ask", {"name": name})
         lease = timedelta(seconds=_LEASE)
         claimed = await dead._store.claim_run("", handle.id, worker="dead", lease=lease)
-        if claimed is None:
-            return 0.0
-        ends = time.perf_counter() + _LEASE
-        return max(0.0, await entered - ends)
+        expires = time.perf_counter() + _LEASE
+        assert claimed is not None
+        async with working(url, watched) as app:
+            seconds = await entered - expires
+            await app.wait(handle.id, until="parked")
+    return seconds
 
 
 async def claims(lab: Lab) -> Result:

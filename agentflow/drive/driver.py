@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from types import FrameType
 from typing import Any
 
 from langgraph.checkpoint.base import BaseCheckpointSaver
@@ -86,6 +91,34 @@ class Driver:
                 self._keeper.drop(lease)
                 control.end()
                 self._threads.forsake(control)
+
+
+@contextmanager
+def drained_by_interrupt(control: AttemptControl) -> Iterator[None]:
+    """Let the first interrupt at the keyboard drain an attempt; it goes on when that has ended.
+
+    The second one is not for us. Nor is any where somebody has decided to ignore them, or in
+    another thread than the main one, which gets none.
+    """
+    usual = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(usual):
+        yield
+        return
+    interrupted: list[FrameType | None] = []
+
+    def drain(number: int, frame: FrameType | None) -> None:
+        interrupted.append(frame)
+        signal.signal(number, usual)
+        control.drain()
+
+    signal.signal(signal.SIGINT, drain)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is drain:
+            signal.signal(signal.SIGINT, usual)
+    if interrupted:
+        usual(signal.SIGINT, None)
 
 
 async def end_cancelled(

@@ -106,7 +106,6 @@ _IS_WANTED = sa.and_(
 )
 # Expired runs first: somebody has been waiting for them already.
 _DUE = tuple(sa.and_(_IS_WANTED, due, ~_IS_BEHIND) for due in (is_expired(_now), _IS_QUEUED))
-_FIND_DUE = tuple(sa.select(runs.c.seq).where(due).limit(1) for due in _DUE)
 _LOCK_DUE = tuple(
     sa.select(runs)
     .where(due, runs.c.seq.not_in(sa.bindparam("seen", expanding=True)))
@@ -137,6 +136,7 @@ def _soonest(column: sa.Column[Any], where: str, *conditions: Any) -> Any:
 
 
 _NEXT_DUE = sa.select(
+    sa.or_(*(sa.exists(sa.select(runs.c.seq).where(due)) for due in _DUE)),
     _soonest(
         runs.c.lease_expires_at, "status = 'running'", runs.c.lease_expires_at > _now, _IS_WANTED
     ),
@@ -232,11 +232,10 @@ def next_due(
         "now": now,
         "at": at,
     }
-    is_claimable = any(connection.execute(query, wanted).first() for query in _FIND_DUE)
-    expiry, *deadlines = connection.execute(_NEXT_DUE, wanted).one()
+    is_claimable, expiry, *deadlines = connection.execute(_NEXT_DUE, wanted).one()
     deadline = min((each for each in deadlines if each is not None), default=None)
     return NextDue(
-        is_claimable=is_claimable,
+        is_claimable=bool(is_claimable),
         expiry=None if expiry is None else expiry - now,
         deadline=None if deadline is None else deadline - at,
     )
@@ -437,6 +436,7 @@ def extend_leases(
     )
     rows = {(row.tenant, row.run_id): row for row in connection.execute(query)}
     report = {}
+    extended = []
     scopes = {tenant: paused(connection, tenant) for tenant in {lease.tenant for lease in held}}
     at = payloads.time(now)
     for lease in held:
@@ -446,7 +446,8 @@ def extend_leases(
             continue
         stop = reason_to_stop(row, at, scopes[lease.tenant])
         report[lease.run_id] = Heartbeat(lost=False, stop=stop)
-        connection.execute(
-            sa.update(runs).where(runs.c.seq == row.seq).values(lease_expires_at=now + duration)
-        )
+        extended.append(row.seq)
+    connection.execute(
+        sa.update(runs).where(runs.c.seq.in_(extended)).values(lease_expires_at=now + duration)
+    )
     return report

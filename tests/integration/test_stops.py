@@ -140,6 +140,21 @@ async def test_thread_that_is_too_slow_is_left_behind_and_its_late_result_droppe
         assert (await handle.state()).values == {"log": ["a", "in time"]}
 
 
+async def test_langgraphs_timeout_of_an_async_node_fails_the_attempt_and_counts(
+    app: AgentFlow,
+) -> None:
+    waits = Waits()
+    graph = chain(("a", logs("a")))
+    graph.add_node("b", waits, timeout=0.1)
+    graph.add_edge("a", "b")
+    app.register(graph, name="g", retry=AT_ONCE)
+    await app.submit("g", {}, run_id="r")
+    run = await app.drive("r")
+    assert (run.status, run.claims) == ("failed", AT_ONCE.max_attempts)
+    assert run.error is not None
+    assert (run.error.type, run.error.node) == ("langgraph.errors.NodeTimeoutError", "b")
+
+
 async def test_worker_with_too_many_stuck_threads_drains_and_asks_to_be_replaced(
     app: AgentFlow, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,89 @@
+"""Claims, and all that a worker asks again and again, find what they want by an index."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from agentflow.codec import Codec
+from agentflow.config import Settings
+from agentflow.database import migrate
+from agentflow.database.engine import make_engine, parse_url
+from agentflow.storage import claims, endings
+from agentflow.storage.rows import Payloads
+
+WAITING = 20_000
+_COLUMNS = (
+    "tenant, run_id, thread_id, graph, version, queue, status, priority, available_at, "
+    "wake_reason, attempt, claims, is_dead_letter, created_at, event_seq, event_hash, "
+    "input, config, metadata"
+)
+_VALUES = (
+    "'', 'r' || i, 't' || i, 'g', '1', 'default', 'waiting', 0, 1, "
+    "'start', 0, 1, {false}, 1, 0, '', {blob}, {blob}, {blob}"
+)
+
+
+@pytest.fixture
+def crowded(database_url: str) -> Iterator[Connection]:
+    """A connection to a database with many runs that wait, of which the planner knows nothing."""
+    migrate.up(database_url)
+    engine = make_engine(parse_url(database_url), Settings())
+    is_sqlite = engine.dialect.name == "sqlite"
+    numbers = (
+        f"WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {WAITING})"
+        if is_sqlite
+        else f"WITH n(i) AS (SELECT generate_series(1, {WAITING}))"
+    )
+    values = _VALUES.format(
+        false="0" if is_sqlite else "false", blob="x''" if is_sqlite else "''::bytea"
+    )
+    with engine.begin() as connection:
+        insert = f"INSERT INTO agentflow_runs ({_COLUMNS}) {numbers} SELECT {values} FROM n"
+        if is_sqlite:
+            insert = f"{numbers} INSERT INTO agentflow_runs ({_COLUMNS}) SELECT {values} FROM n"
+        connection.exec_driver_sql(insert)
+    with engine.connect() as connection:
+        yield connection
+    engine.dispose()
+
+
+def test_what_workers_ask_again_and_again_is_found_by_an_index(crowded: Connection) -> None:
+    asked: list[tuple[str, Any]] = []
+
+    @sa.event.listens_for(crowded, "before_cursor_execute")
+    def _note(_connection: Any, _cursor: Any, sql: str, values: Any, *_: Any) -> None:
+        asked.append((sql, values))
+
+    codec = Codec()
+    payloads = Payloads(strict=codec, lenient=codec)
+    wanted: dict[str, Any] = {"queues": ["default", "mail"], "graphs": [("g", "1"), ("h", "2")]}
+    lease = timedelta(seconds=10)
+    assert not endings.has_due(crowded, payloads, "")
+    assert not claims.next_due(crowded, payloads, "", **wanted).is_claimable
+    limit: dict[str, Any] = {"limit": 10, "lease": lease}
+    assert not claims.claim_runs(
+        crowded, payloads, "", worker="w", instance=None, **limit, **wanted
+    )
+    sa.event.remove(crowded, "before_cursor_execute", _note)
+    plans = {
+        sql: _plan(crowded, sql, values) for sql, values in asked if "FROM agentflow_runs" in sql
+    }
+    assert len(plans) >= 6
+    for sql, plan in plans.items():
+        used = [line for line in plan if "agentflow_runs" in line]
+        assert used, plan
+        for line in used:
+            assert "Seq Scan" not in line, (sql, plan)
+            assert line != "SCAN agentflow_runs", (sql, plan)
+    assert any("agentflow_runs_due" in " ".join(plan) for plan in plans.values())
+
+
+def _plan(connection: Connection, sql: str, values: Any) -> list[str]:
+    explain = "EXPLAIN QUERY PLAN" if connection.dialect.name == "sqlite" else "EXPLAIN"
+    return [str(row[-1]) for row in connection.exec_driver_sql(f"{explain} {sql}", values)]
