@@ -30,6 +30,11 @@ class Port(ABC):
     async def survey(self) -> str:
         """Read too."""
 
+    @property
+    @abstractmethod
+    def is_open(self) -> bool:
+        """Whether there is anything to change."""
+
 
 class Later(Port):
     """The same with one verb more."""
@@ -54,6 +59,10 @@ def make(said: list[str]) -> Port:
 
         async def survey(self) -> str:
             return "all"
+
+        @property
+        def is_open(self) -> bool:
+            return True
 
     instrument(Store, Port, transitions(Port, reads={"survey"}))
     return Store()
