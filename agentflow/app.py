@@ -66,6 +66,9 @@ if TYPE_CHECKING:
     from agentflow.codec import Redact
 
 _EVENT_PAGE = 100
+_FIRED_AT_ONCE = 100
+_SELDOM = 10
+"""How many times longer those wait until they look who are told of what they wait for."""
 Until = Literal["ended", "parked"]
 
 
@@ -369,14 +372,14 @@ class AgentFlow:
             TimeoutError: It took longer than `timeout`.
         """
         limit = None if timeout is None else to_timedelta(timeout).total_seconds()
-        with self._listen() as listener:
+        with self._listen(run_id) as listener:
             async with asyncio.timeout(limit):
                 while True:
                     run = await self.get_run(run_id)
                     is_parked = until == "parked" and run.status is RunStatus.WAITING
                     if run.status.is_ended or is_parked:
                         return run
-                    await listener.wait(self._settings.poll_interval.total_seconds())
+                    await listener.wait(self._pause())
 
     async def drive(self, run_id: str) -> Run:
         """Drive a run here and now, under a lease, to its end or to its first wait.
@@ -392,7 +395,7 @@ class AgentFlow:
         """
         name = f"drive-{new_id()[-6:]}"
         keeper = self._keeper()
-        with keeper, on_loop(1) as threads, self._listen() as listener:
+        with keeper, on_loop(1) as threads, self._listen(run_id) as listener:
             while True:
                 run = await self.get_run(run_id)
                 if run.status.is_ended or run.status is RunStatus.WAITING:
@@ -403,8 +406,9 @@ class AgentFlow:
                     self.tenant, run_id, worker=name, lease=self._settings.lease
                 )
                 if claimed is None:
-                    # Not due yet, by the store's clock, or it has just ended.
-                    await listener.wait(self._settings.poll_interval.total_seconds())
+                    # Not due yet, by the store's clock, or too late, or it has just ended.
+                    if not await self._store.fire_due(self.tenant, limit=_FIRED_AT_ONCE):
+                        await listener.wait(self._settings.poll_interval.total_seconds())
                 else:
                     driver = Driver(self._store, self._saver, keeper, threads)
                     control = AttemptControl()
@@ -500,7 +504,7 @@ class AgentFlow:
     async def events(self, run_id: str, *, after: int = 0) -> AsyncIterator[AuditEvent]:
         """Yield the run's audit events with numbers above `after`, until it has ended."""
         seen = after
-        with self._listen() as listener:
+        with self._listen(run_id) as listener:
             while True:
                 run = await self.get_run(run_id)
                 page = await self._store.list_events(
@@ -638,8 +642,13 @@ class AgentFlow:
             self._store, lease=self._settings.lease, heartbeat=self._settings.heartbeat
         )
 
-    def _listen(self) -> Listener:
-        return Listener(partial(self._store.subscribe, "settled"))
+    def _pause(self) -> float:
+        """Return for how many seconds nobody looks who listens."""
+        poll = self._settings.poll_interval.total_seconds()
+        return poll * _SELDOM if self._store.hears_others else poll
+
+    def _listen(self, run_id: str) -> Listener:
+        return Listener(partial(self._store.subscribe, "settled", run_id=run_id))
 
     def _find_graph(self, name: str, version: str | None) -> RegisteredGraph:
         # The newest version is the one registered last.

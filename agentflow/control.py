@@ -55,6 +55,8 @@ class AttemptControl:
         """The run should have ended by now."""
         self.is_paused = False
         """Somebody paused the run."""
+        self.is_settling = False
+        """The outcome is being written. If the lease does not hold, the store refuses it."""
         self.is_isolated = False
         """The run is suspected of killing its workers, and has not made progress yet."""
         self.is_given_up = False

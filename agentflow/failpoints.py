@@ -46,7 +46,13 @@ def transitions(port: type, *, reads: Collection[str] = ()) -> tuple[str, ...]:
     """
     verbs: frozenset[str] = getattr(port, "__abstractmethods__", frozenset())
     return tuple(
-        sorted(verb for verb in verbs if not verb.startswith(_READING) and verb not in reads)
+        sorted(
+            verb
+            for verb in verbs
+            if callable(getattr(port, verb))  # a property changes nothing
+            and not verb.startswith(_READING)
+            and verb not in reads
+        )
     )
 
 

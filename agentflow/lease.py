@@ -161,9 +161,11 @@ class LeaseKeeper:
 
     def _tell(self, entry: _Held, beat: Heartbeat, asked_at: float) -> None:
         if beat.lost:
-            logger.warning("lease lost", extra={"run_id": entry.lease.run_id})
             self.drop(entry.lease)
-            entry.control.lose()
+            # It is as well if the outcome was written just before.
+            if not entry.control.is_settling:
+                logger.warning("lease lost", extra={"run_id": entry.lease.run_id})
+                entry.control.lose()
             return
         entry.control.extend(self._safe_until(asked_at))
         if beat.stop is not None:

@@ -132,6 +132,8 @@ def connect_bare(url: URL, settings: Settings) -> Any:
         *arguments,
         **options,
         autocommit=True,
+        # It may be behind a pooler, where a prepared statement would be left to somebody else.
+        prepare_threshold=None,
         connect_timeout=max(2, min(limit, _CONNECT_TIMEOUT)),
         # A connection on which nothing is said is not noticed to be dead by anybody else.
         keepalives_idle=10,

@@ -29,6 +29,8 @@ _COMPANY = 0.01
 """Seconds between two notices of a process; what comes in between is told together."""
 _PAUSE = 1.0
 """Seconds before a broken connection is made again."""
+_MOST_TEXT = 7000
+"""Characters of a notice; PostgreSQL takes less than 8000 bytes. A longer one leaves topics out."""
 _FAREWELL = 2.0
 """Seconds that closing waits for a thread; one that is stuck in the network ends with us."""
 
@@ -41,13 +43,19 @@ class Notices:
     def __init__(self, url: URL, settings: Settings) -> None:
         """Connect to nothing before something is told or listened to."""
         self._lock = threading.Lock()
-        self._listeners: dict[str, list[Wake]] = {}
+        # By kind and topic; the topic of those who want to hear of everything is empty.
+        self._listeners: dict[str, dict[str, list[Wake]]] = {}
         self._is_closed = False
         self._sender: _Sender | None = None
         self._receiver: _Receiver | None = None
         self._is_remote = url.get_backend_name() == "postgresql"
         self._url, self._settings = url, settings
         self._name = new_id()
+
+    @property
+    def hears_others(self) -> bool:
+        """Whether notices of other processes arrive, as far as is known."""
+        return self._receiver is not None and self._receiver.is_listening
 
     def tell(self, *kinds: str) -> None:
         """Say, after the commit, that something of these kinds has changed."""
@@ -62,16 +70,23 @@ class Notices:
             self._sender.tell(kinds)
 
     def subscribe(self, kind: str, wake: Wake) -> Callable[[], None]:
-        """Call `wake`, from any thread, at each notice of a kind; return what ends that."""
+        """Call `wake`, from any thread, at each notice of a kind; return what ends that.
+
+        A kind may have a topic, as `kind:topic`: then only at notices of that topic, or of none.
+        """
+        base, _, topic = kind.partition(":")
         with self._lock:
-            self._listeners.setdefault(kind, []).append(wake)
+            wakes = self._listeners.setdefault(base, {}).setdefault(topic, [])
+            wakes.append(wake)
             if self._is_remote and self._receiver is None and not self._is_closed:
                 self._receiver = _Receiver(self._connect, self._name, self._wake)
 
         def end() -> None:
             with self._lock:
-                if wake in self._listeners[kind]:
-                    self._listeners[kind].remove(wake)
+                if wake in wakes:
+                    wakes.remove(wake)
+                if topic and not wakes and self._listeners[base].get(topic) is wakes:
+                    del self._listeners[base][topic]
 
         return end
 
@@ -86,9 +101,15 @@ class Notices:
 
     def _wake(self, kinds: Collection[str]) -> None:
         with self._lock:
-            wakes = [wake for kind in kinds for wake in self._listeners.get(kind, ())]
+            wakes = [wake for kind in kinds for wake in self._concerned(kind)]
         for wake in wakes:
             wake()
+
+    def _concerned(self, kind: str) -> list[Wake]:
+        base, _, topic = kind.partition(":")
+        by_topic = self._listeners.get(base, {})
+        topics = {"", topic} if topic else by_topic.keys()
+        return [wake for each in topics for wake in by_topic.get(each, ())]
 
     def _connect(self) -> Any:
         return connect_bare(self._url, self._settings)
@@ -138,6 +159,9 @@ class _Sender:
             kinds, self._kinds = self._kinds, set()
         if kinds:
             text = f"{self._name} {' '.join(sorted(kinds))}"
+            if len(text) > _MOST_TEXT:
+                bases = {kind.partition(":")[0] for kind in kinds}
+                text = f"{self._name} {' '.join(sorted(bases))}"
             connection.execute("SELECT pg_notify(%s, %s)", (_CHANNEL, text))
         return not self._closing.is_set() or bool(self._kinds)
 
@@ -151,6 +175,7 @@ class _Receiver:
         self._connect = connect
         self._name = name
         self._wake = wake
+        self.is_listening = False
         self._stop, self._stopped = socket.socketpair()
         self._thread = threading.Thread(target=self._serve, name="agentflow-listen", daemon=True)
         self._thread.start()
@@ -188,6 +213,7 @@ class _Receiver:
         if is_again:
             self._wake(("due", "settled", "stop"))  # whatever was missed
         selector.register(connection, selectors.EVENT_READ)
+        self.is_listening = True
         try:
             while True:
                 for notice in connection.notifies(timeout=0):
@@ -197,4 +223,5 @@ class _Receiver:
                 if any(key.fileobj is self._stopped for key, _ in selector.select()):
                     return True
         finally:
+            self.is_listening = False
             selector.unregister(connection)

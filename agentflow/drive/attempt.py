@@ -126,6 +126,11 @@ class Attempt:
         self._control.check()
         return self._lease
 
+    def _held_to_the_end(self) -> Lease:
+        """Return the lease for the verb with which it ends."""
+        self._control.is_settling = True
+        return self._held()
+
     # The work.
 
     async def _work(self, span: Span) -> None:
@@ -282,7 +287,7 @@ class Attempt:
         waits = [question.to_wait() for question in questions]
         await self._release_thread()
         await self._store.park_run(
-            self._held(),
+            self._held_to_the_end(),
             waits,
             checkpoint_id=state.config["configurable"].get("checkpoint_id"),
             step=(state.metadata or {}).get("step"),
@@ -292,7 +297,7 @@ class Attempt:
     async def _finish(self, state: StateSnapshot, span: Span) -> None:
         await self._release_thread()
         await self._store.finish_run(
-            self._held(),
+            self._held_to_the_end(),
             _output(self._graph, state.values),
             checkpoint_id=state.config["configurable"].get("checkpoint_id"),
             step=(state.metadata or {}).get("step"),
@@ -309,7 +314,7 @@ class Attempt:
                 extra={"run_id": self._run.id, "error": type(exc).__name__},
             )
         await self._release_thread()
-        await self._store.finish_cancel(self._held())
+        await self._store.finish_cancel(self._held_to_the_end())
         span.set_attribute(RUN_STATUS, "cancelled")
 
     async def _settle_stop(self, span: Span) -> None:
@@ -331,7 +336,7 @@ class Attempt:
         else:
             await self._release_thread()
             reason = "pause" if control.is_paused else "drain"
-            await self._store.release_run(self._held(), reason=reason, counts=False)
+            await self._store.release_run(self._held_to_the_end(), reason=reason, counts=False)
             span.set_attribute(RUN_STATUS, "queued")
 
     async def _give_back(self) -> None:
@@ -343,7 +348,7 @@ class Attempt:
         try:
             await self._flush_quietly()
             await self._release_thread()
-            await self._store.release_run(self._held(), reason="drain", counts=True)
+            await self._store.release_run(self._held_to_the_end(), reason="drain", counts=True)
         except (FencedError, StoreUnavailableError) as exc:
             logger.warning(
                 "run was not given back",
@@ -363,7 +368,7 @@ class Attempt:
         verdict = self._judge(error, failed)
         if isinstance(verdict, Retry):
             await self._store.retry_run(
-                self._held(),
+                self._held_to_the_end(),
                 failure,
                 delay=verdict.delay,
                 failures=failed.failures,
@@ -377,7 +382,7 @@ class Attempt:
         )
         end = self._store.pause_failed_run if is_paused else self._store.fail_run
         await end(
-            self._held(),
+            self._held_to_the_end(),
             failure,
             reason=verdict.reason,
             checkpoint_id=failed.checkpoint_id,

@@ -464,9 +464,18 @@ class RunStore(ABC):
         `store.restored`.
         """
 
+    @property
     @abstractmethod
-    def subscribe(self, kind: ChangeKind, wake: Callable[[], None]) -> Callable[[], None]:
+    def hears_others(self) -> bool:
+        """Whether subscribers now hear of what other processes change, and need look seldom."""
+
+    @abstractmethod
+    def subscribe(
+        self, kind: ChangeKind, wake: Callable[[], None], *, run_id: str | None = None
+    ) -> Callable[[], None]:
         """Call `wake` soon after a change of this kind, whoever made it; return what ends that.
+
+        With `run_id` only after those that concern this run, as far as that can be told.
 
         It is a hint: it may come late, twice, for nothing, or not at all, and it comes from any
         thread. Changes through this store are told at once, those of other processes where the

@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from agentflow.database.engine import now as database_now
-from agentflow.database.statements import insert_new
+from agentflow.database.statements import insert_or_lock
 from agentflow.database.tables import Timestamp, epochs, leases, runs
 from agentflow.errors import (
     BlockedTypeError,
@@ -106,7 +106,6 @@ _IS_WANTED = sa.and_(
 )
 # Expired runs first: somebody has been waiting for them already.
 _DUE = tuple(sa.and_(_IS_WANTED, due, ~_IS_BEHIND) for due in (is_expired(_now), _IS_QUEUED))
-_FIND_DUE = tuple(sa.select(runs.c.seq).where(due).limit(1) for due in _DUE)
 _LOCK_DUE = tuple(
     sa.select(runs)
     .where(due, runs.c.seq.not_in(sa.bindparam("seen", expanding=True)))
@@ -125,6 +124,10 @@ _LOOK_AGAIN = sa.select(_IS_BEHIND, _HAS_ROLLBACK).where(runs.c.seq == sa.bindpa
 _THREAD = sa.select(leases.c.token).where(
     leases.c.tenant == sa.bindparam("tenant"), leases.c.thread_id == sa.bindparam("thread_id")
 )
+_SET_TOKEN = sa.update(leases).where(
+    leases.c.tenant == sa.bindparam("in_tenant"), leases.c.thread_id == sa.bindparam("named")
+)
+_LEAST_TOKEN = sa.select(sa.func.coalesce(sa.func.max(epochs.c.token), 0))
 _LOCK_THREAD = _THREAD.with_for_update()
 _TRY_THREAD = _THREAD.with_for_update(skip_locked=True)
 
@@ -137,6 +140,7 @@ def _soonest(column: sa.Column[Any], where: str, *conditions: Any) -> Any:
 
 
 _NEXT_DUE = sa.select(
+    sa.or_(*(sa.exists(sa.select(runs.c.seq).where(due)) for due in _DUE)),
     _soonest(
         runs.c.lease_expires_at, "status = 'running'", runs.c.lease_expires_at > _now, _IS_WANTED
     ),
@@ -147,18 +151,9 @@ _NEXT_DUE = sa.select(
 
 def lock_thread(connection: Connection, tenant: str, thread_id: str) -> int:
     """Lock a thread against claims and submissions, and return its token."""
-    token = _lock(connection, tenant, thread_id)
-    if token is None:
-        base = sa.select(sa.func.coalesce(sa.func.max(epochs.c.token), 0))
-        first = {
-            "tenant": tenant,
-            "thread_id": thread_id,
-            "token": connection.execute(base).scalar_one(),
-        }
-        insert_new(connection, leases, [first])
-        token = _lock(connection, tenant, thread_id)
-    assert token is not None
-    return token
+    token = connection.execute(_LEAST_TOKEN).scalar_one()
+    row = {"tenant": tenant, "thread_id": thread_id, "token": token}
+    return int(insert_or_lock(connection, leases, row, "token"))
 
 
 def _lock(
@@ -232,11 +227,10 @@ def next_due(
         "now": now,
         "at": at,
     }
-    is_claimable = any(connection.execute(query, wanted).first() for query in _FIND_DUE)
-    expiry, *deadlines = connection.execute(_NEXT_DUE, wanted).one()
+    is_claimable, expiry, *deadlines = connection.execute(_NEXT_DUE, wanted).one()
     deadline = min((each for each in deadlines if each is not None), default=None)
     return NextDue(
-        is_claimable=is_claimable,
+        is_claimable=bool(is_claimable),
         expiry=None if expiry is None else expiry - now,
         deadline=None if deadline is None else deadline - at,
     )
@@ -382,11 +376,8 @@ def _rolled_back(connection: Connection, row: sa.Row[Any]) -> tuple[str, ...]:
 
 
 def _set_token(connection: Connection, tenant: str, thread_id: str, token: int) -> FencingToken:
-    connection.execute(
-        sa.update(leases)
-        .where(leases.c.tenant == tenant, leases.c.thread_id == thread_id)
-        .values(token=token)
-    )
+    named = {"in_tenant": tenant, "named": thread_id, "token": token}
+    connection.execute(_SET_TOKEN, named)
     return FencingToken(token)
 
 
@@ -437,6 +428,7 @@ def extend_leases(
     )
     rows = {(row.tenant, row.run_id): row for row in connection.execute(query)}
     report = {}
+    extended = []
     scopes = {tenant: paused(connection, tenant) for tenant in {lease.tenant for lease in held}}
     at = payloads.time(now)
     for lease in held:
@@ -446,7 +438,8 @@ def extend_leases(
             continue
         stop = reason_to_stop(row, at, scopes[lease.tenant])
         report[lease.run_id] = Heartbeat(lost=False, stop=stop)
-        connection.execute(
-            sa.update(runs).where(runs.c.seq == row.seq).values(lease_expires_at=now + duration)
-        )
+        extended.append(row.seq)
+    connection.execute(
+        sa.update(runs).where(runs.c.seq.in_(extended)).values(lease_expires_at=now + duration)
+    )
     return report

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
@@ -104,9 +105,9 @@ class SqlRunStore(RunStore):
         except sa.exc.IntegrityError:
             # Another process has just stored a run of this id; now it can be compared.
             created = await self._database.write(create)
-        self._tell("due", "settled")
+        self._tell("due")
         if on_busy in {"interrupt", "rollback"}:
-            self._tell("stop")
+            self._tell("stop", "settled")
         return created
 
     async def get_run(self, tenant: str, run_id: str) -> Run:
@@ -237,7 +238,7 @@ class SqlRunStore(RunStore):
         self, lease: Lease, waits: Sequence[NewWait], *, checkpoint_id: str | None, step: int | None
     ) -> None:
         await self._write(attempts.park_run, lease, waits, checkpoint_id=checkpoint_id, step=step)
-        self._tell("due", "settled")
+        self._tell_settled(lease.run_id)
 
     async def finish_run(
         self, lease: Lease, output: Any, *, checkpoint_id: str | None, step: int | None
@@ -248,7 +249,7 @@ class SqlRunStore(RunStore):
         await self._write(
             attempts.finish_run, lease, sealed, checkpoint_id=checkpoint_id, step=step
         )
-        self._tell("due", "settled")
+        self._tell_settled(lease.run_id)
 
     async def retry_run(
         self,
@@ -289,7 +290,7 @@ class SqlRunStore(RunStore):
             checkpoint_id=checkpoint_id,
             step=step,
         )
-        self._tell("due", "settled")
+        self._tell_settled(lease.run_id)
 
     async def pause_failed_run(
         self,
@@ -308,7 +309,7 @@ class SqlRunStore(RunStore):
             checkpoint_id=checkpoint_id,
             step=step,
         )
-        self._tell("settled")
+        self._tell_settled(lease.run_id)
 
     async def release_run(self, lease: Lease, *, reason: str, counts: bool) -> None:
         await self._write(attempts.release_run, lease, reason=reason, counts=counts)
@@ -316,13 +317,14 @@ class SqlRunStore(RunStore):
 
     async def finish_cancel(self, lease: Lease) -> None:
         await self._write(attempts.finish_cancel, lease)
-        self._tell("due", "settled")
+        self._tell_settled(lease.run_id)
 
     async def cancel_run(
         self, tenant: str, run_id: str, *, reason: str | None, by: str | None
     ) -> Run:
         run: Run = await self._write(attempts.cancel_run, tenant, run_id, reason=reason, by=by)
-        self._tell("due", "settled", "stop")
+        self._tell_settled(run_id)
+        self._tell("stop")
         return run
 
     async def get_wait(self, tenant: str, wait_id: str) -> Approval:
@@ -464,8 +466,15 @@ class SqlRunStore(RunStore):
     async def restore(self, *, reason: str | None, by: str | None) -> Restored:
         return await self._write(workers.restore, reason=reason, by=by)
 
-    def subscribe(self, kind: ChangeKind, wake: Callable[[], None]) -> Callable[[], None]:
-        return self._database.notices.subscribe(kind, wake)
+    @property
+    def hears_others(self) -> bool:
+        return self._database.notices.hears_others
+
+    def subscribe(
+        self, kind: ChangeKind, wake: Callable[[], None], *, run_id: str | None = None
+    ) -> Callable[[], None]:
+        topic = kind if run_id is None else f"{kind}:{_topic(run_id)}"
+        return self._database.notices.subscribe(topic, wake)
 
     async def rotate_keys(self, tell: Callable[[int, int], None]) -> int:
         return await rotate_payloads(self._database, self._payloads, tell)
@@ -487,6 +496,10 @@ class SqlRunStore(RunStore):
     def _tell(self, *kinds: ChangeKind) -> None:
         self._database.notices.tell(*kinds)
 
+    def _tell_settled(self, run_id: str) -> None:
+        """Tell that a run has settled, and that another one of its thread may be due."""
+        self._database.notices.tell("due", f"settled:{_topic(run_id)}")
+
     async def _page(
         self, query: sa.Select[Any], limit: int, build: Callable[[sa.Row[Any], Payloads], T]
     ) -> Page[T]:
@@ -496,6 +509,11 @@ class SqlRunStore(RunStore):
         items = tuple(build(row, self._payloads) for row in rows[:limit])
         has_more = len(rows) > limit > 0
         return Page(items=items, cursor=str(rows[limit - 1].seq) if has_more else None)
+
+
+def _topic(run_id: str) -> str:
+    """Name a run in notices: a few characters, whatever its id holds."""
+    return f"{zlib.crc32(run_id.encode()):x}"
 
 
 def _parse_cursor(cursor: str) -> int:

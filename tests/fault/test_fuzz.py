@@ -36,7 +36,7 @@ from tests.fault.conftest import Sampler, Tally
 from tests.integration.sealed import SEALED, open_app, read_payloads, read_rows, ring
 from tests.integration.sealed import fill as fill_runs
 
-_CASES, _ALL_CASES = 1_000, 50_000
+_CASES, _ALL_CASES = 500, 50_000
 """Of each of the two databases, one of them encrypted."""
 _RUN_CASES, _ALL_RUN_CASES = 200, 5_000
 _TENANTS = ("", "acme")

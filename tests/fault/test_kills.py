@@ -69,7 +69,7 @@ async def test_run_killed_at_any_place_ends_as_its_twin(
     for company in sampler.some([False, True], 1):
         tag = "company-" if company else ""
         found = await survey(scene, graph, company=company, twin=f"{tag}twin")
-        tried = {f"{tag}{place}": place for place in sampler.some(found, 6)}
+        tried = {f"{tag}{place}": place for place in sampler.some(found, 4)}
         kills += await scene.kill_each(
             tried,
             lambda name: scene.app.submit(graph, SHAPES[graph], run_id=name, queue=name),

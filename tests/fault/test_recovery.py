@@ -32,7 +32,7 @@ async def test_run_whose_recovery_is_killed_too_ends_as_its_twin(
     found = await survey(scene)
     dice = sampler.dice()
     early = [place for place in found if place.number == 1]
-    first = sampler.some(found, 8)
+    first = sampler.some(found, 5)
     tried = {f"{place}+{dice.choice(early)}": place for place in first}
     kills = await scene.kill_each(
         tried, lambda name: scene.app.submit("linear", INPUT, run_id=name, queue=name)

@@ -1,7 +1,7 @@
 """Random faults at random times, on many runs at once: what must hold at the end, holds.
 
 The schedule comes from the seed. A few seconds of it run with every `make test`, minutes with
-`make chaos`.
+`make chaos`; in both cases not less than it takes for a run to succeed meanwhile.
 """
 
 from __future__ import annotations
@@ -84,8 +84,16 @@ class Soak:
             group.create_task(self._harm(until, group))
         self.under_fire = [await self._scene.app.get_run(run_id) for run_id in self.submitted]
         while len(self._workers) < WORKERS:
-            self._workers.append(self._scene.worker(concurrency=4))
+            self._workers.append(self._worker())
         await self._scene.ended(self.submitted)
+
+    def _worker(self) -> Victim:
+        # A lease that leaves a machine that is busy with all of this the time to extend it.
+        return self._scene.worker(concurrency=4, lease=2 * LEASE)
+
+    async def _has_succeeded(self) -> bool:
+        page = await self._scene.app.list_runs(status=RunStatus.SUCCEEDED, limit=1)
+        return bool(page.items)
 
     async def _use(self, until: float) -> None:
         while time.monotonic() < until:
@@ -108,9 +116,9 @@ class Soak:
             await self._scene.app.submit(graph, inputs[graph], run_id=run_id)
 
     async def _harm(self, until: float, group: asyncio.TaskGroup) -> None:
-        while time.monotonic() < until:
+        while time.monotonic() < until or not await self._has_succeeded():
             while len(self._workers) < WORKERS:
-                self._workers.append(self._scene.worker(concurrency=4))
+                self._workers.append(self._worker())
             await asyncio.sleep(self._dice.uniform(*PAUSES))  # the schedule, not a synchronisation
             victim = self._workers.pop(self._dice.randrange(len(self._workers)))
             if self._dice.random() < KILLED:
@@ -120,7 +128,7 @@ class Soak:
             else:
                 victim.stop()
                 self.stops += 1
-                group.create_task(self._resume(victim, self._dice.uniform(0.5, 3) * LEASE))
+                group.create_task(self._resume(victim, self._dice.uniform(1, 6) * LEASE))
 
     async def _resume(self, zombie: Victim, delay: float) -> None:
         await asyncio.sleep(delay)

@@ -21,7 +21,7 @@ import pytest
 
 from agentflow.checkpoint import Saver
 from agentflow.checkpoint.rows import RETIRED
-from agentflow.database.tables import checkpoints, threads, values, writes
+from agentflow.database.tables import checkpoints, runs, threads, values, writes
 from agentflow.errors import StoreUnavailableError
 from agentflow.types import FencingToken, Lease, Run, RunStatus
 from tests.fault.calls import CALLS, INPUTS
@@ -457,3 +457,24 @@ async def test_victim_passes_the_points_of_a_verb_in_order(scene: Scene) -> None
         run = await scene.app.get_run(name)
         is_durable = moment in {"committed", "after"}
         assert (run.status is RunStatus.SUCCEEDED) == is_durable, moment
+
+
+@pytest.mark.postgres
+async def test_connection_is_cut_before_the_commit_and_lost_after_it(
+    postgres_scene: Scene, postgres_server: PostgresServer
+) -> None:
+    """Or what is called cut and lost might both be the one or the other."""
+    scene = postgres_scene
+    harms: tuple[Literal["cut", "lose"], ...] = ("cut", "lose")
+    for harm in harms:
+        with Proxy(postgres_server.port) as proxy:
+            victim = scene.caller(
+                "submit",
+                harm,
+                url=proxy.url(scene.url),
+                at=Place("RunStore.create_run", 1, "uncommitted").plain(),
+                how=proxy.harm(harm),
+            )
+            assert await scene.gone(victim) == 1, "the caller was told that all is well"
+        found = read_rows(scene.url, runs, runs.c.run_id == harm)
+        assert len(found) == (harm == "lose"), harm

@@ -270,6 +270,13 @@ async def test_worker_ends_what_is_past_its_deadline(app: AgentFlow) -> None:
             assert letter.cause.type == "agentflow.errors.DeadlineExceededError"
 
 
+async def test_run_driven_too_late_is_cancelled_instead(app: AgentFlow) -> None:
+    app.register(chain(("a", logs("a"))), name="g")
+    handle = await app.submit("g", {}, start_timeout=1e-6)
+    run = await app.drive(handle.id)
+    assert (run.status, run.cancel_reason) == (RunStatus.CANCELLED, "start_deadline")
+
+
 @pytest.mark.parametrize("is_apart", [False, True], ids=["one database", "two databases"])
 async def test_restored_backup_starts_paused_and_locks_out_who_is_left(
     database_url: str, tmp_path: Path, is_apart: bool
