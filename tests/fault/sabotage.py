@@ -51,7 +51,9 @@ MOMENTS: tuple[Moment, ...] = ("before", "uncommitted", "committed", "after")
 
 VERBS = transitions(RunStore, reads={"close", "next_due", "subscribe", "survey"})
 """By which something becomes durable; whatever is added to the port is among them."""
-ROW_VERBS = transitions(Rows, reads={"exclusive", "locate", "scan", "sweep"})
+ROW_VERBS = transitions(
+    Rows, reads={"exclude_referrers", "exclusive", "has_objects", "locate", "scan", "sweep"}
+)
 SAVER_VERBS = ("acquire", "aput", "aput_writes", "release")
 """What a worker asks of the checkpointer."""
 _PERIODIC = {

@@ -42,7 +42,7 @@ async def test_run_whose_recovery_is_killed_too_ends_as_its_twin(
     unfinished = [name for name in tried if not (await scene.app.get_run(name)).status.is_ended]
     second_kills = await scene.kill_each({name: again[name] for name in unfinished}, _nothing)
     assert second_kills > 0, "no recovery was killed"
-    lost = await settle(scene, tried, twin="twin")
+    lost = await settle(scene, tried, twin="twin", was_recovered=True)
     for name in unfinished:
         log = Counter(event.type for event in await scene.app.list_events(name))
         assert log["run.started"] <= 1

@@ -238,6 +238,9 @@ ELSEWHERE = {
     "rewrite": "integration/test_key_rotation.py",
     "restore": "fault/test_transitions.py",
     "raise_tokens": "fault/test_transitions.py",
+    "refer": "fault/test_object_kills.py",
+    "abandon": "fault/test_object_kills.py",
+    "forget_objects": "fault/test_object_kills.py",
 }
 """Verbs that have tests of their own, in which a process is killed there."""
 EVERYTHING: dict[str, Any] = {
