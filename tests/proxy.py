@@ -93,6 +93,7 @@ class Proxy:
         if self._control is not None:
             self._control.close()
         self.refuse()
+        self._call(self._end())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(_LIMIT)
         self._loop.close()
@@ -137,13 +138,18 @@ class Proxy:
 
     def heal(self) -> None:
         """Forward again; a connection on which something was swallowed is cut."""
-        if self._swallows:
-            self.refuse()
-        self._swallows, self._harm = False, None
-        self._call(self._listen())
+        self._harm = None
+        self._call(self._heal())
 
     def _call(self, coroutine: Coroutine[Any, Any, None]) -> None:
         asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(_LIMIT)
+
+    async def _heal(self) -> None:
+        if self._swallows:
+            self._swallows = False
+            # The listener stays: a socket that it accepts while it closes would never be closed.
+            await self._cut()
+        await self._listen()
 
     async def _listen(self) -> None:
         if self._listener is None:
@@ -168,10 +174,18 @@ class Proxy:
         if self._listener is not None:
             self._listener.close()
             self._listener = None
+        await self._cut()
+
+    async def _cut(self) -> None:
         wires = list(self._wires)
         for wire in wires:
             wire.cancel()
         await asyncio.gather(*wires, return_exceptions=True)
+
+    async def _end(self) -> None:
+        """Let what was accepted in the last moment begin, and so end, and close its sockets."""
+        for _ in range(10):
+            await asyncio.sleep(0)
 
     async def _connect(self, client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
         wire = asyncio.current_task()
