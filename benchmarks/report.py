@@ -19,6 +19,7 @@ _PACKAGES = (
     "langgraph-checkpoint",
     "langgraph-checkpoint-sqlite",
     "langgraph-checkpoint-postgres",
+    "dbos",
     "aiosqlite",
     "psycopg",
 )

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import statistics
+import sys
 import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import timedelta
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import sqlalchemy as sa
 from langgraph.graph import START, StateGraph
@@ -275,6 +276,7 @@ async def claims(lab: Lab) -> Result:
     """Claims and decisions beside few and beside very many waiting runs, on PostgreSQL."""
     watched = Watched()
     figures: dict[str, list[float]] = {}
+    plans: dict[int, list[str]] = {}
     for count in (_FEW, _MANY):
         url = lab.postgres_url()
         async with AgentFlow(url) as app:
@@ -282,13 +284,16 @@ async def claims(lab: Lab) -> Result:
             await _make_waiting(app, count)
             for name, figure in (await _claim_times(app)).items():
                 figures[f"{name}, {count:,} waiting"] = figure
+            plans[count] = await _plan(app)
+    print(f"claim beside {_MANY:,} waiting runs:", *plans[_MANY], sep="\n  ", file=sys.stderr)
     rows = []
     for what in ("claim", "decide and claim"):
         few, many = (_p99(figures[f"{what}, {count:,} waiting"]) for count in (_FEW, _MANY))
         rows.append(
             Row(
                 workload=f"PostgreSQL, {what}, p99, {_MANY:,} waiting runs beside {_FEW:,}",
-                figure=f"{milliseconds(many)}, beside {_FEW:,} {milliseconds(few)}",
+                figure=f"{milliseconds(many)}, beside {_FEW:,} {milliseconds(few)}; "
+                f"{_way(plans[_MANY])}",
                 ratio=many / few,
                 required=1.5,
             )
@@ -339,6 +344,31 @@ async def _claim_times(app: AgentFlow) -> dict[str, list[float]]:
         decided = time.perf_counter() - began
         found["decide and claim"].append(decided + await _claim(app))
     return found
+
+
+async def _plan(app: AgentFlow) -> list[str]:
+    """Return PostgreSQL's plan for finding what is due, as a claim asks for it."""
+    asked: list[tuple[str, Any]] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+        if "SKIP LOCKED" in statement and "'queued'" in statement:
+            asked.append((f"EXPLAIN {statement}", parameters))
+
+    await app.submit("count", {"count": 0, "value": ""}, run_id="explained")
+    sa.event.listen(sa.Engine, "before_cursor_execute", note)
+    await _claim(app)
+    sa.event.remove(sa.Engine, "before_cursor_execute", note)
+    database: Database = app._store._database  # type: ignore[attr-defined]  # of SqlRunStore
+    plan = await database.write(lambda connection: connection.exec_driver_sql(*asked[0]).all())
+    return [str(line) for (line,) in plan]
+
+
+def _way(plan: list[str]) -> str:
+    """Say how the runs are found."""
+    if any("Seq Scan on agentflow_runs" in line for line in plan):
+        return "all runs are read"
+    used = {word for line in plan for word in line.split() if word.startswith("agentflow_runs_")}
+    return f"by {', '.join(sorted(used))}"
 
 
 async def _claim(app: AgentFlow) -> float:

@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from agentflow.database.engine import now as database_now
-from agentflow.database.statements import insert_new
+from agentflow.database.statements import insert_or_lock
 from agentflow.database.tables import Timestamp, epochs, leases, runs
 from agentflow.errors import (
     BlockedTypeError,
@@ -124,6 +124,10 @@ _LOOK_AGAIN = sa.select(_IS_BEHIND, _HAS_ROLLBACK).where(runs.c.seq == sa.bindpa
 _THREAD = sa.select(leases.c.token).where(
     leases.c.tenant == sa.bindparam("tenant"), leases.c.thread_id == sa.bindparam("thread_id")
 )
+_SET_TOKEN = sa.update(leases).where(
+    leases.c.tenant == sa.bindparam("in_tenant"), leases.c.thread_id == sa.bindparam("named")
+)
+_LEAST_TOKEN = sa.select(sa.func.coalesce(sa.func.max(epochs.c.token), 0))
 _LOCK_THREAD = _THREAD.with_for_update()
 _TRY_THREAD = _THREAD.with_for_update(skip_locked=True)
 
@@ -147,18 +151,9 @@ _NEXT_DUE = sa.select(
 
 def lock_thread(connection: Connection, tenant: str, thread_id: str) -> int:
     """Lock a thread against claims and submissions, and return its token."""
-    token = _lock(connection, tenant, thread_id)
-    if token is None:
-        base = sa.select(sa.func.coalesce(sa.func.max(epochs.c.token), 0))
-        first = {
-            "tenant": tenant,
-            "thread_id": thread_id,
-            "token": connection.execute(base).scalar_one(),
-        }
-        insert_new(connection, leases, [first])
-        token = _lock(connection, tenant, thread_id)
-    assert token is not None
-    return token
+    token = connection.execute(_LEAST_TOKEN).scalar_one()
+    row = {"tenant": tenant, "thread_id": thread_id, "token": token}
+    return int(insert_or_lock(connection, leases, row, "token"))
 
 
 def _lock(
@@ -381,11 +376,8 @@ def _rolled_back(connection: Connection, row: sa.Row[Any]) -> tuple[str, ...]:
 
 
 def _set_token(connection: Connection, tenant: str, thread_id: str, token: int) -> FencingToken:
-    connection.execute(
-        sa.update(leases)
-        .where(leases.c.tenant == tenant, leases.c.thread_id == thread_id)
-        .values(token=token)
-    )
+    named = {"in_tenant": tenant, "named": thread_id, "token": token}
+    connection.execute(_SET_TOKEN, named)
     return FencingToken(token)
 
 

@@ -292,6 +292,12 @@ CLEARED: Mapping[str, Any] = {
 """What counts attempts, of a run with a new budget."""
 
 
+_UPDATE_RUN = sa.update(runs).where(
+    runs.c.tenant == sa.bindparam("in_tenant"), runs.c.run_id == sa.bindparam("named")
+)
+_INSERT_EVENT = sa.insert(events)
+
+
 def change_run(
     connection: Connection,
     row: sa.Row[Any],
@@ -312,19 +318,17 @@ def change_run(
         values["status"] = status.value
         if status.is_ended:
             values["ended_at"] = now
-    end = _append(connection, payloads, row, row.run_id, log, now)
-    connection.execute(
-        sa.update(runs)
-        .where(runs.c.tenant == row.tenant, runs.c.run_id == row.run_id)
-        .values(**end, **values)
-    )
+    end = append_events(connection, payloads, _mapping(row), row.run_id, log, now)
+    named = {"in_tenant": row.tenant, "named": row.run_id}
+    connection.execute(_UPDATE_RUN, {**named, **end, **values})
 
 
 def append_to_log(
     connection: Connection, payloads: Payloads, tenant: str, now: datetime, event: NewEvent
 ) -> None:
     """Append an event that concerns no run to the tenant's own log, which is locked."""
-    end = _append(connection, payloads, lock_log(connection, tenant), LOG, [event], now)
+    log = _mapping(lock_log(connection, tenant))
+    end = append_events(connection, payloads, log, LOG, [event], now)
     connection.execute(sa.update(logs).where(logs.c.tenant == tenant).values(**end))
 
 
@@ -339,21 +343,24 @@ def lock_log(connection: Connection, tenant: str) -> sa.Row[Any]:
     return row
 
 
-def _append(
+def append_events(
     connection: Connection,
     payloads: Payloads,
-    end: sa.Row[Any],
+    end: Mapping[str, Any],
     run_id: str,
     log: Sequence[NewEvent],
     now: datetime,
 ) -> dict[str, Any]:
-    """Insert events behind the end of a chain, and return its new end."""
-    seq, previous = end.event_seq, end.event_hash
+    """Insert events behind the end of a chain, and return its new end.
+
+    The end has the columns `tenant`, `event_seq` and `event_hash`.
+    """
+    seq, previous = end["event_seq"], end["event_hash"]
     entries = []
     for event in log:
         seq += 1
         entry = {
-            "tenant": end.tenant,
+            "tenant": end["tenant"],
             "run_id": run_id,
             "seq": seq,
             "type": event.type,
@@ -367,7 +374,7 @@ def _append(
         entry["hash"] = previous = _hash_event(entry, body)
         entries.append(entry)
     if entries:
-        connection.execute(sa.insert(events), entries)
+        connection.execute(_INSERT_EVENT, entries if len(entries) > 1 else entries[0])
     return {"event_seq": seq, "event_hash": previous}
 
 

@@ -20,9 +20,8 @@ from agentflow.storage.rows import (
     GENESIS,
     UNFINISHED,
     Payloads,
-    change_run,
+    append_events,
     find_run,
-    get_run,
     to_run,
 )
 from agentflow.types import NewEvent, Run, RunSpec, RunStatus
@@ -57,6 +56,9 @@ def new_run(payloads: Payloads, tenant: str, spec: RunSpec) -> dict[str, Any]:
     return row
 
 
+_INSERT_RUN = sa.insert(runs)
+
+
 def create_run(
     payloads: Payloads,
     tenant: str,
@@ -75,14 +77,13 @@ def create_run(
         lock_thread(connection, tenant, spec.thread_id)
         if on_busy != "enqueue":
             _clear_thread(connection, payloads, tenant, spec, now, on_busy)
-        times = _times(payloads.time(now), spec)
-        connection.execute(sa.insert(runs).values({**row, "created_at": now, **times}))
-        stored = get_run(connection, tenant, spec.run_id, lock=True)
         submitted = NewEvent(
             type="run.submitted",
             data={"graph": spec.graph, "version": spec.version, "by": spec.submitted_by},
         )
-        change_run(connection, stored, payloads, now, log=[submitted])
+        end = append_events(connection, payloads, row, spec.run_id, [submitted], now)
+        times = _times(payloads.time(now), spec)
+        connection.execute(_INSERT_RUN, {**row, "created_at": now, **times, **end})
     else:
         _check_same(payloads, stored, row)
         if on_existing == "reject":

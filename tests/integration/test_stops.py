@@ -20,13 +20,11 @@ from agentflow.worker import Worker
 from tests.integration.graphs import State, asks, chain, fan, logs
 
 AT_ONCE = RetryPolicy(initial_interval=0, jitter=False, max_attempts=2)
-SHORT_LEASE = "2"
 
 
 @pytest.fixture
-async def app(database_url: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[AgentFlow]:
-    """An app on an empty database, whose leases are short."""
-    monkeypatch.setenv("AGENTFLOW_LEASE", SHORT_LEASE)
+async def app(database_url: str) -> AsyncIterator[AgentFlow]:
+    """An app on an empty database."""
     async with AgentFlow(database_url) as opened:
         yield opened
 
@@ -176,8 +174,11 @@ async def test_worker_with_too_many_stuck_threads_drains_and_asks_to_be_replaced
             assert await left.result(timeout=30) == {"log": ["a"]}
 
 
-async def test_loop_that_a_node_blocks_costs_the_run_its_lease(app: AgentFlow) -> None:
+async def test_loop_that_a_node_blocks_costs_the_run_its_lease(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nothing here can stop it; another worker goes on, and what it wrote is refused."""
+    monkeypatch.setenv("AGENTFLOW_LEASE", "2")
     blocks, again = threading.Event(), threading.Event()
 
     async def block(state: State) -> State:
@@ -187,29 +188,30 @@ async def test_loop_that_a_node_blocks_costs_the_run_its_lease(app: AgentFlow) -
         blocks.wait()
         return {"log": ["blocked"]}
 
-    app.register(chain(("a", block)), name="g", node_timeout={"a": 0.1})
-    handle = await app.submit("g", {})
+    async with AgentFlow(database_url) as app:
+        app.register(chain(("a", block)), name="g", node_timeout={"a": 0.1})
+        handle = await app.submit("g", {})
 
-    def elsewhere() -> Run:
-        async def drive() -> Run:
-            async with AgentFlow(app.url) as other:
-                other.register(chain(("a", block)), name="g")
-                async with other.worker():
-                    return await other.wait(handle.id, timeout=30)
+        def elsewhere() -> Run:
+            async def drive() -> Run:
+                async with AgentFlow(database_url) as other:
+                    other.register(chain(("a", block)), name="g")
+                    async with other.worker():
+                        return await other.wait(handle.id, timeout=30)
 
-        again.wait()
-        try:
-            return asyncio.run(drive())
-        finally:
-            blocks.set()
+            again.wait()
+            try:
+                return asyncio.run(drive())
+            finally:
+                blocks.set()
 
-    with_other_loop: list[Run] = []
-    thread = threading.Thread(target=lambda: with_other_loop.append(elsewhere()))
-    thread.start()
-    async with app.worker():
-        run = await handle.wait(timeout=30)
-    thread.join()
-    assert with_other_loop[0].output == run.output == {"log": ["elsewhere"]}
+        with_other_loop: list[Run] = []
+        thread = threading.Thread(target=lambda: with_other_loop.append(elsewhere()))
+        thread.start()
+        async with app.worker():
+            run = await handle.wait(timeout=30)
+        thread.join()
+        assert with_other_loop[0].output == run.output == {"log": ["elsewhere"]}
 
 
 async def test_attempt_stops_before_its_lease_ends_although_the_heartbeat_is_stuck(

@@ -1,6 +1,6 @@
 """Recovery: isolation, pauses, deadlines, rollbacks, workers and epochs; indexes for many runs.
 
-Nothing is taken away but an index that no query uses any more.
+Nothing is taken away but two indexes that no query uses any more.
 """
 
 import sqlalchemy as sa
@@ -49,6 +49,7 @@ INDEXES = (
         ("tenant", "deadline_at"),
         "status IN ('queued', 'waiting') AND deadline_at IS NOT NULL",
     ),
+    ("lease", ("tenant", "lease_expires_at"), "status = 'running'"),
     ("instance", ("instance",), "status = 'running'"),
     ("rollback", ("tenant", "thread_id"), "rollback = 'pending'"),
 )
@@ -61,6 +62,7 @@ def upgrade() -> None:
     for name, kind in LETTERS:
         op.add_column("agentflow_dead_letters", sa.Column(name, kind, nullable=True))
     op.drop_index("agentflow_runs_claim", "agentflow_runs")
+    op.drop_index("agentflow_runs_expiry", "agentflow_runs")
     for name, columns, condition in INDEXES:
         where = sa.text(condition)
         op.create_index(
