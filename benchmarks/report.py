@@ -41,6 +41,9 @@ _METHOD = """
   `prepare_threshold=0` and `dict_row`; or one connection in pipeline mode. All sides take turns
   within each round, each round begins with another one, garbage is collected before each timing,
   and each side has run once before the first round.
+- **DBOS** is launched with its defaults. Its workflows are started in the process that executes
+  them, which is faster than its queues; agentflow's runs are submitted to a worker. Its SQLite
+  database is as it makes it.
 - **A bare commit in a thread**: a saver that stores nothing. Each checkpoint waits for one commit
   of 300 bytes, which a thread makes for all that wait, as any saver must that keeps the event loop
   free. What it costs beyond the floor are two changes of threads and what a processor forgets while
