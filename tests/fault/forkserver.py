@@ -40,6 +40,11 @@ PRELOADED = (
     "psycopg",
     "sqlalchemy.dialects.postgresql.psycopg",
     "sqlalchemy.dialects.sqlite.pysqlite",
+    # What victims run: importing it anew in each would take longer than what they do.
+    "tests.fault.calls",
+    "tests.fault.graphs",
+    "tests.fault.misbehaviour",
+    "tests.fault.savers",
 )
 _START_LIMIT = 60.0
 _REPLY_LIMIT = 30.0

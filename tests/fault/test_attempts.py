@@ -117,6 +117,7 @@ async def test_poison_does_not_use_up_the_attempts_of_its_neighbours(
         partial(is_dead, scene.worker(concurrency=10, lease=2)), "death or its end"
     ):
         kills += 1
+        scene.expire(["poison", *neighbours])
     # Until it is under suspicion there is nobody in particular to blame.
     assert MAX_ATTEMPTS <= kills <= MAX_ATTEMPTS + 2
     (poisoned,) = await scene.ended(["poison"])
