@@ -1,4 +1,4 @@
-"""The rows of checkpoints in SQLite and PostgreSQL.
+"""The rows of checkpoints in a database that speaks SQL: what the databases have in common.
 
 Written for the bare driver: these statements run with every step of every graph. A change of a
 thread compares token, lease and number of the thread's row in the statement that raises the number,
@@ -7,13 +7,11 @@ which locks the row; whoever raises the token waits for it, and comes before or 
 
 from __future__ import annotations
 
-import operator
-import sqlite3
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime, timedelta
-from functools import cache, lru_cache
-from typing import Any, NamedTuple
+from functools import lru_cache
+from typing import Any
 
 from agentflow.checkpoint.rows import (
     RETIRED,
@@ -37,6 +35,16 @@ from agentflow.checkpoint.rows import (
     ValueRow,
     WritesRow,
 )
+from agentflow.checkpoint.sql.statements import (
+    ANCHORS,
+    CHECKPOINTS,
+    MAX_PARAMETERS,
+    REPEATED,
+    VALUES,
+    WRITES,
+    Insert,
+    insert_sql,
+)
 from agentflow.database.session import Session
 from agentflow.failpoints import failpoint
 from agentflow.types import new_id
@@ -45,14 +53,6 @@ _CHECKPOINT_COLUMNS = ", ".join(CheckpointRow._fields)
 _C = ", ".join(f"c.{name}" for name in CheckpointRow._fields)
 _THREAD = "t.id, t.token, t.is_leased, t.seq"
 _THREAD_WIDTH = 4
-_UPSERT = "ON CONFLICT (thread, ns, checkpoint_id) DO UPDATE SET " + ", ".join(
-    f"{name} = excluded.{name}" for name in CheckpointRow._fields[2:]
-)
-
-
-def open_rows(session: Session) -> Rows:
-    """Return the rows on a session's connection."""
-    return PostgresRows(session) if session.dialect == "postgresql" else SqliteRows(session)
 
 
 class SqlRows(Rows):
@@ -117,14 +117,14 @@ class SqlRows(Rows):
             applied = self._raise(changes)
             fresh = [change for change in changes if change.before.number in applied]
             for insert, rows in (
-                (_CHECKPOINTS, [row for change in fresh for row in change.checkpoints]),
-                (_REPEATED, [row for change in fresh for row in change.repeated]),
-                (_VALUES, [row for change in fresh for row in change.values]),
-                (_WRITES, [row for change in fresh for row in change.writes]),
+                (CHECKPOINTS, [row for change in fresh for row in change.checkpoints]),
+                (REPEATED, [row for change in fresh for row in change.repeated]),
+                (VALUES, [row for change in fresh for row in change.values]),
+                (WRITES, [row for change in fresh for row in change.writes]),
             ):
                 self._insert(insert, rows)
             anchors = [row for change in fresh for row in change.anchors]
-            self._insert(_ANCHORS, anchors)
+            self._insert(ANCHORS, anchors)
             replaced = [_replacement(row) for change in fresh for row in change.replaced]
             dropped = [(c.before.number, *place) for c in fresh for place in c.dropped]
             for statement, parameters in ((_REPLACE_VALUE, replaced), (_DROP_VALUE, dropped)):
@@ -150,7 +150,7 @@ class SqlRows(Rows):
         """Raise the numbers of the threads that are as they were, and say which these are."""
         session = self._session
         rows = [(c.before.number, *c.before.version, c.after.seq) for c in changes]
-        if 1 < len(rows) <= _MAX_PARAMETERS // len(_RAISED):
+        if 1 < len(rows) <= MAX_PARAMETERS // len(_RAISED):
             given = self._given(_RAISED, len(rows))
             # The driver gives up the interpreter with each statement and waits to get it back.
             flat = [value for row in rows for value in row]
@@ -164,11 +164,11 @@ class SqlRows(Rows):
                 return {change.before.number for change in changes}
         return {row[0] for row in rows if session.execute(_RAISE, (row[-1], *row[:-1]))}
 
-    def _insert(self, insert: _Insert, rows: Sequence[tuple[Any, ...]]) -> None:
+    def _insert(self, insert: Insert, rows: Sequence[tuple[Any, ...]]) -> None:
         for begin in range(0, len(rows), _ROWS_AT_ONCE):
             some = rows[begin : begin + _ROWS_AT_ONCE]
             self._session.execute(
-                _insert_sql(insert, len(some)), [value for row in some for value in row]
+                insert_sql(insert, len(some)), [value for row in some for value in row]
             )
 
     def find_checkpoint(
@@ -680,7 +680,7 @@ class SqlRows(Rows):
             sql: The query, with `{given}` for that table.
             more: Parameters behind those.
         """
-        size = _MAX_PARAMETERS // len(columns)
+        size = MAX_PARAMETERS // len(columns)
         found: list[tuple[Any, ...]] = []
         for begin in range(0, len(places), size):
             some = places[begin : begin + size]
@@ -693,92 +693,6 @@ class SqlRows(Rows):
     def _given(self, columns: tuple[str, ...], count: int) -> str:
         """Return a table `w` with `count` rows of parameters."""
         return _given(columns, count, self._session.dialect)
-
-
-class SqliteRows(SqlRows):
-    """SQLite: a batch is one statement, which commits by itself.
-
-    The driver gives up the interpreter with each call, and has to wait for it afterwards while the
-    graphs of other runs keep it busy: one call costs a batch far less than five. The rows of all
-    tables go into a view, and its triggers put them where they belong; the first thread that is not
-    as it was undoes all. Such a batch, and one with rows to be replaced, is a transaction.
-    """
-
-    def apply(self, changes: Sequence[ThreadChange]) -> set[int]:
-        session = self._session
-        rows: list[tuple[Any, ...]] = [
-            (_RAISE_KIND, c.before.number, *c.before.version, c.after.seq) for c in changes
-        ]
-        for change in changes:
-            rows += [(_CHECKPOINT_KIND, *row) for row in change.checkpoints]
-            rows += [(_VALUE_KIND, *row) for row in change.values]
-            rows += [(_WRITES_KIND, *row) for row in change.writes]
-        count = _padded(len(rows))
-        is_large = count * _SORTED_WIDTH > _MAX_PARAMETERS
-        if session.is_open or is_large or any(map(_changes_rows, changes)):
-            return super().apply(changes)
-        session.once(_SORTER)
-        parameters: list[Any] = []
-        for row in rows:
-            parameters += row
-            parameters += _NOTHING[len(row) :]
-        parameters += _NOTHING * (count - len(rows))
-        try:
-            session.commit_by(_sorted_sql(count), parameters)
-        except sqlite3.IntegrityError:
-            # A thread has changed, or an id is there already; a transaction tells which.
-            return super().apply(changes)
-        return {change.before.number for change in changes}
-
-
-class PostgresRows(SqlRows):
-    """PostgreSQL: a batch is one statement, and so one round trip, which commits by itself.
-
-    One with too many rows for that, or with rows to be replaced, is a transaction.
-    """
-
-    _lock_clause = "FOR UPDATE OF t"
-
-    def _lock_objects(self, lock: str) -> None:
-        self._session.fetch(f"SELECT {lock}(?::bigint)", (_OBJECTS_LOCK,))
-
-    def apply(self, changes: Sequence[ThreadChange]) -> set[int]:
-        tables: tuple[list[tuple[Any, ...]], ...] = (
-            [(c.after.seq, c.before.number, *c.before.version) for c in changes],
-            [row for change in changes for row in change.checkpoints],
-            [row for change in changes for row in change.values],
-            [row for change in changes for row in change.writes],
-        )
-        sizes = tuple(map(_padded, map(len, tables)))
-        parameters: list[Any] = []
-        is_large = sum(map(operator.mul, sizes, _WIDTHS)) > _MAX_PARAMETERS
-        if is_large or any(map(_changes_rows, changes)):
-            return super().apply(changes)
-        for rows, size, width in zip(tables, sizes, _WIDTHS, strict=True):
-            for row in rows:
-                parameters += row
-            parameters += [None] * ((size - len(rows)) * width)
-        rows_of_held = self._session.commit_by(_apply_sql(*sizes), parameters)
-        return {number for (number,) in rows_of_held}
-
-
-def _changes_rows(change: ThreadChange) -> bool:
-    return bool(
-        change.repeated
-        or change.replaced
-        or change.dropped
-        or change.anchors
-        or change.objects
-        or change.released
-    )
-
-
-def _padded(count: int) -> int:
-    """Round a number of rows up, so that few statements serve all batches.
-
-    The rows that are filled up with NULL belong to no thread, and so are not inserted.
-    """
-    return 1 << (count - 1).bit_length() if count else 0
 
 
 def _narrowed(tenant: str | None, thread_id: str | None) -> tuple[str, list[Any]]:
@@ -834,34 +748,11 @@ def _up_to(found: Sequence[tuple[Any, ...]], limit: int, max_bytes: int) -> list
     return keys
 
 
-class _Insert(NamedTuple):
-    """Into which columns of which table, and what to do about a row that is there."""
-
-    table: str
-    columns: tuple[str, ...]
-    conflict: str = ""
-
-
-@cache
-def _insert_sql(insert: _Insert, count: int) -> str:
-    row = f"({', '.join('?' for _ in insert.columns)})"
-    rows = ", ".join(row for _ in range(count))
-    listed = ", ".join(insert.columns)
-    return f"INSERT INTO {insert.table} ({listed}) VALUES {rows} {insert.conflict}"
-
-
 _ROWS_AT_ONCE = 64
 _RAISED = ("id bigint", "token bigint", "is_leased boolean", "seq bigint", "after bigint")
 _AS_IT_WAS = (
     "JOIN agentflow_threads t ON t.id = w.id AND t.token = w.token "
     "AND t.is_leased = w.is_leased AND t.seq = w.seq"
-)
-_CHECKPOINTS = _Insert("agentflow_checkpoints", CheckpointRow._fields)
-_REPEATED = _Insert("agentflow_checkpoints", CheckpointRow._fields, _UPSERT)
-_VALUES = _Insert("agentflow_values", ("thread", "series", "start", "data"))
-_WRITES = _Insert("agentflow_writes", ("thread", "ns", "checkpoint_id", "seq", "data"))
-_ANCHORS = _Insert(
-    "agentflow_anchors", AnchorRow._fields, "ON CONFLICT (thread, ns, checkpoint_id) DO NOTHING"
 )
 _RAISE = (
     "UPDATE agentflow_threads SET seq = ? WHERE id = ? AND token = ? AND is_leased = ? AND seq = ?"
@@ -889,7 +780,6 @@ _IS_ABANDONED = (
     "WHERE v.thread = agentflow_objects.thread AND v.series = agentflow_objects.series "
     "AND v.start = agentflow_objects.start)))"
 )
-_OBJECTS_LOCK = 0x61676F626A  # any number that nobody else is likely to lock
 _DROP_VALUE = "DELETE FROM agentflow_values WHERE thread = ? AND series = ? AND start = ?"
 _HEAD_SEQ = "(SELECT max(h.seq) FROM agentflow_checkpoints h WHERE h.thread = t.id AND h.ns = ?)"
 _FIND_HEAD = (
@@ -915,7 +805,6 @@ _LINE = (
     "JOIN agentflow_threads t ON t.id = l.thread ORDER BY l.depth"
 )
 _PAGE = 500
-_MAX_PARAMETERS = 30_000
 _SCANS: dict[type, tuple[str, tuple[str, ...]]] = {
     CheckpointRow: ("agentflow_checkpoints", ("ns", "seq")),
     ValueRow: ("agentflow_values", ("series", "start")),
@@ -929,97 +818,3 @@ _PAYLOADS: dict[type, tuple[str, ...]] = {
     kind: ("data", "parent_writes", "base") if kind is CheckpointRow else ("data",)
     for kind in _KINDS_OF_THREAD
 }
-_TYPES = {
-    "id": "bigint", "token": "bigint", "is_leased": "boolean", "after": "bigint",
-    "thread": "bigint", "ns": "text", "seq": "bigint", "checkpoint_id": "text",
-    "parent_id": "text", "attempt": "text", "run_id": "text", "step": "int", "data": "bytea",
-    "hash": "bytea", "parent_writes": "bytea", "base": "bytea", "series": "bigint",
-    "start": "bigint",
-}  # fmt: skip
-_RAISE_KIND, _CHECKPOINT_KIND, _VALUE_KIND, _WRITES_KIND = range(4)
-_SORTED = tuple("abcdefghijkl")
-_SORTED_WIDTH = 1 + len(_SORTED)
-_NOTHING = [None] * _SORTED_WIDTH
-
-
-def _sorting(kind: int, action: str) -> str:
-    return (
-        f"CREATE TEMP TRIGGER agentflow_sort{kind} INSTEAD OF INSERT ON agentflow_sorted "
-        f"WHEN NEW.kind = {kind} BEGIN {action}; END"
-    )
-
-
-def _put_by(insert: _Insert) -> str:
-    given = ", ".join(f"NEW.{name}" for name in _SORTED[: len(insert.columns)])
-    return f"INSERT INTO {insert.table} ({', '.join(insert.columns)}) VALUES ({given})"
-
-
-_SORTER = (
-    "CREATE TEMP VIEW agentflow_sorted AS SELECT "
-    + ", ".join(f"NULL AS {name}" for name in ("kind", *_SORTED)),
-    _sorting(
-        _RAISE_KIND,
-        "UPDATE agentflow_threads SET seq = NEW.e WHERE id = NEW.a AND token = NEW.b "
-        "AND is_leased = NEW.c AND seq = NEW.d; SELECT RAISE(ABORT, 'overtaken') "
-        "WHERE changes() = 0",
-    ),
-    _sorting(_CHECKPOINT_KIND, _put_by(_CHECKPOINTS)),
-    _sorting(_VALUE_KIND, _put_by(_VALUES)),
-    _sorting(_WRITES_KIND, _put_by(_WRITES)),
-)
-
-
-@cache
-def _sorted_sql(count: int) -> str:
-    row = f"({', '.join('?' * _SORTED_WIDTH)})"
-    return f"INSERT INTO agentflow_sorted VALUES {', '.join([row] * count)}"
-
-
-_THREAD_COLUMNS = ("after", "id", "token", "is_leased", "seq")
-_INSERTS = (_CHECKPOINTS, _VALUES, _WRITES)
-_WIDTHS = (len(_THREAD_COLUMNS), *(len(insert.columns) for insert in _INSERTS))
-
-
-@cache
-def _apply_sql(threads: int, *sizes: int) -> str:
-    """Build the statement that applies changes, for so many rows of each kind."""
-    parts = [_hold_one()] if threads == 1 else _hold(threads)
-    for number, (insert, size) in enumerate(zip(_INSERTS, sizes, strict=True)):
-        if size:
-            listed = ", ".join(insert.columns)
-            parts.append(
-                f"inserted{number} AS (INSERT INTO {insert.table} ({listed}) "
-                f"SELECT {', '.join(f'r.{column}' for column in insert.columns)} "
-                f"FROM ({_rows_of(insert.columns, size)}) AS r({listed}) "
-                f"JOIN held h ON h.id = r.thread {insert.conflict})"
-            )
-    return f"WITH {', '.join(parts)} SELECT id FROM held"
-
-
-def _hold_one() -> str:
-    """Raise the number of one thread: without an order, and without a join."""
-    after, *known = (f"?::{_TYPES[name]}" for name in _THREAD_COLUMNS)
-    is_as_it_was = map(" = ".join, zip(_THREAD_COLUMNS[1:], known, strict=True))
-    return (
-        f"held AS (UPDATE agentflow_threads SET seq = {after} "
-        f"WHERE {' AND '.join(is_as_it_was)} RETURNING id)"
-    )
-
-
-def _hold(threads: int) -> list[str]:
-    """Raise numbers in the order of the threads' ids, so that no batches wait for each other."""
-    given = f"given({', '.join(_THREAD_COLUMNS)}) AS ({_rows_of(_THREAD_COLUMNS, threads)})"
-    held = (
-        "held AS MATERIALIZED (SELECT t.id, g.after FROM agentflow_threads t JOIN given g "
-        "ON g.id = t.id AND g.token = t.token AND g.is_leased = t.is_leased AND g.seq = t.seq "
-        "ORDER BY t.id FOR UPDATE OF t)"
-    )
-    raised = (
-        "raised AS (UPDATE agentflow_threads t SET seq = h.after FROM held h WHERE h.id = t.id)"
-    )
-    return [given, held, raised]
-
-
-def _rows_of(columns: Sequence[str], count: int) -> str:
-    typed = ", ".join(f"?::{_TYPES[column]}" for column in columns)
-    return f"VALUES {', '.join(f'({typed})' for _ in range(count))}"

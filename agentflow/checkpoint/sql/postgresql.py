@@ -1,0 +1,107 @@
+"""The rows of checkpoints in PostgreSQL."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from agentflow.checkpoint.rows import ThreadChange
+from agentflow.checkpoint.sql.rows import SqlRows
+from agentflow.checkpoint.sql.statements import (
+    CHECKPOINTS,
+    MAX_PARAMETERS,
+    VALUES,
+    WRITES,
+    changes_rows,
+    padded,
+)
+
+_OBJECTS_LOCK = 0x61676F626A  # any number that nobody else is likely to lock
+_TYPES = {
+    "id": "bigint", "token": "bigint", "is_leased": "boolean", "after": "bigint",
+    "thread": "bigint", "ns": "text", "seq": "bigint", "checkpoint_id": "text",
+    "parent_id": "text", "attempt": "text", "run_id": "text", "step": "int", "data": "bytea",
+    "hash": "bytea", "parent_writes": "bytea", "base": "bytea", "series": "bigint",
+    "start": "bigint",
+}  # fmt: skip
+_THREAD_COLUMNS = ("after", "id", "token", "is_leased", "seq")
+_INSERTS = (CHECKPOINTS, VALUES, WRITES)
+_WIDTHS = (len(_THREAD_COLUMNS), *(len(insert.columns) for insert in _INSERTS))
+
+
+class PostgresRows(SqlRows):
+    """PostgreSQL: a batch is one statement, and so one round trip, which commits by itself.
+
+    One with too many rows for that, or with rows to be replaced, is a transaction.
+    """
+
+    _lock_clause = "FOR UPDATE OF t"
+
+    def _lock_objects(self, lock: str) -> None:
+        self._session.fetch(f"SELECT {lock}(?::bigint)", (_OBJECTS_LOCK,))
+
+    def apply(self, changes: Sequence[ThreadChange]) -> set[int]:
+        tables: tuple[list[tuple[Any, ...]], ...] = (
+            [(c.after.seq, c.before.number, *c.before.version) for c in changes],
+            [row for change in changes for row in change.checkpoints],
+            [row for change in changes for row in change.values],
+            [row for change in changes for row in change.writes],
+        )
+        sizes = tuple(map(padded, map(len, tables)))
+        parameters: list[Any] = []
+        is_large = sum(map(operator.mul, sizes, _WIDTHS)) > MAX_PARAMETERS
+        if is_large or any(map(changes_rows, changes)):
+            return super().apply(changes)
+        for rows, size, width in zip(tables, sizes, _WIDTHS, strict=True):
+            for row in rows:
+                parameters += row
+            parameters += [None] * ((size - len(rows)) * width)
+        rows_of_held = self._session.commit_by(_apply_sql(*sizes), parameters)
+        return {number for (number,) in rows_of_held}
+
+
+@cache
+def _apply_sql(threads: int, *sizes: int) -> str:
+    """Build the statement that applies changes, for so many rows of each kind."""
+    parts = [_hold_one()] if threads == 1 else _hold(threads)
+    for number, (insert, size) in enumerate(zip(_INSERTS, sizes, strict=True)):
+        if size:
+            listed = ", ".join(insert.columns)
+            parts.append(
+                f"inserted{number} AS (INSERT INTO {insert.table} ({listed}) "
+                f"SELECT {', '.join(f'r.{column}' for column in insert.columns)} "
+                f"FROM ({_rows_of(insert.columns, size)}) AS r({listed}) "
+                f"JOIN held h ON h.id = r.thread {insert.conflict})"
+            )
+    return f"WITH {', '.join(parts)} SELECT id FROM held"
+
+
+def _hold_one() -> str:
+    """Raise the number of one thread: without an order, and without a join."""
+    after, *known = (f"?::{_TYPES[name]}" for name in _THREAD_COLUMNS)
+    is_as_it_was = map(" = ".join, zip(_THREAD_COLUMNS[1:], known, strict=True))
+    return (
+        f"held AS (UPDATE agentflow_threads SET seq = {after} "
+        f"WHERE {' AND '.join(is_as_it_was)} RETURNING id)"
+    )
+
+
+def _hold(threads: int) -> list[str]:
+    """Raise numbers in the order of the threads' ids, so that no batches wait for each other."""
+    given = f"given({', '.join(_THREAD_COLUMNS)}) AS ({_rows_of(_THREAD_COLUMNS, threads)})"
+    held = (
+        "held AS MATERIALIZED (SELECT t.id, g.after FROM agentflow_threads t JOIN given g "
+        "ON g.id = t.id AND g.token = t.token AND g.is_leased = t.is_leased AND g.seq = t.seq "
+        "ORDER BY t.id FOR UPDATE OF t)"
+    )
+    raised = (
+        "raised AS (UPDATE agentflow_threads t SET seq = h.after FROM held h WHERE h.id = t.id)"
+    )
+    return [given, held, raised]
+
+
+def _rows_of(columns: Sequence[str], count: int) -> str:
+    typed = ", ".join(f"?::{_TYPES[column]}" for column in columns)
+    return f"VALUES {', '.join(f'({typed})' for _ in range(count))}"
