@@ -15,25 +15,25 @@ from __future__ import annotations
 import collections
 import dataclasses
 import enum
-import fractions
-import ipaddress
 import pathlib
-import re
 import sys
 from collections.abc import Callable, Collection, Mapping
-from datetime import date, datetime, time, timedelta, timezone
-from decimal import Decimal
-from functools import lru_cache
 from typing import Any, Literal
-from uuid import UUID
-from zoneinfo import ZoneInfo
 
 import ormsgpack
-from langgraph.checkpoint.serde.types import _DeltaSnapshot
 from langgraph.types import Send
-from pydantic import BaseModel, SecretBytes, SecretStr
+from pydantic import BaseModel
 
 from agentflow.errors import BlockedTypeError, SerializationError
+from agentflow.serializer.classes import BUILDERS, dataclass_state, is_plain, pydantic_state
+from agentflow.serializer.forms import (
+    DECODERS,
+    ENCODERS,
+    Ext,
+    RefusedError,
+    ndarray_state,
+    path_flavour,
+)
 
 AllowList = Literal["imported"] | Collection[type | str]
 """Which classes may be stored: those whose module is imported, or exactly the given ones.
@@ -73,48 +73,8 @@ _KNOWN_MODULES = frozenset(
 )
 
 
-class _Ext(enum.IntEnum):
-    """Extension codes; stored, so never renumbered."""
-
-    TUPLE = 1
-    SET = 2
-    FROZENSET = 3
-    DEQUE = 4
-    MAP = 5
-    """A dictionary whose keys are not all text, as a list of pairs."""
-    TEXT = 6
-    """Text that is not valid Unicode (lone surrogates)."""
-    BIG_INT = 7
-    COMPLEX = 8
-    FRACTION = 9
-    DECIMAL = 10
-    DATETIME = 11
-    DATE = 12
-    TIME = 13
-    TIMEDELTA = 14
-    TIMEZONE = 15
-    ZONEINFO = 16
-    UUID = 17
-    PATH = 18
-    PATTERN = 19
-    RANGE = 20
-    IP = 22
-    ENUM = 23
-    PYDANTIC = 24
-    DATACLASS = 25
-    NAMEDTUPLE = 26
-    SECRET = 27
-    SEND = 28
-    DELTA_SNAPSHOT = 29
-    NDARRAY = 30
-    ORDERED = 31
-    COUNTER = 32
-    DEFAULTS = 33
-    """A `defaultdict`, as the name of what makes its values and a list of pairs."""
-
-
 class _Pairs:
-    """A dictionary on its way to `_Ext.MAP`."""
+    """A dictionary on its way to `Ext.MAP`."""
 
     __slots__ = ("pairs",)
 
@@ -123,7 +83,7 @@ class _Pairs:
 
 
 class _Text:
-    """Text on its way to `_Ext.TEXT`."""
+    """Text on its way to `Ext.TEXT`."""
 
     __slots__ = ("raw",)
 
@@ -136,14 +96,6 @@ class _Unknown(dict[str, Any]):
 
     def __hash__(self) -> int:  # type: ignore[override]  # nobody changes it
         return hash((self["type"], repr(self["value"])))
-
-
-class _RefusedError(Exception):
-    """A value that cannot be stored; found again with its path by `_explain`."""
-
-    def __init__(self, hint: str) -> None:
-        super().__init__(hint)
-        self.hint = hint
 
 
 class Serializer:
@@ -180,7 +132,7 @@ class Serializer:
         """
         try:
             return self._pack(value)
-        except (TypeError, ValueError, _RefusedError, RecursionError) as exc:
+        except (TypeError, ValueError, RefusedError, RecursionError) as exc:
             raise self._explain(value, where) from exc
 
     def loads(self, data: bytes, *, where: str = "") -> Any:
@@ -200,48 +152,48 @@ class Serializer:
                 raise
             return ormsgpack.packb(_rewrite(value), default=self._default, option=_OPTIONS)
 
-    def _ext(self, code: _Ext, payload: Any) -> ormsgpack.Ext:
+    def _ext(self, code: Ext, payload: Any) -> ormsgpack.Ext:
         return ormsgpack.Ext(int(code), self._pack(payload))
 
     def _default(self, value: Any) -> Any:
         cls = type(value)
-        encoder = _ENCODERS.get(cls)
+        encoder = ENCODERS.get(cls)
         if encoder is not None:
             code, encode = encoder
             return self._ext(code, encode(value))
         if cls is _Pairs:
-            return self._ext(_Ext.MAP, [list(pair) for pair in value.pairs])
+            return self._ext(Ext.MAP, [list(pair) for pair in value.pairs])
         if cls is _Text:
-            return ormsgpack.Ext(int(_Ext.TEXT), value.raw)
+            return ormsgpack.Ext(int(Ext.TEXT), value.raw)
         if cls in {set, frozenset}:
             # Sorted by their bytes, so that equal sets have equal bytes.
             items = sorted(self._pack(item) for item in value)
-            code = _Ext.SET if cls is set else _Ext.FROZENSET
+            code = Ext.SET if cls is set else Ext.FROZENSET
             return self._ext(code, items)
         return self._default_class(value, cls)
 
     def _default_class(self, value: Any, cls: type) -> Any:
         if isinstance(value, BaseException):
-            raise _RefusedError("an exception cannot be rebuilt; store its type and text instead")
+            raise RefusedError("an exception cannot be rebuilt; store its type and text instead")
         if isinstance(value, enum.Enum):
-            return self._ext(_Ext.ENUM, [self._name(cls), self._enum_value(value)])
+            return self._ext(Ext.ENUM, [self._name(cls), self._enum_value(value)])
         if isinstance(value, BaseModel):
-            return self._ext(_Ext.PYDANTIC, [self._name(cls), *_pydantic_state(value)])
+            return self._ext(Ext.PYDANTIC, [self._name(cls), *pydantic_state(value)])
         if dataclasses.is_dataclass(value):
             name = self._name(cls)
-            if not _is_plain(cls):
-                raise _RefusedError("a dataclass that is also a builtin; keep that in a field")
-            return self._ext(_Ext.DATACLASS, [name, _dataclass_state(value)])
+            if not is_plain(cls):
+                raise RefusedError("a dataclass that is also a builtin; keep that in a field")
+            return self._ext(Ext.DATACLASS, [name, dataclass_state(value)])
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             fields = {name: getattr(value, name) for name in value._fields}
-            return self._ext(_Ext.NAMEDTUPLE, [self._name(cls), fields])
+            return self._ext(Ext.NAMEDTUPLE, [self._name(cls), fields])
         if isinstance(value, pathlib.PurePath):
-            return self._ext(_Ext.PATH, [_path_flavour(value), str(value)])
+            return self._ext(Ext.PATH, [path_flavour(value), str(value)])
         if (numpy := sys.modules.get("numpy")) is not None and isinstance(value, numpy.ndarray):
-            return self._ext(_Ext.NDARRAY, _ndarray_state(value))
+            return self._ext(Ext.NDARRAY, ndarray_state(value))
         base = next((builtin for builtin in _BUILTINS if isinstance(value, builtin)), None)
         if base is None:
-            raise _RefusedError(_hint_for(cls))
+            raise RefusedError(_hint_for(cls))
         return base(value)
 
     def _name(self, cls: type) -> str:
@@ -250,11 +202,11 @@ class Serializer:
         if name is None:
             name = f"{cls.__module__}:{cls.__qualname__}"
             if "<locals>" in name or _find(cls.__module__, cls.__qualname__) is not cls:
-                raise _RefusedError(
+                raise RefusedError(
                     "the class cannot be found by its name; define it at the top of a module"
                 )
             if not self._is_allowed(name):
-                raise _RefusedError(f'not in the allow-list; add allow=["{name}"]')
+                raise RefusedError(f'not in the allow-list; add allow=["{name}"]')
             self._checked[cls] = name
         return name
 
@@ -268,7 +220,7 @@ class Serializer:
             except ValueError:
                 is_found = False
             if not is_found:
-                raise _RefusedError("its class does not find this member by its value")
+                raise RefusedError("its class does not find this member by its value")
         return value
 
     def _is_allowed(self, name: str) -> bool:
@@ -290,15 +242,15 @@ class Serializer:
         for step, child in _children(value):
             try:
                 self._pack(child)
-            except (TypeError, ValueError, _RefusedError, RecursionError):
+            except (TypeError, ValueError, RefusedError, RecursionError):
                 return self._offender(child, path + step, depth + 1)
         try:
             self._pack(value)
-        except _RefusedError as exc:
+        except RefusedError as exc:
             hint = exc.hint
         except (TypeError, ValueError, RecursionError) as exc:
             cause = exc.__cause__ or exc.__context__
-            if isinstance(cause, _RefusedError):
+            if isinstance(cause, RefusedError):
                 hint = cause.hint
             elif "Recursion" in str(exc):
                 hint = "nested too deeply, or it contains itself"
@@ -309,7 +261,7 @@ class Serializer:
     def _class_hint(self, value: Any) -> str:
         try:
             self._default(value)
-        except _RefusedError as exc:
+        except RefusedError as exc:
             return exc.hint
         except (TypeError, ValueError, RecursionError):
             pass
@@ -361,10 +313,10 @@ class _Reading:
 
     def _hook(self, code: int, payload: bytes) -> Any:
         try:
-            if code == _Ext.TEXT:
+            if code == Ext.TEXT:
                 return payload.decode("utf-8", "surrogatepass")
             value = ormsgpack.unpackb(payload, ext_hook=self._hook)
-            builder = _BUILDERS.get(code)
+            builder = BUILDERS.get(code)
             if builder is not None:
                 return self._build_class(builder, value)
             return self._build(code, value)
@@ -375,11 +327,11 @@ class _Reading:
             raise
 
     def _build(self, code: int, value: Any) -> Any:
-        if code in _DECODERS:
-            return _DECODERS[code](value)
-        if code == _Ext.SET:
+        if code in DECODERS:
+            return DECODERS[code](value)
+        if code == Ext.SET:
             return set(map(self.unpack, value))
-        if code == _Ext.FROZENSET:
+        if code == Ext.FROZENSET:
             return frozenset(map(self.unpack, value))
         raise BlockedTypeError(f"extension {code}", self._where, "this program does not know it")
 
@@ -429,7 +381,7 @@ def _rewrite(value: Any) -> Any:
         except UnicodeEncodeError:
             return _Text(value.encode("utf-8", "surrogatepass"))
         return value
-    if isinstance(value, dict) and type(value) not in _ENCODERS:
+    if isinstance(value, dict) and type(value) not in ENCODERS:
         pairs = [(_rewrite(key), _rewrite(item)) for key, item in value.items()]
         if all(type(key) is str for key, _ in pairs):
             return dict(pairs)
@@ -458,11 +410,11 @@ def _children(value: Any) -> list[tuple[str, Any]]:
     if isinstance(value, Send):
         return [(".arg", value.arg)]
     if isinstance(value, BaseModel):
-        fields, extra, _, private = _pydantic_state(value)
+        fields, extra, _, private = pydantic_state(value)
         parts = {**fields, **(extra or {}), **(private or {})}
         return [(f".{name}", item) for name, item in parts.items()]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return [(f".{name}", item) for name, item in _dataclass_state(value).items()]
+        return [(f".{name}", item) for name, item in dataclass_state(value).items()]
     return []
 
 
@@ -471,285 +423,3 @@ def _key(key: Any) -> str:
     if isinstance(key, (int, float, bool)):
         return repr(key)
     return f"key of type {type(key).__name__}"
-
-
-def _pydantic_state(
-    model: BaseModel,
-) -> tuple[dict[str, Any], dict[str, Any] | None, list[str], Any]:
-    # The raw fields rather than `model_dump`: nested classes stay what they are, and fields that a
-    # dump excludes are kept.
-    return (
-        dict(model.__dict__),
-        model.__pydantic_extra__,
-        sorted(model.model_fields_set),
-        model.__pydantic_private__,
-    )
-
-
-def _build_pydantic(
-    cls: type[BaseModel], state: dict[str, Any], extra: Any, fields_set: list[str], private: Any
-) -> BaseModel:
-    """Rebuild without validating.
-
-    The values were valid when they were stored, and validators may not be pure. A field that was
-    added since gets its default; a required one that is missing is an error.
-    """
-    model = cls.__new__(cls)
-    for name in _field_names(cls) - state.keys():
-        field = cls.model_fields[name]
-        if field.is_required():
-            raise ValueError(name)
-        state[name] = field.get_default(call_default_factory=True, validated_data=state)
-    _set_attribute(model, "__dict__", state)
-    _set_attribute(model, "__pydantic_extra__", extra)
-    _set_attribute(model, "__pydantic_fields_set__", set(fields_set))
-    _set_attribute(model, "__pydantic_private__", private)
-    return model
-
-
-# Models and dataclasses may be frozen, or check what is assigned.
-_set_attribute = object.__setattr__
-
-
-@lru_cache(maxsize=1024)
-def _field_names(cls: type[BaseModel]) -> frozenset[str]:
-    return frozenset(cls.model_fields)
-
-
-@lru_cache(maxsize=1024)
-def _is_plain(cls: type) -> bool:
-    """Whether an instance can be made without a constructor that knows more than its fields."""
-    try:
-        object.__new__(cls)
-    except TypeError:
-        return False
-    return True
-
-
-def _dataclass_state(value: Any) -> dict[str, Any]:
-    names = [field.name for field in dataclasses.fields(value) if hasattr(value, field.name)]
-    state = {**{name: getattr(value, name) for name in names}, **getattr(value, "__dict__", {})}
-    # With which parameters a generic class was called; for type checkers, and nothing to store.
-    state.pop("__orig_class__", None)
-    return state
-
-
-def _build_dataclass(cls: type, state: dict[str, Any]) -> Any:
-    """Rebuild without `__init__`, which may have effects; a field added since gets its default."""
-    value: Any = object.__new__(cls)
-    for field in dataclasses.fields(cls):
-        if field.name in state:
-            continue
-        if field.default is not dataclasses.MISSING:
-            _set_attribute(value, field.name, field.default)
-        elif field.default_factory is not dataclasses.MISSING:
-            _set_attribute(value, field.name, field.default_factory())
-        elif field.init:
-            raise ValueError(field.name)
-    for name, item in state.items():
-        _set_attribute(value, name, item)
-    return value
-
-
-def _build_namedtuple(cls: Any, state: dict[str, Any]) -> Any:
-    """Rebuild without the class's own constructor; a field added since gets its default."""
-    if state.keys() - set(cls._fields):
-        raise ValueError(cls)
-    state = {**cls._field_defaults, **state}
-    if len(state) < len(cls._fields):
-        raise ValueError(cls)
-    return tuple.__new__(cls, (state[name] for name in cls._fields))
-
-
-def _build_enum(cls: Any, value: Any) -> Any:
-    return cls(value)
-
-
-_BUILDERS: dict[int, Callable[..., Any]] = {
-    _Ext.ENUM: _build_enum,
-    _Ext.PYDANTIC: _build_pydantic,
-    _Ext.DATACLASS: _build_dataclass,
-    _Ext.NAMEDTUPLE: _build_namedtuple,
-}
-
-
-def _path_flavour(path: pathlib.PurePath) -> str:
-    pure = not isinstance(path, pathlib.Path)
-    windows = isinstance(path, pathlib.PureWindowsPath)
-    return ("Pure" if pure else "") + ("Windows" if windows else "Posix")
-
-
-def _build_path(value: list[str]) -> pathlib.PurePath:
-    flavour, text = value
-    if flavour == "PurePosix":
-        return pathlib.PurePosixPath(text)
-    if flavour == "PureWindows":
-        return pathlib.PureWindowsPath(text)
-    return pathlib.Path(text)
-
-
-def _send(value: Send) -> list[Any]:
-    return [value.node, value.arg, getattr(value, "timeout", None)]
-
-
-def _build_send(value: list[Any]) -> Send:
-    node, arg, timeout = value
-    return Send(node, arg) if timeout is None else Send(node, arg, timeout=timeout)
-
-
-def _timezone(value: timezone) -> list[Any]:
-    return [value.utcoffset(None), value.tzname(None)]
-
-
-def _zone(value: ZoneInfo) -> str:
-    if value.key is None:
-        raise _RefusedError("a ZoneInfo made from a file has no name")
-    return value.key
-
-
-def _aware(value: datetime | time) -> list[Any]:
-    if value.tzinfo is not None and not isinstance(value.tzinfo, (timezone, ZoneInfo)):
-        raise _RefusedError("only datetime.timezone and zoneinfo.ZoneInfo can be stored")
-    return [value.replace(tzinfo=None).isoformat(), value.tzinfo, value.fold]
-
-
-def _build_datetime(value: list[Any]) -> datetime:
-    text, tzinfo, fold = value
-    return datetime.fromisoformat(text).replace(tzinfo=tzinfo, fold=fold)
-
-
-def _build_time(value: list[Any]) -> time:
-    text, tzinfo, fold = value
-    return time.fromisoformat(text).replace(tzinfo=tzinfo, fold=fold)
-
-
-_NDARRAY_KINDS = "biufcmMSU"
-"""Kinds of elements that their type's short name says all about."""
-
-
-def _ndarray_state(value: Any) -> list[Any]:
-    if type(value) is not sys.modules["numpy"].ndarray:
-        raise _RefusedError("more than an array; keep plain arrays, for a masked one two of them")
-    if value.dtype.hasobject:
-        raise _RefusedError("an array of Python objects; use a list")
-    if value.dtype.kind not in _NDARRAY_KINDS:
-        raise _RefusedError("an array of records; keep an array for each field")
-    return [value.dtype.str, list(value.shape), value.tobytes()]
-
-
-def _build_ndarray(value: list[Any]) -> Any:
-    numpy: Any = sys.modules.get("numpy")
-    if numpy is None:
-        raise BlockedTypeError("numpy:ndarray", "", "not imported")
-    dtype, shape, raw = value
-    return numpy.frombuffer(raw, dtype=numpy.dtype(dtype)).reshape(shape).copy()
-
-
-def _build_secret(value: list[Any]) -> SecretStr | SecretBytes:
-    (secret,) = value
-    return SecretStr(secret) if isinstance(secret, str) else SecretBytes(secret)
-
-
-def _ip(value: Any) -> list[str]:
-    return [type(value).__name__, str(value)]
-
-
-def _range(value: range) -> list[int]:
-    return [value.start, value.stop, value.step]
-
-
-def _pairs(value: Mapping[Any, Any]) -> list[list[Any]]:
-    return [[key, item] for key, item in value.items()]
-
-
-def _defaults(value: collections.defaultdict[Any, Any]) -> list[Any]:
-    make = value.default_factory
-    name = next((name for name, known in _FACTORIES.items() if known is make), None)
-    if name is None:
-        known = ", ".join(filter(None, _FACTORIES))
-        raise _RefusedError(f"what makes its values must be one of {known}; or use a plain dict")
-    return [name, _pairs(value)]
-
-
-def _build_defaults(value: list[Any]) -> collections.defaultdict[Any, Any]:
-    name, pairs = value
-    return collections.defaultdict(_FACTORIES[name], map(tuple, pairs))
-
-
-_FACTORIES: dict[str, Callable[[], Any] | None] = {
-    "": None,
-    **{cls.__name__: cls for cls in (bool, dict, float, frozenset, int, list, set, str, tuple)},
-    "Counter": collections.Counter,
-    "OrderedDict": collections.OrderedDict,
-    "deque": collections.deque,
-}
-"""What may make the values of a `defaultdict`, by the name that is stored."""
-
-
-def _deque(value: collections.deque[Any]) -> list[Any]:
-    return [list(value), value.maxlen]
-
-
-_IP_CLASSES = (
-    ipaddress.IPv4Address,
-    ipaddress.IPv6Address,
-    ipaddress.IPv4Network,
-    ipaddress.IPv6Network,
-    ipaddress.IPv4Interface,
-    ipaddress.IPv6Interface,
-)
-_IP_TYPES = {cls.__name__: cls for cls in _IP_CLASSES}
-_Encoder = tuple[_Ext, Callable[[Any], Any]]
-_ENCODERS: dict[type, _Encoder] = {
-    tuple: (_Ext.TUPLE, list),
-    collections.deque: (_Ext.DEQUE, _deque),
-    collections.OrderedDict: (_Ext.ORDERED, _pairs),
-    collections.Counter: (_Ext.COUNTER, _pairs),
-    collections.defaultdict: (_Ext.DEFAULTS, _defaults),
-    int: (_Ext.BIG_INT, str),
-    complex: (_Ext.COMPLEX, lambda value: [value.real, value.imag]),
-    fractions.Fraction: (_Ext.FRACTION, lambda v: [v.numerator, v.denominator]),
-    Decimal: (_Ext.DECIMAL, str),
-    datetime: (_Ext.DATETIME, _aware),
-    date: (_Ext.DATE, date.isoformat),
-    time: (_Ext.TIME, _aware),
-    timedelta: (_Ext.TIMEDELTA, lambda v: [v.days, v.seconds, v.microseconds]),
-    timezone: (_Ext.TIMEZONE, _timezone),
-    ZoneInfo: (_Ext.ZONEINFO, _zone),
-    UUID: (_Ext.UUID, lambda value: value.bytes),
-    re.Pattern: (_Ext.PATTERN, lambda value: [value.pattern, value.flags]),
-    range: (_Ext.RANGE, _range),
-    SecretStr: (_Ext.SECRET, lambda value: [value.get_secret_value()]),
-    SecretBytes: (_Ext.SECRET, lambda value: [value.get_secret_value()]),
-    Send: (_Ext.SEND, _send),
-    _DeltaSnapshot: (_Ext.DELTA_SNAPSHOT, lambda value: value.value),
-    **dict.fromkeys(_IP_CLASSES, (_Ext.IP, _ip)),
-}
-
-_DECODERS: dict[int, Callable[[Any], Any]] = {
-    _Ext.TUPLE: tuple,
-    _Ext.DEQUE: lambda value: collections.deque(value[0], maxlen=value[1]),
-    _Ext.MAP: lambda value: dict(map(tuple, value)),
-    _Ext.ORDERED: lambda value: collections.OrderedDict(map(tuple, value)),
-    _Ext.COUNTER: lambda value: collections.Counter(dict(map(tuple, value))),
-    _Ext.DEFAULTS: _build_defaults,
-    _Ext.BIG_INT: int,
-    _Ext.COMPLEX: lambda value: complex(value[0], value[1]),
-    _Ext.FRACTION: lambda value: fractions.Fraction(value[0], value[1]),
-    _Ext.DECIMAL: Decimal,
-    _Ext.DATETIME: _build_datetime,
-    _Ext.DATE: date.fromisoformat,
-    _Ext.TIME: _build_time,
-    _Ext.TIMEDELTA: lambda v: timedelta(days=v[0], seconds=v[1], microseconds=v[2]),
-    _Ext.TIMEZONE: lambda value: timezone(value[0], value[1]),
-    _Ext.ZONEINFO: ZoneInfo,
-    _Ext.UUID: lambda value: UUID(bytes=value),
-    _Ext.PATH: _build_path,
-    _Ext.PATTERN: lambda value: re.compile(value[0], value[1]),
-    _Ext.RANGE: lambda value: range(*value),
-    _Ext.IP: lambda value: _IP_TYPES[value[0]](value[1]),
-    _Ext.SECRET: _build_secret,
-    _Ext.SEND: _build_send,
-    _Ext.DELTA_SNAPSHOT: _DeltaSnapshot,
-    _Ext.NDARRAY: _build_ndarray,
-}
