@@ -21,7 +21,7 @@ import ormsgpack
 
 from agentflow.checkpoint.offload import note, open_value, seal_value
 from agentflow.checkpoint.planning import fence
-from agentflow.checkpoint.pruning import Change, Read, Steps, check_leases, delete
+from agentflow.checkpoint.pruning import check_leases, delete
 from agentflow.checkpoint.records import Place
 from agentflow.checkpoint.rows import (
     AnchorRow,
@@ -33,6 +33,7 @@ from agentflow.checkpoint.rows import (
     ValueRow,
     WritesRow,
 )
+from agentflow.checkpoint.steps import Change, Read, Steps
 from agentflow.checkpoint.verbs import lock
 from agentflow.codec import Codec, context_of, digest_of, is_apart
 from agentflow.database.writer import Rejected

@@ -44,20 +44,12 @@ from agentflow.checkpoint.encoding import Encoder
 from agentflow.checkpoint.intake import Intake
 from agentflow.checkpoint.loading import Listing, Reader
 from agentflow.checkpoint.policy import Save, SavePolicy
-from agentflow.checkpoint.pruning import (
-    Ask,
-    Change,
-    Read,
-    Selection,
-    Steps,
-    check_leases,
-    delete,
-    prune,
-)
+from agentflow.checkpoint.pruning import Selection, check_leases, delete, prune
 from agentflow.checkpoint.records import column_text
 from agentflow.checkpoint.retention import Chooser, Retention, SweepReport, sweep
 from agentflow.checkpoint.rows import FoundCheckpoint, HeadKey, Rows, ThreadKey
 from agentflow.checkpoint.sql import open_rows
+from agentflow.checkpoint.steps import Ask, Change, Read, Steps
 from agentflow.checkpoint.verbs import acquire_thread, copy_thread, release_thread
 from agentflow.codec import Codec
 from agentflow.database import Database

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
 
-from agentflow.checkpoint.pruning import Change, Read, Steps
 from agentflow.checkpoint.rows import ObjectRow, Rows
+from agentflow.checkpoint.steps import Change, Read, Steps
 from agentflow.failpoints import failpoint
 from agentflow.objects import FoundObject, ObjectTier
 

@@ -18,15 +18,7 @@ from langgraph.constants import START
 from agentflow.checkpoint.archive import archive
 from agentflow.checkpoint.collection import GRACE, collect
 from agentflow.checkpoint.encoding import Encoder, open_record
-from agentflow.checkpoint.pruning import (
-    Ask,
-    Read,
-    Selection,
-    Steps,
-    clear_retired,
-    delete,
-    prune,
-)
+from agentflow.checkpoint.pruning import Selection, clear_retired, delete, prune
 from agentflow.checkpoint.records import Record
 from agentflow.checkpoint.rows import (
     FoundCheckpoint,
@@ -35,6 +27,7 @@ from agentflow.checkpoint.rows import (
     ThreadKey,
     ThreadState,
 )
+from agentflow.checkpoint.steps import Ask, Read, Steps
 from agentflow.errors import (
     BlockedTypeError,
     ConflictError,

@@ -17,7 +17,7 @@ from langchain_core.runnables import RunnableConfig
 from langgraph.graph import END, START, StateGraph
 
 from agentflow import AgentFlow
-from agentflow.checkpoint import pruning
+from agentflow.checkpoint import steps
 from agentflow.interrupts import request_approval
 from agentflow.lease import LeaseKeeper
 from agentflow.retry import RetryPolicy
@@ -271,7 +271,7 @@ async def caller_main(url: str, ledger: str, call: str, run_id: str, options: Op
     from tests.fault.calls import CALLS
 
     # So that a small thread is deleted as a large one would be.
-    pruning.BATCH_ROWS = options.get("batch_rows", pruning.BATCH_ROWS)
+    steps.BATCH_ROWS = options.get("batch_rows", steps.BATCH_ROWS)
     sabotage = _sabotage(ledger, options)
     async with AgentFlow(url, checkpoints=options.get("checkpoints")) as app:
         register_all(app, ledger, sabotage=sabotage)
