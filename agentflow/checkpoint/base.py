@@ -721,10 +721,18 @@ class Saver(BaseCheckpointSaver[str]):
         return f"{int(digits) + 1:0{len(digits)}}.{random.getrandbits(32):08x}"
 
     def close(self) -> None:
-        """Make everything accepted durable and close what this saver opened."""
-        self._intake.store_held()
+        """Make everything accepted durable and close what this saver opened.
+
+        Raises:
+            AgentflowError: What was held back under a sparse policy is refused now, as it would
+                have been when it was put: `ConflictError` if somebody else was faster. The saver
+                is closed all the same.
+        """
+        stored = self._intake.store_held()
         if self._owns_database:
             self._database.close()
+        for future in stored:
+            future.result()
 
     async def aclose(self) -> None:
         """Close without blocking the event loop; see `close`."""

@@ -214,6 +214,28 @@ async def test_race_is_refused_when_the_held_checkpoint_is_stored(database_url: 
         assert (await graph.aget_state(CONFIG)).values["log"] == ["faster"]
 
 
+async def test_closing_says_that_what_was_held_back_is_refused(database_url: str) -> None:
+    entered = asyncio.Event()
+
+    async def stays(_: State) -> State:
+        entered.set()
+        await asyncio.Event().wait()
+        return {}
+
+    saver = open_checkpointer(database_url, save="exit")
+    invoking = line(saver, c=stays).ainvoke({"log": []}, CONFIG, durability="sync")
+    running = asyncio.create_task(invoking)
+    await entered.wait()
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    with open_checkpointer(database_url) as other:
+        await line(other).aupdate_state(CONFIG, {"log": ["faster"]}, as_node="f")
+    with pytest.raises(ConflictError):
+        await saver.aclose()
+    assert stored_log(database_url) == ["faster"]
+
+
 @pytest.mark.parametrize("save", ["exit", ["d"]])
 async def test_racing_invocations_do_not_take_what_is_held_for_each_other(
     database_url: str, save: Save
