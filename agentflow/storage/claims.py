@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from functools import cache
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from agentflow.database.engine import StoreNow
 from agentflow.database.engine import now as database_now
-from agentflow.database.statements import insert_or_lock
+from agentflow.database.prepared import Prepared
+from agentflow.database.statements import insert_of
 from agentflow.database.tables import Timestamp, epochs, leases, runs
 from agentflow.errors import (
     BlockedTypeError,
@@ -67,10 +70,10 @@ _IS_BEHIND = sa.exists(
         _other.c.tenant == runs.c.tenant,
         _other.c.thread_id == runs.c.thread_id,
         _other.c.seq != runs.c.seq,
-        _other.c.status.in_(UNFINISHED),
+        _other.c.status.in_([sa.literal_column(f"'{status}'") for status in UNFINISHED]),
         sa.or_(
             _other.c.seq < runs.c.seq,
-            _other.c.status.in_((RunStatus.RUNNING.value, RunStatus.WAITING.value)),
+            _other.c.status.in_([sa.literal_column("'running'"), sa.literal_column("'waiting'")]),
         ),
     )
     .correlate(runs)
@@ -114,22 +117,43 @@ _LOCK_DUE = tuple(
     .with_for_update(of=runs, skip_locked=True)
     for due in _DUE
 )
-_IS_DUE = sa.select(runs.c.run_id).where(
+_IS_DUE_SQL = sa.select(runs.c.run_id).where(
     runs.c.tenant == sa.bindparam("tenant"),
     runs.c.run_id == sa.bindparam("run_id"),
     sa.or_(is_expired(_now), _IS_QUEUED),
     ~_IS_BEHIND,
 )
-_LOOK_AGAIN = sa.select(_IS_BEHIND, _HAS_ROLLBACK).where(runs.c.seq == sa.bindparam("seq"))
-_THREAD = sa.select(leases.c.token).where(
-    leases.c.tenant == sa.bindparam("tenant"), leases.c.thread_id == sa.bindparam("thread_id")
+_IS_DUE = Prepared(_IS_DUE_SQL)
+_LOOK_AGAIN = Prepared(
+    sa.select(_IS_BEHIND.label("is_behind"), _HAS_ROLLBACK.label("has_rollback")).where(
+        runs.c.seq == sa.bindparam("seq")
+    )
 )
-_SET_TOKEN = sa.update(leases).where(
-    leases.c.tenant == sa.bindparam("in_tenant"), leases.c.thread_id == sa.bindparam("named")
+_OF_THREAD = (
+    leases.c.tenant == sa.bindparam("of_tenant"),
+    leases.c.thread_id == sa.bindparam("of_thread"),
 )
-_LEAST_TOKEN = sa.select(sa.func.coalesce(sa.func.max(epochs.c.token), 0))
-_LOCK_THREAD = _THREAD.with_for_update()
-_TRY_THREAD = _THREAD.with_for_update(skip_locked=True)
+_IS_KNOWN = Prepared(sa.select(leases.c.token).where(*_OF_THREAD))
+_TRY_THREAD = Prepared(
+    sa.select(leases.c.token).where(*_OF_THREAD).with_for_update(skip_locked=True)
+)
+_SET_TOKEN = Prepared(sa.update(leases).where(*_OF_THREAD).values(token=sa.bindparam("token")))
+_LEAST_TOKEN = sa.select(sa.func.coalesce(sa.func.max(epochs.c.token), 0)).scalar_subquery()
+
+
+@cache
+def _lock_thread(dialect: str) -> Prepared:
+    """Return the statement that makes or locks the row of a thread."""
+    named = {"tenant": sa.bindparam("of_tenant"), "thread_id": sa.bindparam("of_thread")}
+    return Prepared(
+        insert_of(dialect, leases)
+        .values({**named, "token": _LEAST_TOKEN})
+        # A row is locked by writing to it what stands there.
+        .on_conflict_do_update(
+            index_elements=["tenant", "thread_id"], set_={"token": leases.c.token}
+        )
+        .returning(leases.c.token, StoreNow().label("now"))
+    )
 
 
 def _soonest(column: sa.Column[Any], where: str, *conditions: Any) -> Any:
@@ -149,20 +173,10 @@ _NEXT_DUE = sa.select(
 )
 
 
-def lock_thread(connection: Connection, tenant: str, thread_id: str) -> int:
-    """Lock a thread against claims and submissions, and return its token."""
-    token = connection.execute(_LEAST_TOKEN).scalar_one()
-    row = {"tenant": tenant, "thread_id": thread_id, "token": token}
-    return int(insert_or_lock(connection, leases, row, "token"))
-
-
-def _lock(
-    connection: Connection, tenant: str, thread_id: str, *, is_patient: bool = True
-) -> int | None:
-    query = _LOCK_THREAD if is_patient else _TRY_THREAD
-    named = {"tenant": tenant, "thread_id": thread_id}
-    token = connection.execute(query, named).scalar_one_or_none()
-    return None if token is None else int(token)
+def lock_thread(connection: Connection, tenant: str, thread_id: str) -> sa.Row[Any]:
+    """Lock a thread against claims and submissions; return its `token`, and what time it is."""
+    named = {"of_tenant": tenant, "of_thread": thread_id}
+    return _lock_thread(connection.dialect.name).one(connection, named)
 
 
 def claim_runs(
@@ -199,7 +213,7 @@ def claim_runs(
             for row in rows:
                 if is_suspect(row) and claimed:
                     continue  # to be claimed alone, as soon as it is the first
-                taken = _take(connection, payloads, row, now, claimant, is_patient=False)
+                taken = _take(connection, payloads, row, now, claimant)
                 if taken is not None:
                     claimed.append(taken)
                 if claimed and claimed[0].isolation is not None:
@@ -257,23 +271,23 @@ def claim_run(
     although_paused: bool,
 ) -> ClaimedRun | None:
     """See `RunStore.claim_run`."""
-    now = database_now(connection)
-    at = payloads.time(now)
     lock_thread(connection, tenant, get_run(connection, tenant, run_id, lock=False).thread_id)
     row = get_run(connection, tenant, run_id, lock=True)
+    now = row.now
+    at = payloads.time(now)
     status = RunStatus(row.status)
     if status.is_ended or status is RunStatus.WAITING:
         return None
     if not although_paused:
         check_not_paused(connection, row)
     named = {"tenant": tenant, "run_id": run_id, "now": now, "at": at}
-    if connection.execute(_IS_DUE, named).first() is None:
+    if _IS_DUE.first(connection, named) is None:
         is_late = row.start_deadline_at is not None and row.start_deadline_at <= at
         if status is RunStatus.QUEUED and (row.available_at > at or is_late):
             return None
         raise ThreadBusyError(row.thread_id, run_id if status is RunStatus.RUNNING else None)
     claimant = _Claimant(worker, instance or worker, lease)
-    return _take(connection, payloads, row, now, claimant, is_patient=True)
+    return _take(connection, payloads, row, now, claimant)
 
 
 def _take(
@@ -282,18 +296,18 @@ def _take(
     row: sa.Row[Any],
     now: datetime,
     claimant: _Claimant,
-    *,
-    is_patient: bool,
 ) -> ClaimedRun | None:
     """Give a due run to a worker; `None` if it turns out not to be due any more."""
-    last_token = _lock(connection, row.tenant, row.thread_id, is_patient=is_patient)
-    if last_token is None:
-        if _is_known(connection, row):
+    # Whoever asked for this run alone has locked its thread already.
+    of_thread = {"of_tenant": row.tenant, "of_thread": row.thread_id}
+    thread = _TRY_THREAD.first(connection, of_thread)
+    if thread is None:
+        if _IS_KNOWN.first(connection, of_thread) is not None:
             return None  # somebody is about to take it, or to add a run to its thread
-        last_token = lock_thread(connection, row.tenant, row.thread_id)
+        thread = lock_thread(connection, row.tenant, row.thread_id)
     # Read again under the lock on the thread: a claim of another run of it may have been first.
-    is_behind, has_rollback = connection.execute(_LOOK_AGAIN, {"seq": row.seq}).one()
-    if is_behind:
+    again = _LOOK_AGAIN.one(connection, {"seq": row.seq})
+    if again.is_behind:
         return None
     is_recovery = row.status == RunStatus.RUNNING
     try:
@@ -313,7 +327,7 @@ def _take(
         "losses": losses_of(row),
     }
     isolation = isolation_of(row, claimant.lease) if is_suspect(row) else None
-    token = _set_token(connection, row.tenant, row.thread_id, last_token + 1)
+    token = _set_token(connection, row.tenant, row.thread_id, thread.token + 1)
     log = [NewEvent(type="run.claimed", data={"worker": claimant.worker, "token": token})]
     if is_recovery:
         log.insert(
@@ -348,16 +362,9 @@ def _take(
         ),
         reason="recovery" if is_recovery else row.wake_reason,
         isolation=isolation,
-        rolled_back=_rolled_back(connection, row) if has_rollback else (),
+        rolled_back=_rolled_back(connection, row) if again.has_rollback else (),
         traceparent=row.traceparent,
     )
-
-
-def _is_known(connection: Connection, row: sa.Row[Any]) -> bool:
-    query = sa.select(leases.c.token).where(
-        leases.c.tenant == row.tenant, leases.c.thread_id == row.thread_id
-    )
-    return connection.execute(query).first() is not None
 
 
 def _rolled_back(connection: Connection, row: sa.Row[Any]) -> tuple[str, ...]:
@@ -376,8 +383,7 @@ def _rolled_back(connection: Connection, row: sa.Row[Any]) -> tuple[str, ...]:
 
 
 def _set_token(connection: Connection, tenant: str, thread_id: str, token: int) -> FencingToken:
-    named = {"in_tenant": tenant, "named": thread_id, "token": token}
-    connection.execute(_SET_TOKEN, named)
+    _SET_TOKEN.run(connection, {"of_tenant": tenant, "of_thread": thread_id, "token": token})
     return FencingToken(token)
 
 
@@ -404,11 +410,10 @@ def raise_token(
     connection: Connection, payloads: Payloads, lease: Lease, *, above: FencingToken
 ) -> Lease:
     """See `RunStore.raise_token`."""
-    now = database_now(connection)
-    last_token = lock_thread(connection, lease.tenant, lease.thread_id)
-    row = get_held_run(connection, lease, now)
-    token = _set_token(connection, lease.tenant, lease.thread_id, max(last_token, above) + 1)
-    change_run(connection, row, payloads, now, token=token)
+    thread = lock_thread(connection, lease.tenant, lease.thread_id)
+    row = get_held_run(connection, lease)
+    token = _set_token(connection, lease.tenant, lease.thread_id, max(thread.token, above) + 1)
+    change_run(connection, row, payloads, row.now, token=token)
     return replace(lease, token=token)
 
 

@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from agentflow.database.engine import now as database_now
+from agentflow.database.prepared import Prepared
 from agentflow.database.tables import pauses
 from agentflow.errors import IllegalTransitionError, PausedError
 from agentflow.storage.rows import (
@@ -55,7 +56,7 @@ class Paused:
 
 def paused(connection: Connection, tenant: str) -> Paused:
     """Read what is paused."""
-    found = connection.execute(_FIND_PAUSED, {"tenant": tenant})
+    found = _FIND_PAUSED.all(connection, {"tenant": tenant})
     return Paused(frozenset((row.scope, row.name) for row in found))
 
 
@@ -63,7 +64,11 @@ def _concerns(tenant: Any) -> sa.ColumnElement[bool]:
     return sa.or_(pauses.c.tenant == tenant, pauses.c.scope == STORE)
 
 
-_FIND_PAUSED = sa.select(pauses.c.scope, pauses.c.name).where(_concerns(sa.bindparam("tenant")))
+_FIND_PAUSED = Prepared(
+    sa.select(pauses.c.scope, pauses.c.name).where(
+        _concerns(sa.bindparam("tenant"))
+    )
+)
 
 
 def check_not_paused(connection: Connection, row: sa.Row[Any]) -> None:

@@ -100,11 +100,7 @@ class SqlRunStore(RunStore):
         create = partial(
             submission.create_run, self._payloads, tenant, spec, row, on_existing, on_busy
         )
-        try:
-            created = await self._database.write(create)
-        except sa.exc.IntegrityError:
-            # Another process has just stored a run of this id; now it can be compared.
-            created = await self._database.write(create)
+        created = await self._database.write(create)
         self._tell("due")
         if on_busy in {"interrupt", "rollback"}:
             self._tell("stop", "settled")
