@@ -16,7 +16,11 @@ from sqlalchemy.dialects.sqlite import pysqlite
 from sqlalchemy.engine import Connection
 from sqlalchemy.engine.result import IteratorResult, SimpleResultMetaData
 
+from agentflow.database.session import Session, raw_cursor
+
 Parameters = Mapping[str, Any]
+On = Connection | Session
+"""Where a statement runs: in SQLAlchemy's transaction, or on the bare connection."""
 _Convert = Callable[[Any], Any]
 
 _CURSOR = "agentflow_cursor"
@@ -30,7 +34,7 @@ _DIALECTS: Mapping[str, sa.Dialect] = {
 class Prepared:
     """A statement; parameters without a value are to be given with each execution.
 
-    It runs inside the transaction of SQLAlchemy's connection. The driver's errors come as they are.
+    The driver's errors come as they are.
     """
 
     def __init__(self, statement: Any) -> None:
@@ -38,31 +42,32 @@ class Prepared:
         self._statement = statement
         self._compiled: dict[str, _Compiled] = {}
 
-    def all(self, connection: Connection, parameters: Parameters) -> Sequence[sa.Row[Any]]:
+    def all(self, on: On, parameters: Parameters) -> Sequence[sa.Row[Any]]:
         """Run the statement and return its rows."""
-        compiled, cursor = self.execute(connection, parameters)
+        compiled, cursor = self.execute(on, parameters)
         return compiled.rows(cursor.fetchall())
 
-    def first(self, connection: Connection, parameters: Parameters) -> sa.Row[Any] | None:
+    def first(self, on: On, parameters: Parameters) -> sa.Row[Any] | None:
         """Run the statement and return its first row, if there is one."""
-        rows = self.all(connection, parameters)
+        rows = self.all(on, parameters)
         return rows[0] if rows else None
 
-    def one(self, connection: Connection, parameters: Parameters) -> sa.Row[Any]:
+    def one(self, on: On, parameters: Parameters) -> sa.Row[Any]:
         """Run the statement and return its only row."""
-        (row,) = self.all(connection, parameters)
+        (row,) = self.all(on, parameters)
         return row
 
-    def run(self, connection: Connection, parameters: Parameters) -> int:
+    def run(self, on: On, parameters: Parameters) -> int:
         """Run the statement and return how many rows it has touched."""
-        _, cursor = self.execute(connection, parameters)
+        _, cursor = self.execute(on, parameters)
         count: int = cursor.rowcount
         return count
 
-    def execute(self, connection: Connection, parameters: Parameters) -> tuple[_Compiled, Any]:
+    def execute(self, on: On, parameters: Parameters) -> tuple[_Compiled, Any]:
         """Run the statement; return it as it was run, and the driver's cursor on what came back."""
-        compiled = self.compiled(connection.dialect.name)
-        cursor = _cursor(connection)
+        is_bare = isinstance(on, Session)
+        compiled = self.compiled(on.dialect if is_bare else on.dialect.name)
+        cursor = on.cursor if is_bare else _cursor(on)
         cursor.execute(compiled.text, compiled.bind(parameters))
         return compiled, cursor
 
@@ -132,11 +137,6 @@ def _cursor(connection: Connection) -> Any:
     if cursor is None:
         raw = connection.connection.driver_connection
         assert raw is not None
-        if connection.dialect.name == "sqlite":
-            cursor = raw.cursor()
-        else:
-            from psycopg import RawCursor
-
-            cursor = RawCursor(raw)
+        cursor = raw_cursor(raw, connection.dialect.name)
         info[_CURSOR] = cursor
     return cursor

@@ -19,7 +19,7 @@ from sqlalchemy.engine import Connection
 
 from agentflow.codec import Codec, context_of, envelope_of_version_1
 from agentflow.database.engine import StoreNow
-from agentflow.database.prepared import Prepared
+from agentflow.database.prepared import On, Prepared
 from agentflow.database.statements import insert_new
 from agentflow.database.tables import dead_letters, events, logs, pauses, runs, waits
 from agentflow.errors import (
@@ -219,7 +219,7 @@ _FIND_RUN = Prepared(sa.select(runs).where(*_OF_RUN))
 _LOCK_RUN = Prepared(sa.select(runs, StoreNow().label("now")).where(*_OF_RUN).with_for_update())
 
 
-def find_run(connection: Connection, tenant: str, run_id: str, *, lock: bool) -> sa.Row[Any] | None:
+def find_run(connection: On, tenant: str, run_id: str, *, lock: bool) -> sa.Row[Any] | None:
     """Read a run's row, locked against other transitions if asked.
 
     A locked row has one column more, the time of the database's clock (`now`).
@@ -228,7 +228,7 @@ def find_run(connection: Connection, tenant: str, run_id: str, *, lock: bool) ->
     return (_LOCK_RUN if lock else _FIND_RUN).first(connection, named)
 
 
-def get_run(connection: Connection, tenant: str, run_id: str, *, lock: bool) -> sa.Row[Any]:
+def get_run(connection: On, tenant: str, run_id: str, *, lock: bool) -> sa.Row[Any]:
     """Read a run's row; `NotFoundError` if there is none."""
     row = find_run(connection, tenant, run_id, lock=lock)
     if row is None:

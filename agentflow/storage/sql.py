@@ -14,6 +14,7 @@ from sqlalchemy.engine import Connection
 
 from agentflow.codec import Codec
 from agentflow.database import Database
+from agentflow.database.session import Session
 from agentflow.database.tables import dead_letters, events, runs, waits
 from agentflow.errors import InvalidInputError
 from agentflow.storage import attempts, claims, endings, letters, pauses, submission, workers
@@ -107,10 +108,10 @@ class SqlRunStore(RunStore):
         return created
 
     async def get_run(self, tenant: str, run_id: str) -> Run:
-        def read(connection: Connection) -> Run:
-            return to_run(get_run(connection, tenant, run_id, lock=False), self._payloads)
+        def read(session: Session) -> sa.Row[Any]:
+            return get_run(session, tenant, run_id, lock=False)
 
-        return await self._database.read(read)
+        return to_run(await self._database.query(read), self._payloads)
 
     async def list_runs(
         self,
@@ -324,10 +325,10 @@ class SqlRunStore(RunStore):
         return run
 
     async def get_wait(self, tenant: str, wait_id: str) -> Approval:
-        def read(connection: Connection) -> Approval:
-            return to_approval(get_wait(connection, tenant, wait_id), self._payloads)
+        def read(session: Session) -> sa.Row[Any]:
+            return get_wait(session, tenant, wait_id)
 
-        return await self._database.read(read)
+        return to_approval(await self._database.query(read), self._payloads)
 
     async def list_waits(
         self,

@@ -7,7 +7,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from agentflow.database.prepared import Prepared
+from agentflow.database.prepared import On, Prepared
 from agentflow.database.tables import waits
 from agentflow.errors import (
     AlreadyResolvedError,
@@ -52,9 +52,7 @@ _RESOLVE = Prepared(
 )
 
 
-def get_wait(
-    connection: Connection, tenant: str, wait_id: str, *, lock: bool = False
-) -> sa.Row[Any]:
+def get_wait(connection: On, tenant: str, wait_id: str, *, lock: bool = False) -> sa.Row[Any]:
     """Read a wait's row, locked if asked; `NotFoundError` if there is none."""
     query = _LOCK_WAIT if lock else _FIND_WAIT
     row = query.first(connection, {"of_tenant": tenant, "of_id": wait_id})
