@@ -20,6 +20,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from types import TracebackType
@@ -56,7 +57,14 @@ from agentflow.checkpoint.pruning import (
 )
 from agentflow.checkpoint.records import column_text
 from agentflow.checkpoint.retention import Chooser, Retention, SweepReport, sweep
-from agentflow.checkpoint.rows import FoundCheckpoint, HeadKey, Rows, ThreadKey, ThreadState
+from agentflow.checkpoint.rows import (
+    FoundCheckpoint,
+    Head,
+    HeadKey,
+    Rows,
+    ThreadKey,
+    ThreadState,
+)
 from agentflow.checkpoint.sql import open_rows
 from agentflow.checkpoint.verbs import copy_thread
 from agentflow.codec import Codec
@@ -223,21 +231,18 @@ class Saver(BaseCheckpointSaver[str]):
         """
         thread = self._thread_key(lease.thread_id)
         self._intake.store_held(thread)
-        taken = self._intake.verb(
-            thread, lambda rows: rows.set_lease(thread, lease.token, is_leased=True)
-        )
+        taken = self._intake.set_lease(thread, lease.token, is_leased=True)
         state: ThreadState = await self._database.settled(taken)
         # Whoever takes it is about to read it and to write it.
-        self._intake.observe(thread, state)
+        heads: dict[str, Head | None] = {} if state.seq else {"": None}
+        self._intake.observe(thread, replace(state, heads=heads))
         return FencingToken(state.token)
 
     async def release(self, lease: Lease) -> None:
         """Give the thread back, if it is still held under the lease's token."""
         thread = self._thread_key(lease.thread_id)
         self._intake.store_held(thread)
-        released = self._intake.verb(
-            thread, lambda rows: rows.set_lease(thread, lease.token, is_leased=False)
-        )
+        released = self._intake.set_lease(thread, lease.token, is_leased=False)
         await self._database.settled(released)
         self._intake.forget_lease(thread, lease)
 

@@ -136,12 +136,12 @@ def park_run(
     *,
     checkpoint_id: str | None,
     step: int | None,
-) -> None:
-    """See `RunStore.park_run`."""
+) -> bool:
+    """See `RunStore.park_run`; say whether the run waits."""
     row = get_held_run(connection, lease)
     now = row.now
     if honour_cancel(connection, payloads, row, now):
-        return
+        return False
     known = {
         (wait.ns, wait.interrupt_id, wait.checkpoint_id): wait
         for wait in connection.execute(
@@ -177,6 +177,7 @@ def park_run(
         log=log,
         **changes,
     )
+    return not is_answered
 
 
 def _supersede(

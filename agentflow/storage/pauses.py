@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -56,17 +56,22 @@ class Paused:
 
 def paused(connection: Connection, tenant: str) -> Paused:
     """Read what is paused."""
-    found = _FIND_PAUSED.all(connection, {"tenant": tenant})
-    return Paused(frozenset((row.scope, row.name) for row in found))
+    return paused_of(_FIND_PAUSED.all(connection, {"tenant": tenant}))
 
 
-def _concerns(tenant: Any) -> sa.ColumnElement[bool]:
+def paused_of(found: Sequence[sa.Row[Any]]) -> Paused:
+    """Return what is paused by rows with `scope` and `name`; one that has none says nothing."""
+    return Paused(frozenset((row.scope, row.name) for row in found if row.scope is not None))
+
+
+def concerns(tenant: Any) -> sa.ColumnElement[bool]:
+    """Whether a pause concerns a tenant."""
     return sa.or_(pauses.c.tenant == tenant, pauses.c.scope == STORE)
 
 
 _FIND_PAUSED = Prepared(
     sa.select(pauses.c.scope, pauses.c.name).where(
-        _concerns(sa.bindparam("tenant"))
+        concerns(sa.bindparam("tenant"))
     )
 )
 
@@ -189,7 +194,7 @@ def _find(connection: Connection, key: dict[str, str]) -> sa.Row[Any] | None:
 
 def list_pauses(connection: Connection, payloads: Payloads, tenant: str) -> tuple[Pause, ...]:
     """See `RunStore.list_pauses`."""
-    query = sa.select(pauses).where(_concerns(tenant)).order_by(pauses.c.at, pauses.c.name)
+    query = sa.select(pauses).where(concerns(tenant)).order_by(pauses.c.at, pauses.c.name)
     return tuple(to_pause(row, payloads) for row in connection.execute(query))
 
 

@@ -277,28 +277,36 @@ CLEARED: Mapping[str, Any] = {
 
 
 @cache
-def _update_run(columns: tuple[str, ...]) -> Prepared:
-    """Return the statement that sets these columns of a run; verbs have few such sets."""
-    return Prepared(
+def _update_run(columns: tuple[str, ...], events_before: int = 0) -> Prepared:
+    """Return the statement that sets these columns of a run; verbs have few such sets.
+
+    On PostgreSQL it may insert events as well, whose parameters are numbered.
+    """
+    statement = (
         sa.update(runs)
         .where(
             runs.c.tenant == sa.bindparam("of_tenant"), runs.c.run_id == sa.bindparam("of_run_id")
         )
         .values({name: sa.bindparam(name, type_=runs.c[name].type) for name in columns})
     )
+    if events_before:
+        statement = statement.add_cte(_insert(events_before).cte("log"))
+    return Prepared(statement)
 
 
 @cache
 def _insert_events(count: int) -> Prepared:
+    return Prepared(_insert(count))
+
+
+def _insert(count: int) -> sa.Insert:
     """Return the statement that inserts so many events, whose parameters are numbered."""
     names = [column.name for column in events.c]
-    return Prepared(
-        sa.insert(events).values(
-            [
-                {name: sa.bindparam(f"{name}_{i}", type_=events.c[name].type) for name in names}
-                for i in range(count)
-            ]
-        )
+    return sa.insert(events).values(
+        [
+            {name: sa.bindparam(f"{name}_{i}", type_=events.c[name].type) for name in names}
+            for i in range(count)
+        ]
     )
 
 
@@ -322,10 +330,16 @@ def change_run(
         values["status"] = status.value
         if status.is_ended:
             values["ended_at"] = now
-    end = append_events(connection, payloads, _mapping(row), row.run_id, log, now)
+    entries, end = chain_events(payloads, _mapping(row), row.run_id, log, now)
     changed = {**end, **values}
-    named = {"of_tenant": row.tenant, "of_run_id": row.run_id}
-    _update_run(tuple(sorted(changed))).run(connection, {**named, **changed})
+    columns = tuple(sorted(changed))
+    named = {"of_tenant": row.tenant, "of_run_id": row.run_id, **changed}
+    if connection.dialect.name == "postgresql" and 0 < len(entries) <= _EVENTS_AT_ONCE:
+        # Each statement is a round trip.
+        _update_run(columns, len(entries)).run(connection, {**named, **_numbered(entries)})
+        return
+    insert_events(connection, entries)
+    _update_run(columns).run(connection, named)
 
 
 def append_to_log(
@@ -398,8 +412,11 @@ def insert_events(connection: Connection, entries: Sequence[Mapping[str, Any]]) 
     """Insert rows of events."""
     for begin in range(0, len(entries), _EVENTS_AT_ONCE):
         some = entries[begin : begin + _EVENTS_AT_ONCE]
-        numbered = {f"{name}_{i}": row[name] for i, row in enumerate(some) for name in row}
-        _insert_events(len(some)).run(connection, numbered)
+        _insert_events(len(some)).run(connection, _numbered(some))
+
+
+def _numbered(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {f"{name}_{i}": row[name] for i, row in enumerate(entries) for name in row}
 
 
 def check_transition(run_id: str, current: RunStatus, wanted: RunStatus) -> None:

@@ -234,8 +234,14 @@ class SqlRunStore(RunStore):
     async def park_run(
         self, lease: Lease, waits: Sequence[NewWait], *, checkpoint_id: str | None, step: int | None
     ) -> None:
-        await self._write(attempts.park_run, lease, waits, checkpoint_id=checkpoint_id, step=step)
-        self._tell_settled(lease.run_id)
+        is_waiting: bool = await self._write(
+            attempts.park_run, lease, waits, checkpoint_id=checkpoint_id, step=step
+        )
+        if is_waiting:
+            # While it waits no other run of its thread is due.
+            self._tell(f"settled:{_topic(lease.run_id)}")
+        else:
+            self._tell_settled(lease.run_id)
 
     async def finish_run(
         self, lease: Lease, output: Any, *, checkpoint_id: str | None, step: int | None
@@ -414,7 +420,9 @@ class SqlRunStore(RunStore):
     async def next_due(
         self, tenant: str, *, queues: Collection[str], graphs: Collection[tuple[str, str]]
     ) -> NextDue:
-        return await self._read(claims.next_due, tenant, queues, graphs)
+        return await self._database.query(
+            lambda session: claims.next_due(session, self._payloads, tenant, queues, graphs)
+        )
 
     async def list_dead_letters(
         self,
@@ -490,7 +498,7 @@ class SqlRunStore(RunStore):
             lambda connection: look(connection, self._payloads, *args, **named)
         )
 
-    def _tell(self, *kinds: ChangeKind) -> None:
+    def _tell(self, *kinds: str) -> None:
         self._database.notices.tell(*kinds)
 
     def _tell_settled(self, run_id: str) -> None:

@@ -81,13 +81,10 @@ def create_run(
     connection: Connection,
 ) -> tuple[Run, bool]:
     """See `RunStore.create_run`; `row` is the encoded submission."""
-    stored = find_run(connection, tenant, spec.run_id, lock=True)
-    if stored is None:
-        made = _insert(payloads, tenant, spec, row, on_busy, connection)
-        if made is not None:
-            return to_run(made, payloads), True
-        # Another process has just stored a run of this id; now it can be compared.
-        stored = get_run(connection, tenant, spec.run_id, lock=True)
+    made = _insert(payloads, tenant, spec, row, on_busy, connection)
+    if made is not None:
+        return to_run(made, payloads), True
+    stored = get_run(connection, tenant, spec.run_id, lock=True)
     _check_same(payloads, stored, row)
     if on_existing == "reject":
         raise IdempotencyConflictError(spec.run_id, "submission (on_existing is 'reject')")
@@ -111,7 +108,7 @@ def _insert(
     now = lock_thread(connection, tenant, spec.thread_id).now
     if on_busy != "enqueue":
         if find_run(connection, tenant, spec.run_id, lock=False) is not None:
-            return None  # stored by whoever held the thread until now
+            return None
         _clear_thread(connection, payloads, tenant, spec, now, on_busy)
     submitted = NewEvent(
         type="run.submitted",
