@@ -10,6 +10,7 @@ import statistics
 import sys
 import threading
 import time
+import unittest.mock
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -21,6 +22,7 @@ from langgraph.graph import START, StateGraph
 
 from agentflow import AgentFlow, request_approval
 from agentflow.database import Database
+from agentflow.database.prepared import Prepared
 from agentflow.database.tables import leases, runs, waits
 from benchmarks import dbos_runs, graphs
 from benchmarks.lab import Lab, interleave
@@ -349,17 +351,19 @@ async def _claim_times(app: AgentFlow) -> dict[str, list[float]]:
 async def _plan(app: AgentFlow) -> list[str]:
     """Return PostgreSQL's plan for finding what is due, as a claim asks for it."""
     asked: list[tuple[str, Any]] = []
+    execute = Prepared.execute
 
-    def note(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
-        if "SKIP LOCKED" in statement and "'queued'" in statement:
-            asked.append((f"EXPLAIN {statement}", parameters))
+    def noted(statement: Prepared, on: Any, parameters: Any) -> Any:
+        compiled = statement.compiled("postgresql")
+        if "SKIP LOCKED" in compiled.text and "'queued'" in compiled.text:
+            asked.append((f"EXPLAIN {compiled.text}", compiled.bind(parameters)))
+        return execute(statement, on, parameters)
 
     await app.submit("count", {"count": 0, "value": ""}, run_id="explained")
-    sa.event.listen(sa.Engine, "before_cursor_execute", note)
-    await _claim(app)
-    sa.event.remove(sa.Engine, "before_cursor_execute", note)
+    with unittest.mock.patch.object(Prepared, "execute", noted):
+        await _claim(app)
     database: Database = app._store._database  # type: ignore[attr-defined]  # of SqlRunStore
-    plan = await database.write(lambda connection: connection.exec_driver_sql(*asked[0]).all())
+    plan = await database.query(lambda session: session.fetch(*asked[0]))
     return [str(line) for (line,) in plan]
 
 

@@ -20,6 +20,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from types import TracebackType
@@ -47,10 +48,17 @@ from agentflow.checkpoint.policy import Save, SavePolicy
 from agentflow.checkpoint.pruning import Selection, check_leases, delete, prune
 from agentflow.checkpoint.records import column_text
 from agentflow.checkpoint.retention import Chooser, Retention, SweepReport, sweep
-from agentflow.checkpoint.rows import FoundCheckpoint, HeadKey, Rows, ThreadKey
+from agentflow.checkpoint.rows import (
+    FoundCheckpoint,
+    Head,
+    HeadKey,
+    Rows,
+    ThreadKey,
+    ThreadState,
+)
 from agentflow.checkpoint.sql import open_rows
 from agentflow.checkpoint.steps import Ask, Change, Read, Steps
-from agentflow.checkpoint.verbs import acquire_thread, copy_thread, release_thread
+from agentflow.checkpoint.verbs import copy_thread
 from agentflow.codec import Codec
 from agentflow.database import Database
 from agentflow.database.futures import Future
@@ -215,14 +223,18 @@ class Saver(BaseCheckpointSaver[str]):
         """
         thread = self._thread_key(lease.thread_id)
         self._intake.store_held(thread)
-        acquired = self._intake.verb(thread, lambda rows: acquire_thread(rows, thread, lease))
-        return FencingToken(await self._database.settled(acquired))
+        taken = self._intake.set_lease(thread, lease.token, is_leased=True)
+        state: ThreadState = await self._database.settled(taken)
+        # Whoever takes it is about to read it and to write it.
+        heads: dict[str, Head | None] = {} if state.seq else {"": None}
+        self._intake.observe(thread, replace(state, heads=heads))
+        return FencingToken(state.token)
 
     async def release(self, lease: Lease) -> None:
         """Give the thread back, if it is still held under the lease's token."""
         thread = self._thread_key(lease.thread_id)
         self._intake.store_held(thread)
-        released = self._intake.verb(thread, lambda rows: release_thread(rows, thread, lease))
+        released = self._intake.set_lease(thread, lease.token, is_leased=False)
         await self._database.settled(released)
         self._intake.forget_lease(thread, lease)
 
@@ -654,12 +666,16 @@ class Saver(BaseCheckpointSaver[str]):
         """
         key, load = self._load(config)
         self._wait_for(key[:2])
+        if self._is_new(key[:2]):
+            return None
         return self._continued(key, self._database.query_now(load))
 
     async def aget_tuple(self, config: RunnableConfig) -> CheckpointTuple | None:
         """Load a checkpoint; see `get_tuple`."""
         key, load = self._load(config)
         await self._await(key[:2])
+        if self._is_new(key[:2]):
+            return None
         return self._continued(key, await self._database.query(load))
 
     def list(
@@ -839,6 +855,11 @@ class Saver(BaseCheckpointSaver[str]):
         key = self._head_key(config)
         checkpoint_id = config["configurable"].get("checkpoint_id") or None
         return key, on_rows(lambda rows: self._reader.load(rows, key, checkpoint_id))
+
+    def _is_new(self, thread: ThreadKey) -> bool:
+        """Whether nothing was ever written to the thread, which this saver's lease holds."""
+        lease = self._lease
+        return lease is not None and self._intake.states.is_new(thread, lease.token)
 
     def _continued(self, key: HeadKey, found: CheckpointTuple | None) -> CheckpointTuple | None:
         if found is not None and self._lease is None:

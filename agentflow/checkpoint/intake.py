@@ -25,7 +25,7 @@ from opentelemetry.trace import Span
 
 from agentflow.checkpoint.batch import ThreadStates
 from agentflow.checkpoint.encoding import Encoder, KnownLists
-from agentflow.checkpoint.operations import Put, Verb
+from agentflow.checkpoint.operations import Put, Short, Verb
 from agentflow.checkpoint.planning import Planned, PlannedCheckpoint, PlannedWrites, Seen
 from agentflow.checkpoint.policy import SavePolicy
 from agentflow.checkpoint.rows import HeadKey, Rows, ThreadKey, ThreadState
@@ -386,6 +386,16 @@ class Intake:
             return function(rows)
 
         return self._database.submit(Verb(run))
+
+    def set_lease(self, thread: ThreadKey, token: int, *, is_leased: bool) -> Future:
+        """Have a thread taken or given back; see `Rows.set_lease`."""
+        self.check_fork()
+
+        def run(rows: Rows) -> ThreadState | None:
+            self.states.forget(thread)
+            return rows.set_lease(thread, token, is_leased=is_leased)
+
+        return self._database.submit(Short(run))
 
     def step(self, thread: ThreadKey | None, function: Callable[[Rows], Any]) -> Future:
         """Run a step of something longer with the writer, in a transaction of its own.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from agentflow.checkpoint.batch import After, Batch, ThreadStates
@@ -87,3 +88,25 @@ class Verb(Operation):
     def run(cls, session: Session, operations: Sequence[Verb]) -> list[Any]:
         """Call each function in turn."""
         return [operation.function(open_rows(session)) for operation in operations]
+
+
+class Short(Operation):
+    """A change of a thread that is one statement, decides by itself, and is safe to run twice."""
+
+    resendable = True
+
+    def __init__(self, function: Callable[[Rows], Any]) -> None:
+        """Run `function`; what it returns is the outcome."""
+        super().__init__()
+        self.function = function
+
+    @classmethod
+    def commits_itself(cls) -> bool:
+        """One commits by its statement; several share a commit."""
+        return True
+
+    @classmethod
+    def run(cls, session: Session, operations: Sequence[Short]) -> list[Any]:
+        """Call each function in turn."""
+        with session.transaction() if len(operations) > 1 else nullcontext():
+            return [operation.function(open_rows(session)) for operation in operations]

@@ -496,8 +496,12 @@ class Rows(ABC):
         """Delete rows of a thread whatever they are; say whether none is left."""
 
     @abstractmethod
-    def set_lease(self, thread: ThreadState, *, token: int, is_leased: bool) -> None:
-        """Change who may write a thread that is locked."""
+    def set_lease(self, thread: ThreadKey, token: int, *, is_leased: bool) -> ThreadState | None:
+        """Take a thread for a token, or give it back, and return its state without heads.
+
+        It is taken unless its token is higher. It is given back only if the token is its own; else
+        nothing happens, and nothing need be returned.
+        """
 
     @abstractmethod
     def raise_tokens(self, by: int) -> None:

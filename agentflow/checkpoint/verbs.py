@@ -38,25 +38,6 @@ def lock(rows: Rows, thread: ThreadKey) -> ThreadState:
     return rows.load_states({thread: ()}, lock=True)[thread][0]
 
 
-def acquire_thread(rows: Rows, thread: ThreadKey, lease: Lease) -> int:
-    """Take a thread for a lease: from now on only its token may write.
-
-    Returns:
-        The thread's token: the lease's own if it was taken, a higher one if not.
-    """
-    state = lock(rows, thread)
-    if lease.token >= state.token:
-        rows.set_lease(state, token=lease.token, is_leased=True)
-    return max(lease.token, state.token)
-
-
-def release_thread(rows: Rows, thread: ThreadKey, lease: Lease) -> None:
-    """Give a thread back, if it is still held under the lease's token."""
-    state = lock(rows, thread)
-    if state.token == lease.token:
-        rows.set_lease(state, token=state.token, is_leased=False)
-
-
 def copy_thread(
     rows: Rows,
     codec: Codec,

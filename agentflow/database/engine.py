@@ -7,15 +7,17 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import URL, Connection, Engine, make_url
+from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.pool import StaticPool
 
 from agentflow.config import Settings
+from agentflow.database.prepared import Prepared
 from agentflow.database.tables import Timestamp
 from agentflow.errors import (
     MissingDriverError,
@@ -296,22 +298,32 @@ def display_url(url: URL) -> str:
     return url.set(query={}).render_as_string(hide_password=True)
 
 
+class StoreNow(sa.ColumnElement[datetime]):
+    """The time of the database's clock, which judges leases, as a column of a query."""
+
+    type = Timestamp()
+    inherit_cache = True
+
+
+@compiles(StoreNow, "sqlite")
+def _sqlite_now(_element: StoreNow, _compiler: Any, **_: Any) -> str:
+    # The machine's. `julianday` keeps milliseconds, `CURRENT_TIMESTAMP` seconds only.
+    return "CAST((julianday('now') - 2440587.5) * 86400000000 AS INTEGER)"
+
+
+@compiles(StoreNow, "postgresql")
+def _postgres_now(_element: StoreNow, _compiler: Any, **_: Any) -> str:
+    # Not the time at which the transaction began: it may hold many verbs.
+    return "CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000000 AS BIGINT)"
+
+
+_NOW = Prepared(sa.select(StoreNow().label("now")))
+
+
 def now(connection: Connection) -> datetime:
     """Return the time of the database's clock, which judges leases."""
-    if connection.dialect.name == "postgresql":
-        server_time: datetime = connection.execute(_PG_NOW).scalar_one()
-        return server_time.astimezone(UTC)
-    machine_time: datetime = connection.execute(_SQLITE_NOW).scalar_one()
-    return machine_time
-
-
-# SQLite's clock is the machine's; `julianday` keeps milliseconds, `CURRENT_TIMESTAMP` seconds only.
-_SQLITE_NOW: sa.Select[Any] = sa.select(
-    sa.type_coerce(
-        sa.text("CAST((julianday('now') - 2440587.5) * 86400000000 AS INTEGER)"), Timestamp
-    )
-)
-_PG_NOW = sa.text("SELECT clock_timestamp()")
+    time: datetime = _NOW.one(connection, {}).now
+    return time
 
 
 _PRIMARY = 0xFF

@@ -30,7 +30,7 @@ class Session:
             connection: SQLAlchemy's connection on it, inside the transaction to run in.
         """
         self._raw = raw
-        self._cursor: Any = raw.cursor() if dialect == "sqlite" else _raw_cursor(raw)
+        self._cursor: Any = raw_cursor(raw, dialect)
         self._connection = connection
         self.dialect = dialect
         self._is_open = connection is not None
@@ -41,6 +41,11 @@ class Session:
     def inside(cls, connection: Connection) -> Session:
         """Return a session inside the transaction of SQLAlchemy's connection."""
         return cls(connection.connection.driver_connection, connection.dialect.name, connection)
+
+    @property
+    def cursor(self) -> Any:
+        """The driver's cursor, for statements in the database's own words."""
+        return self._cursor
 
     @property
     def is_open(self) -> bool:
@@ -134,8 +139,10 @@ class Session:
             action()
 
 
-def _raw_cursor(connection: Any) -> Any:
+def raw_cursor(connection: Any, dialect: str) -> Any:
     """Return a cursor that sends statements as they are, since reading long ones takes long."""
+    if dialect == "sqlite":
+        return connection.cursor()
     import psycopg
 
     return psycopg.RawCursor(connection)

@@ -21,14 +21,6 @@ def insert_new(connection: Connection, table: sa.Table, rows: Rows) -> None:
     connection.execute(_insert_new(connection.dialect.name, table), list(rows))
 
 
-def insert_or_lock(
-    connection: Connection, table: sa.Table, row: Mapping[str, Any], column: str
-) -> Any:
-    """Insert a row, or lock the one with its primary key, and return a column of what is there."""
-    statement = _insert_or_lock(connection.dialect.name, table, column)
-    return connection.execute(statement, dict(row)).scalar_one()
-
-
 def replace(connection: Connection, table: sa.Table, rows: Rows) -> None:
     """Insert whole rows, in place of those with the same primary key."""
     connection.execute(_replace(connection.dialect.name, table), list(rows))
@@ -36,29 +28,19 @@ def replace(connection: Connection, table: sa.Table, rows: Rows) -> None:
 
 @cache
 def _insert_new(dialect: str, table: sa.Table) -> Any:
-    return _insert(dialect, table).on_conflict_do_nothing(index_elements=_key(table))
+    return insert_of(dialect, table).on_conflict_do_nothing(index_elements=_key(table))
 
 
 @cache
 def _replace(dialect: str, table: sa.Table) -> Any:
-    statement = _insert(dialect, table)
+    statement = insert_of(dialect, table)
     excluded = statement.excluded
     others = {c.name: excluded[c.name] for c in table.columns if not c.primary_key}
     return statement.on_conflict_do_update(index_elements=_key(table), set_=others)
 
 
-@cache
-def _insert_or_lock(dialect: str, table: sa.Table, column: str) -> Any:
-    # A row is locked by writing to it what stands there.
-    same = {column: table.c[column]}
-    return (
-        _insert(dialect, table)
-        .on_conflict_do_update(index_elements=_key(table), set_=same)
-        .returning(table.c[column])
-    )
-
-
-def _insert(dialect: str, table: sa.Table) -> Any:
+def insert_of(dialect: str, table: sa.Table) -> Any:
+    """Return an insert of a database's own kind, which says what to do on a conflict."""
     return (postgresql if dialect == "postgresql" else sqlite).insert(table)
 
 

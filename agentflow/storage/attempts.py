@@ -9,7 +9,6 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from agentflow.database.engine import now as database_now
 from agentflow.database.tables import runs, waits
 from agentflow.errors import IllegalTransitionError
 from agentflow.storage.endings import (
@@ -56,8 +55,8 @@ def start_attempt(
     traceparent: str | None,
 ) -> AttemptStart:
     """See `RunStore.start_attempt`."""
-    now = database_now(connection)
-    row = get_held_run(connection, lease, now)
+    row = get_held_run(connection, lease)
+    now = row.now
     attempt, losses, is_isolated = row.attempt, row.losses or 0, bool(row.is_isolated)
     pardoned = row.pardoned
     if row.progress not in {None, progress}:
@@ -102,8 +101,8 @@ def start_attempt(
 
 def end_isolation(connection: Connection, payloads: Payloads, lease: Lease) -> None:
     """See `RunStore.end_isolation`."""
-    now = database_now(connection)
-    row = get_held_run(connection, lease, now)
+    row = get_held_run(connection, lease)
+    now = row.now
     change_run(connection, row, payloads, now, is_isolated=False, pardoned=row.losses)
 
 
@@ -111,8 +110,8 @@ def finish_rollback(
     connection: Connection, payloads: Payloads, lease: Lease, run_ids: Collection[str]
 ) -> None:
     """See `RunStore.finish_rollback`."""
-    now = database_now(connection)
-    held = get_held_run(connection, lease, now)
+    held = get_held_run(connection, lease)
+    now = held.now
     query = (
         sa.select(runs)
         .where(
@@ -137,12 +136,12 @@ def park_run(
     *,
     checkpoint_id: str | None,
     step: int | None,
-) -> None:
-    """See `RunStore.park_run`."""
-    now = database_now(connection)
-    row = get_held_run(connection, lease, now)
+) -> bool:
+    """See `RunStore.park_run`; say whether the run waits."""
+    row = get_held_run(connection, lease)
+    now = row.now
     if honour_cancel(connection, payloads, row, now):
-        return
+        return False
     known = {
         (wait.ns, wait.interrupt_id, wait.checkpoint_id): wait
         for wait in connection.execute(
@@ -178,6 +177,7 @@ def park_run(
         log=log,
         **changes,
     )
+    return not is_answered
 
 
 def _supersede(
@@ -237,8 +237,8 @@ def finish_run(
     step: int | None,
 ) -> None:
     """See `RunStore.finish_run`; the output is sealed already."""
-    now = database_now(connection)
-    row = get_held_run(connection, lease, now)
+    row = get_held_run(connection, lease)
+    now = row.now
     log = withdraw_waits(connection, row, now, status=WaitStatus.SUPERSEDED)
     log.append(NewEvent(type="run.succeeded", data={"checkpoint": checkpoint_id, "step": step}))
     change_run(
@@ -268,8 +268,8 @@ def retry_run(
     step: int | None,
 ) -> None:
     """See `RunStore.retry_run`."""
-    now = database_now(connection)
-    row = get_held_run(connection, lease, now)
+    row = get_held_run(connection, lease)
+    now = row.now
     if honour_cancel(connection, payloads, row, now):
         return
     failure = clipped(failure)
@@ -305,8 +305,8 @@ def fail_run(
     step: int | None,
 ) -> None:
     """See `RunStore.fail_run`."""
-    now = database_now(connection)
-    row = get_held_run(connection, lease, now)
+    row = get_held_run(connection, lease)
+    now = row.now
     if honour_cancel(connection, payloads, row, now):
         return
     fail(
@@ -332,8 +332,8 @@ def pause_failed_run(
     step: int | None,
 ) -> None:
     """See `RunStore.pause_failed_run`."""
-    now = database_now(connection)
-    row = get_held_run(connection, lease, now)
+    row = get_held_run(connection, lease)
+    now = row.now
     if honour_cancel(connection, payloads, row, now):
         return
     failure = clipped(failure)
@@ -360,8 +360,8 @@ def release_run(
     connection: Connection, payloads: Payloads, lease: Lease, *, reason: str, counts: bool
 ) -> None:
     """See `RunStore.release_run`."""
-    now = database_now(connection)
-    row = get_held_run(connection, lease, now)
+    row = get_held_run(connection, lease)
+    now = row.now
     if honour_cancel(connection, payloads, row, now):
         return
     change_run(
@@ -380,8 +380,8 @@ def release_run(
 
 def finish_cancel(connection: Connection, payloads: Payloads, lease: Lease) -> None:
     """See `RunStore.finish_cancel`."""
-    now = database_now(connection)
-    row = get_held_run(connection, lease, now)
+    row = get_held_run(connection, lease)
+    now = row.now
     cancel(connection, payloads, row, now, payloads.load(runs.c.cancellation, row) or {})
 
 
@@ -395,8 +395,8 @@ def cancel_run(
     by: str | None,
 ) -> Run:
     """See `RunStore.cancel_run`."""
-    now = database_now(connection)
     row = get_run(connection, tenant, run_id, lock=True)
+    now = row.now
     status = RunStatus(row.status)
     if status in {RunStatus.SUCCEEDED, RunStatus.FAILED}:
         raise IllegalTransitionError(run_id, status.value, RunStatus.CANCELLED.value)

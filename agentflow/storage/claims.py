@@ -10,14 +10,17 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from typing import Any
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from agentflow.database.engine import StoreNow
 from agentflow.database.engine import now as database_now
-from agentflow.database.statements import insert_or_lock
-from agentflow.database.tables import Timestamp, epochs, leases, runs
+from agentflow.database.prepared import On, Prepared
+from agentflow.database.statements import insert_of
+from agentflow.database.tables import Timestamp, epochs, leases, pauses, runs
 from agentflow.errors import (
     BlockedTypeError,
     CodecError,
@@ -26,7 +29,13 @@ from agentflow.errors import (
     UnknownKeyError,
 )
 from agentflow.storage.losses import has_counted, is_suspect, isolation_of, losses_of
-from agentflow.storage.pauses import check_not_paused, paused, reason_to_stop
+from agentflow.storage.pauses import (
+    check_not_paused,
+    concerns,
+    paused,
+    paused_of,
+    reason_to_stop,
+)
 from agentflow.storage.rows import (
     UNFINISHED,
     Payloads,
@@ -48,6 +57,8 @@ from agentflow.types import (
 
 _LOOK_AT_MOST = 1000
 """How many due runs one claim looks at, to get past those that this worker cannot read."""
+_HIGHEST = 2**31 - 1
+"""The highest priority that a column can hold."""
 _REPAIR = timedelta(minutes=1)
 """How long a run whose stored input is damaged is left alone."""
 
@@ -67,10 +78,10 @@ _IS_BEHIND = sa.exists(
         _other.c.tenant == runs.c.tenant,
         _other.c.thread_id == runs.c.thread_id,
         _other.c.seq != runs.c.seq,
-        _other.c.status.in_(UNFINISHED),
+        _other.c.status.in_([sa.literal_column(f"'{status}'") for status in UNFINISHED]),
         sa.or_(
             _other.c.seq < runs.c.seq,
-            _other.c.status.in_((RunStatus.RUNNING.value, RunStatus.WAITING.value)),
+            _other.c.status.in_([sa.literal_column("'running'"), sa.literal_column("'waiting'")]),
         ),
     )
     .correlate(runs)
@@ -98,38 +109,74 @@ _IS_QUEUED = sa.and_(
     runs.c.available_at <= _at,
     sa.or_(runs.c.start_deadline_at.is_(None), runs.c.start_deadline_at > _at),
 )
-_IS_WANTED = sa.and_(
-    runs.c.tenant == sa.bindparam("tenant"),
-    runs.c.queue.in_(sa.bindparam("queues", expanding=True)),
-    sa.tuple_(runs.c.graph, runs.c.version).in_(sa.bindparam("graphs", expanding=True)),
-    runs.c.paused_at.is_(None),
-)
-# Expired runs first: somebody has been waiting for them already.
-_DUE = tuple(sa.and_(_IS_WANTED, due, ~_IS_BEHIND) for due in (is_expired(_now), _IS_QUEUED))
-_LOCK_DUE = tuple(
-    sa.select(runs)
-    .where(due, runs.c.seq.not_in(sa.bindparam("seen", expanding=True)))
-    .order_by(runs.c.priority.desc(), runs.c.seq)
-    .limit(sa.bindparam("room", type_=sa.Integer))
-    .with_for_update(of=runs, skip_locked=True)
-    for due in _DUE
-)
-_IS_DUE = sa.select(runs.c.run_id).where(
-    runs.c.tenant == sa.bindparam("tenant"),
-    runs.c.run_id == sa.bindparam("run_id"),
-    sa.or_(is_expired(_now), _IS_QUEUED),
-    ~_IS_BEHIND,
-)
-_LOOK_AGAIN = sa.select(_IS_BEHIND, _HAS_ROLLBACK).where(runs.c.seq == sa.bindparam("seq"))
-_THREAD = sa.select(leases.c.token).where(
-    leases.c.tenant == sa.bindparam("tenant"), leases.c.thread_id == sa.bindparam("thread_id")
-)
-_SET_TOKEN = sa.update(leases).where(
-    leases.c.tenant == sa.bindparam("in_tenant"), leases.c.thread_id == sa.bindparam("named")
-)
-_LEAST_TOKEN = sa.select(sa.func.coalesce(sa.func.max(epochs.c.token), 0))
-_LOCK_THREAD = _THREAD.with_for_update()
-_TRY_THREAD = _THREAD.with_for_update(skip_locked=True)
+
+
+class _Asking(NamedTuple):
+    """What workers ask about runs of so many queues and so many graphs."""
+
+    lock_due: tuple[Prepared, ...]
+    """Lock what is due behind a place in the order: expired runs, and queued ones."""
+    next_due: Prepared
+
+
+@lru_cache(maxsize=100)
+def _asking(queues: int, graphs: int) -> _Asking:
+    is_wanted = sa.and_(
+        runs.c.tenant == sa.bindparam("tenant"),
+        sa.or_(sa.false(), *(runs.c.queue == sa.bindparam(f"queue_{i}") for i in range(queues))),
+        sa.or_(
+            sa.false(),
+            *(
+                sa.and_(
+                    runs.c.graph == sa.bindparam(f"graph_{i}"),
+                    runs.c.version == sa.bindparam(f"version_{i}"),
+                )
+                for i in range(graphs)
+            ),
+        ),
+        runs.c.paused_at.is_(None),
+    )
+    due = [sa.and_(is_wanted, each, ~_IS_BEHIND) for each in (is_expired(_now), _IS_QUEUED)]
+    is_behind_place = sa.or_(
+        runs.c.priority < sa.bindparam("priority"),
+        sa.and_(
+            runs.c.priority == sa.bindparam("priority"),
+            runs.c.seq > sa.bindparam("after"),
+        ),
+    )
+    return _Asking(
+        lock_due=tuple(
+            Prepared(
+                sa.select(runs)
+                .where(each, is_behind_place)
+                .order_by(runs.c.priority.desc(), runs.c.seq)
+                .limit(sa.bindparam("room", type_=sa.Integer))
+                .with_for_update(of=runs, skip_locked=True)
+            )
+            for each in due
+        ),
+        next_due=Prepared(
+            sa.select(
+                sa.or_(*(sa.exists(sa.select(runs.c.seq).where(each)) for each in due)).label(
+                    "is_claimable"
+                ),
+                _soonest(
+                    runs.c.lease_expires_at,
+                    "status = 'running'",
+                    runs.c.lease_expires_at > _now,
+                    is_wanted,
+                ).label("expiry"),
+                _soonest(
+                    runs.c.start_deadline_at,
+                    "status = 'queued' AND start_deadline_at IS NOT NULL",
+                ).label("start_deadline"),
+                _soonest(
+                    runs.c.deadline_at,
+                    "status IN ('queued', 'waiting') AND deadline_at IS NOT NULL",
+                ).label("deadline"),
+            )
+        ),
+    )
 
 
 def _soonest(column: sa.Column[Any], where: str, *conditions: Any) -> Any:
@@ -139,30 +186,87 @@ def _soonest(column: sa.Column[Any], where: str, *conditions: Any) -> Any:
     return query.scalar_subquery()
 
 
-_NEXT_DUE = sa.select(
-    sa.or_(*(sa.exists(sa.select(runs.c.seq).where(due)) for due in _DUE)),
-    _soonest(
-        runs.c.lease_expires_at, "status = 'running'", runs.c.lease_expires_at > _now, _IS_WANTED
-    ),
-    _soonest(runs.c.start_deadline_at, "status = 'queued' AND start_deadline_at IS NOT NULL"),
-    _soonest(runs.c.deadline_at, "status IN ('queued', 'waiting') AND deadline_at IS NOT NULL"),
+def _named(queues: Sequence[str], graphs: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """Return queues and graphs as parameters."""
+    return {
+        **{f"queue_{i}": queue for i, queue in enumerate(queues)},
+        **{f"graph_{i}": graph for i, (graph, _) in enumerate(graphs)},
+        **{f"version_{i}": version for i, (_, version) in enumerate(graphs)},
+    }
+
+
+# What is paused, if anything, and whether looking for expired runs is worth it.
+_LOOK = Prepared(
+    sa.select(
+        pauses.c.scope,
+        pauses.c.name,
+        StoreNow().label("now"),
+        _soonest(runs.c.lease_expires_at, "status = 'running'").label("expiry"),
+    ).select_from(
+        sa.select(sa.literal_column("1").label("one"))
+        .subquery()
+        .outerjoin(pauses, concerns(sa.bindparam("tenant")))
+    )
 )
+_IS_DUE = Prepared(
+    sa.select(runs.c.run_id).where(
+        runs.c.tenant == sa.bindparam("tenant"),
+        runs.c.run_id == sa.bindparam("run_id"),
+        sa.or_(is_expired(_now), _IS_QUEUED),
+        ~_IS_BEHIND,
+    )
+)
+_LOOK_AGAIN = Prepared(
+    sa.select(_IS_BEHIND.label("is_behind"), _HAS_ROLLBACK.label("has_rollback")).where(
+        runs.c.seq == sa.bindparam("seq")
+    )
+)
+_OF_THREAD = (
+    leases.c.tenant == sa.bindparam("of_tenant"),
+    leases.c.thread_id == sa.bindparam("of_thread"),
+)
+_IS_KNOWN = Prepared(sa.select(leases.c.token).where(*_OF_THREAD))
+_SET_TOKEN = Prepared(sa.update(leases).where(*_OF_THREAD).values(token=sa.bindparam("token")))
+_locked = leases.alias("locked")
+_TRY_THREAD = Prepared(
+    sa.update(leases)
+    .where(
+        leases.c.tenant == sa.bindparam("of_tenant"),
+        leases.c.thread_id
+        == sa.select(_locked.c.thread_id)
+        .where(
+            _locked.c.tenant == sa.bindparam("of_tenant"),
+            _locked.c.thread_id == sa.bindparam("of_thread"),
+        )
+        .with_for_update(skip_locked=True)
+        .scalar_subquery(),
+    )
+    .values(token=leases.c.token + 1)
+    .returning(leases.c.token)
+)
+"""Lock a thread, unless somebody else has, and give it the next token."""
+_LEAST_TOKEN = sa.select(sa.func.coalesce(sa.func.max(epochs.c.token), 0)).scalar_subquery()
 
 
-def lock_thread(connection: Connection, tenant: str, thread_id: str) -> int:
-    """Lock a thread against claims and submissions, and return its token."""
-    token = connection.execute(_LEAST_TOKEN).scalar_one()
-    row = {"tenant": tenant, "thread_id": thread_id, "token": token}
-    return int(insert_or_lock(connection, leases, row, "token"))
+@cache
+def _lock_thread(dialect: str) -> Prepared:
+    """Return the statement that makes or locks the row of a thread."""
+    named = {"tenant": sa.bindparam("of_tenant"), "thread_id": sa.bindparam("of_thread")}
+    return Prepared(
+        insert_of(dialect, leases)
+        .values({**named, "token": _LEAST_TOKEN})
+        # A row is locked by writing to it what stands there.
+        .on_conflict_do_update(
+            index_elements=["tenant", "thread_id"], set_={"token": leases.c.token}
+        )
+        .returning(leases.c.token, StoreNow().label("now"))
+    )
 
 
-def _lock(
-    connection: Connection, tenant: str, thread_id: str, *, is_patient: bool = True
-) -> int | None:
-    query = _LOCK_THREAD if is_patient else _TRY_THREAD
-    named = {"tenant": tenant, "thread_id": thread_id}
-    token = connection.execute(query, named).scalar_one_or_none()
-    return None if token is None else int(token)
+def lock_thread(connection: Connection, tenant: str, thread_id: str) -> sa.Row[Any]:
+    """Lock a thread against claims and submissions; return its `token`, and what time it is."""
+    named = {"of_tenant": tenant, "of_thread": thread_id}
+    return _lock_thread(connection.dialect.name).one(connection, named)
 
 
 def claim_runs(
@@ -178,61 +282,60 @@ def claim_runs(
     lease: timedelta,
 ) -> list[ClaimedRun]:
     """See `RunStore.claim_runs`."""
-    now = database_now(connection)
+    found = _LOOK.all(connection, {"tenant": tenant})
+    now, expiry = found[0].now, found[0].expiry
     claimant = _Claimant(worker, instance or worker, lease)
-    open_queues, open_graphs = paused(connection, tenant).without(queues, graphs)
+    open_queues, open_graphs = paused_of(found).without(queues, graphs)
     if not open_queues or not open_graphs:
         return []
     wanted = {
         "tenant": tenant,
-        "queues": open_queues,
-        "graphs": open_graphs,
         "now": now,
         "at": payloads.time(now),
+        **_named(open_queues, open_graphs),
     }
+    lock_expired, lock_queued = _asking(len(open_queues), len(open_graphs)).lock_due
+    # Expired runs first: somebody has been waiting for them already.
+    queries = [lock_queued] if expiry is None or expiry > now else [lock_expired, lock_queued]
     claimed: list[ClaimedRun] = []
-    for query in _LOCK_DUE:
-        seen: list[int] = []
-        while (room := limit - len(claimed)) > 0 and len(seen) < _LOOK_AT_MOST:
-            rows = connection.execute(query, {**wanted, "seen": seen, "room": room}).all()
-            seen += [row.seq for row in rows]
+    for query in queries:
+        seen, place = 0, {"priority": _HIGHEST, "after": -1}
+        while (room := limit - len(claimed)) > 0 and seen < _LOOK_AT_MOST:
+            rows = query.all(connection, {**wanted, **place, "room": room})
             for row in rows:
                 if is_suspect(row) and claimed:
                     continue  # to be claimed alone, as soon as it is the first
-                taken = _take(connection, payloads, row, now, claimant, is_patient=False)
+                taken = _take(connection, payloads, row, now, claimant)
                 if taken is not None:
                     claimed.append(taken)
                 if claimed and claimed[0].isolation is not None:
                     return claimed
             if len(rows) < room:
                 break
+            seen += len(rows)
+            place = {"priority": rows[-1].priority, "after": rows[-1].seq}
     return claimed
 
 
 def next_due(
-    connection: Connection,
+    connection: On,
     payloads: Payloads,
     tenant: str,
     queues: Collection[str],
     graphs: Collection[tuple[str, str]],
 ) -> NextDue:
     """See `RunStore.next_due`."""
-    now = database_now(connection)
-    open_queues, open_graphs = paused(connection, tenant).without(queues, graphs)
+    found = _LOOK.all(connection, {"tenant": tenant})
+    now = found[0].now
+    open_queues, open_graphs = paused_of(found).without(queues, graphs)
     at = payloads.time(now)
-    wanted = {
-        "tenant": tenant,
-        "queues": open_queues,
-        "graphs": open_graphs,
-        "now": now,
-        "at": at,
-    }
-    is_claimable, expiry, *deadlines = connection.execute(_NEXT_DUE, wanted).one()
-    deadline = min((each for each in deadlines if each is not None), default=None)
+    wanted = {"tenant": tenant, "now": now, "at": at, **_named(open_queues, open_graphs)}
+    due = _asking(len(open_queues), len(open_graphs)).next_due.one(connection, wanted)
+    deadlines = [each for each in (due.start_deadline, due.deadline) if each is not None]
     return NextDue(
-        is_claimable=bool(is_claimable),
-        expiry=None if expiry is None else expiry - now,
-        deadline=None if deadline is None else deadline - at,
+        is_claimable=bool(due.is_claimable),
+        expiry=None if due.expiry is None else due.expiry - now,
+        deadline=min(deadlines) - at if deadlines else None,
     )
 
 
@@ -257,23 +360,23 @@ def claim_run(
     although_paused: bool,
 ) -> ClaimedRun | None:
     """See `RunStore.claim_run`."""
-    now = database_now(connection)
-    at = payloads.time(now)
     lock_thread(connection, tenant, get_run(connection, tenant, run_id, lock=False).thread_id)
     row = get_run(connection, tenant, run_id, lock=True)
+    now = row.now
+    at = payloads.time(now)
     status = RunStatus(row.status)
     if status.is_ended or status is RunStatus.WAITING:
         return None
     if not although_paused:
         check_not_paused(connection, row)
     named = {"tenant": tenant, "run_id": run_id, "now": now, "at": at}
-    if connection.execute(_IS_DUE, named).first() is None:
+    if _IS_DUE.first(connection, named) is None:
         is_late = row.start_deadline_at is not None and row.start_deadline_at <= at
         if status is RunStatus.QUEUED and (row.available_at > at or is_late):
             return None
         raise ThreadBusyError(row.thread_id, run_id if status is RunStatus.RUNNING else None)
     claimant = _Claimant(worker, instance or worker, lease)
-    return _take(connection, payloads, row, now, claimant, is_patient=True)
+    return _take(connection, payloads, row, now, claimant)
 
 
 def _take(
@@ -282,18 +385,19 @@ def _take(
     row: sa.Row[Any],
     now: datetime,
     claimant: _Claimant,
-    *,
-    is_patient: bool,
 ) -> ClaimedRun | None:
     """Give a due run to a worker; `None` if it turns out not to be due any more."""
-    last_token = _lock(connection, row.tenant, row.thread_id, is_patient=is_patient)
-    if last_token is None:
-        if _is_known(connection, row):
+    # Whoever asked for this run alone has locked its thread already.
+    of_thread = {"of_tenant": row.tenant, "of_thread": row.thread_id}
+    taken = _TRY_THREAD.first(connection, of_thread)
+    if taken is None:
+        if _IS_KNOWN.first(connection, of_thread) is not None:
             return None  # somebody is about to take it, or to add a run to its thread
-        last_token = lock_thread(connection, row.tenant, row.thread_id)
+        lock_thread(connection, row.tenant, row.thread_id)
+        taken = _TRY_THREAD.one(connection, of_thread)
     # Read again under the lock on the thread: a claim of another run of it may have been first.
-    is_behind, has_rollback = connection.execute(_LOOK_AGAIN, {"seq": row.seq}).one()
-    if is_behind:
+    again = _LOOK_AGAIN.one(connection, {"seq": row.seq})
+    if again.is_behind:
         return None
     is_recovery = row.status == RunStatus.RUNNING
     try:
@@ -313,7 +417,7 @@ def _take(
         "losses": losses_of(row),
     }
     isolation = isolation_of(row, claimant.lease) if is_suspect(row) else None
-    token = _set_token(connection, row.tenant, row.thread_id, last_token + 1)
+    token = FencingToken(taken.token)
     log = [NewEvent(type="run.claimed", data={"worker": claimant.worker, "token": token})]
     if is_recovery:
         log.insert(
@@ -348,16 +452,9 @@ def _take(
         ),
         reason="recovery" if is_recovery else row.wake_reason,
         isolation=isolation,
-        rolled_back=_rolled_back(connection, row) if has_rollback else (),
+        rolled_back=_rolled_back(connection, row) if again.has_rollback else (),
         traceparent=row.traceparent,
     )
-
-
-def _is_known(connection: Connection, row: sa.Row[Any]) -> bool:
-    query = sa.select(leases.c.token).where(
-        leases.c.tenant == row.tenant, leases.c.thread_id == row.thread_id
-    )
-    return connection.execute(query).first() is not None
 
 
 def _rolled_back(connection: Connection, row: sa.Row[Any]) -> tuple[str, ...]:
@@ -376,8 +473,7 @@ def _rolled_back(connection: Connection, row: sa.Row[Any]) -> tuple[str, ...]:
 
 
 def _set_token(connection: Connection, tenant: str, thread_id: str, token: int) -> FencingToken:
-    named = {"in_tenant": tenant, "named": thread_id, "token": token}
-    connection.execute(_SET_TOKEN, named)
+    _SET_TOKEN.run(connection, {"of_tenant": tenant, "of_thread": thread_id, "token": token})
     return FencingToken(token)
 
 
@@ -404,11 +500,10 @@ def raise_token(
     connection: Connection, payloads: Payloads, lease: Lease, *, above: FencingToken
 ) -> Lease:
     """See `RunStore.raise_token`."""
-    now = database_now(connection)
-    last_token = lock_thread(connection, lease.tenant, lease.thread_id)
-    row = get_held_run(connection, lease, now)
-    token = _set_token(connection, lease.tenant, lease.thread_id, max(last_token, above) + 1)
-    change_run(connection, row, payloads, now, token=token)
+    thread = lock_thread(connection, lease.tenant, lease.thread_id)
+    row = get_held_run(connection, lease)
+    token = _set_token(connection, lease.tenant, lease.thread_id, max(thread.token, above) + 1)
+    change_run(connection, row, payloads, row.now, token=token)
     return replace(lease, token=token)
 
 

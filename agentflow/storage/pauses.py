@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from agentflow.database.engine import now as database_now
+from agentflow.database.prepared import Prepared
 from agentflow.database.tables import pauses
 from agentflow.errors import IllegalTransitionError, PausedError
 from agentflow.storage.rows import (
@@ -55,15 +56,22 @@ class Paused:
 
 def paused(connection: Connection, tenant: str) -> Paused:
     """Read what is paused."""
-    found = connection.execute(_FIND_PAUSED, {"tenant": tenant})
-    return Paused(frozenset((row.scope, row.name) for row in found))
+    return paused_of(_FIND_PAUSED.all(connection, {"tenant": tenant}))
 
 
-def _concerns(tenant: Any) -> sa.ColumnElement[bool]:
+def paused_of(found: Sequence[sa.Row[Any]]) -> Paused:
+    """Return what is paused by rows with `scope` and `name`; one that has none says nothing."""
+    return Paused(frozenset((row.scope, row.name) for row in found if row.scope is not None))
+
+
+def concerns(tenant: Any) -> sa.ColumnElement[bool]:
+    """Whether a pause concerns a tenant."""
     return sa.or_(pauses.c.tenant == tenant, pauses.c.scope == STORE)
 
 
-_FIND_PAUSED = sa.select(pauses.c.scope, pauses.c.name).where(_concerns(sa.bindparam("tenant")))
+_FIND_PAUSED = Prepared(
+    sa.select(pauses.c.scope, pauses.c.name).where(concerns(sa.bindparam("tenant")))
+)
 
 
 def check_not_paused(connection: Connection, row: sa.Row[Any]) -> None:
@@ -184,7 +192,7 @@ def _find(connection: Connection, key: dict[str, str]) -> sa.Row[Any] | None:
 
 def list_pauses(connection: Connection, payloads: Payloads, tenant: str) -> tuple[Pause, ...]:
     """See `RunStore.list_pauses`."""
-    query = sa.select(pauses).where(_concerns(tenant)).order_by(pauses.c.at, pauses.c.name)
+    query = sa.select(pauses).where(concerns(tenant)).order_by(pauses.c.at, pauses.c.name)
     return tuple(to_pause(row, payloads) for row in connection.execute(query))
 
 

@@ -11,12 +11,15 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache
 from typing import Any, cast
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from agentflow.codec import Codec, context_of, envelope_of_version_1
+from agentflow.database.engine import StoreNow
+from agentflow.database.prepared import On, Prepared
 from agentflow.database.statements import insert_new
 from agentflow.database.tables import dead_letters, events, logs, pauses, runs, waits
 from agentflow.errors import (
@@ -50,6 +53,7 @@ KEYS: Mapping[str, tuple[str, ...]] = {
 """By table, the columns that say whose a payload is; it opens nowhere else."""
 
 _SALT_SIZE = 16
+_EVENTS_AT_ONCE = 8
 
 Column = sa.Column[Any]
 
@@ -209,20 +213,22 @@ def to_dead_letter(row: sa.Row[Any], payloads: Payloads) -> DeadLetter:
     )
 
 
-# Put together once: nearly every verb begins with one of them.
-_FIND_RUN = sa.select(runs).where(
-    runs.c.tenant == sa.bindparam("tenant"), runs.c.run_id == sa.bindparam("run_id")
-)
-_LOCK_RUN = _FIND_RUN.with_for_update()
+# Nearly every verb begins with one of them.
+_OF_RUN = (runs.c.tenant == sa.bindparam("tenant"), runs.c.run_id == sa.bindparam("run_id"))
+_FIND_RUN = Prepared(sa.select(runs).where(*_OF_RUN))
+_LOCK_RUN = Prepared(sa.select(runs, StoreNow().label("now")).where(*_OF_RUN).with_for_update())
 
 
-def find_run(connection: Connection, tenant: str, run_id: str, *, lock: bool) -> sa.Row[Any] | None:
-    """Read a run's row, locked against other transitions if asked."""
+def find_run(connection: On, tenant: str, run_id: str, *, lock: bool) -> sa.Row[Any] | None:
+    """Read a run's row, locked against other transitions if asked.
+
+    A locked row has one column more, the time of the database's clock (`now`).
+    """
     named = {"tenant": tenant, "run_id": run_id}
-    return connection.execute(_LOCK_RUN if lock else _FIND_RUN, named).first()
+    return (_LOCK_RUN if lock else _FIND_RUN).first(connection, named)
 
 
-def get_run(connection: Connection, tenant: str, run_id: str, *, lock: bool) -> sa.Row[Any]:
+def get_run(connection: On, tenant: str, run_id: str, *, lock: bool) -> sa.Row[Any]:
     """Read a run's row; `NotFoundError` if there is none."""
     row = find_run(connection, tenant, run_id, lock=lock)
     if row is None:
@@ -230,10 +236,13 @@ def get_run(connection: Connection, tenant: str, run_id: str, *, lock: bool) -> 
     return row
 
 
-def get_held_run(connection: Connection, lease: Lease, now: datetime) -> sa.Row[Any]:
-    """Read and lock the run of a lease; `LeaseLostError` unless the lease still holds."""
+def get_held_run(connection: Connection, lease: Lease, now: datetime | None = None) -> sa.Row[Any]:
+    """Read and lock the run of a lease; `LeaseLostError` unless the lease still holds.
+
+    It is judged by the row's `now`, unless a time is given.
+    """
     row = get_run(connection, lease.tenant, lease.run_id, lock=True)
-    if not is_held(row, lease, now):
+    if not is_held(row, lease, now or row.now):
         raise LeaseLostError(lease.run_id, lease.token)
     return row
 
@@ -265,10 +274,38 @@ CLEARED: Mapping[str, Any] = {
 """What counts attempts, of a run with a new budget."""
 
 
-_UPDATE_RUN = sa.update(runs).where(
-    runs.c.tenant == sa.bindparam("in_tenant"), runs.c.run_id == sa.bindparam("named")
-)
-_INSERT_EVENT = sa.insert(events)
+@cache
+def _update_run(columns: tuple[str, ...], events_before: int = 0) -> Prepared:
+    """Return the statement that sets these columns of a run; verbs have few such sets.
+
+    On PostgreSQL it may insert events as well, whose parameters are numbered.
+    """
+    statement = (
+        sa.update(runs)
+        .where(
+            runs.c.tenant == sa.bindparam("of_tenant"), runs.c.run_id == sa.bindparam("of_run_id")
+        )
+        .values({name: sa.bindparam(name, type_=runs.c[name].type) for name in columns})
+    )
+    if events_before:
+        statement = statement.add_cte(_insert(events_before).cte("log"))
+    return Prepared(statement)
+
+
+@cache
+def _insert_events(count: int) -> Prepared:
+    return Prepared(_insert(count))
+
+
+def _insert(count: int) -> sa.Insert:
+    """Return the statement that inserts so many events, whose parameters are numbered."""
+    names = [column.name for column in events.c]
+    return sa.insert(events).values(
+        [
+            {name: sa.bindparam(f"{name}_{i}", type_=events.c[name].type) for name in names}
+            for i in range(count)
+        ]
+    )
 
 
 def change_run(
@@ -291,9 +328,16 @@ def change_run(
         values["status"] = status.value
         if status.is_ended:
             values["ended_at"] = now
-    end = append_events(connection, payloads, _mapping(row), row.run_id, log, now)
-    named = {"in_tenant": row.tenant, "named": row.run_id}
-    connection.execute(_UPDATE_RUN, {**named, **end, **values})
+    entries, end = chain_events(payloads, _mapping(row), row.run_id, log, now)
+    changed = {**end, **values}
+    columns = tuple(sorted(changed))
+    named = {"of_tenant": row.tenant, "of_run_id": row.run_id, **changed}
+    if connection.dialect.name == "postgresql" and 0 < len(entries) <= _EVENTS_AT_ONCE:
+        # Each statement is a round trip.
+        _update_run(columns, len(entries)).run(connection, {**named, **_numbered(entries)})
+        return
+    insert_events(connection, entries)
+    _update_run(columns).run(connection, named)
 
 
 def append_to_log(
@@ -328,6 +372,19 @@ def append_events(
 
     The end has the columns `tenant`, `event_seq` and `event_hash`.
     """
+    entries, new_end = chain_events(payloads, end, run_id, log, now)
+    insert_events(connection, entries)
+    return new_end
+
+
+def chain_events(
+    payloads: Payloads,
+    end: Mapping[str, Any],
+    run_id: str,
+    log: Sequence[NewEvent],
+    now: datetime,
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return the rows of events behind the end of a chain, and its new end."""
     seq, previous = end["event_seq"], end["event_hash"]
     entries = []
     for event in log:
@@ -346,9 +403,18 @@ def append_events(
         entry["data"] = payloads.seal(body, events.c.data, entry)
         entry["hash"] = previous = _hash_event(entry, body)
         entries.append(entry)
-    if entries:
-        connection.execute(_INSERT_EVENT, entries if len(entries) > 1 else entries[0])
-    return {"event_seq": seq, "event_hash": previous}
+    return entries, {"event_seq": seq, "event_hash": previous}
+
+
+def insert_events(connection: Connection, entries: Sequence[Mapping[str, Any]]) -> None:
+    """Insert rows of events."""
+    for begin in range(0, len(entries), _EVENTS_AT_ONCE):
+        some = entries[begin : begin + _EVENTS_AT_ONCE]
+        _insert_events(len(some)).run(connection, _numbered(some))
+
+
+def _numbered(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {f"{name}_{i}": row[name] for i, row in enumerate(entries) for name in row}
 
 
 def check_transition(run_id: str, current: RunStatus, wanted: RunStatus) -> None:
@@ -390,30 +456,37 @@ def _event_data(stored: Any) -> Any:
     return stored if isinstance(stored, dict) else stored[1]
 
 
+_CLOSE_WAITS = Prepared(
+    sa.update(waits)
+    .where(
+        waits.c.tenant == sa.bindparam("of_tenant"),
+        waits.c.run_id == sa.bindparam("of_run_id"),
+        waits.c.status == sa.literal_column("'pending'"),
+    )
+    .values(
+        {
+            "status": sa.bindparam("status"),
+            "decided_at": sa.bindparam("decided_at", type_=waits.c.decided_at.type),
+        }
+    )
+    .returning(waits.c.wait_id, waits.c.seq)
+)
+
+
 def withdraw_waits(
     connection: Connection, row: sa.Row[Any], now: datetime, *, status: WaitStatus
 ) -> list[NewEvent]:
     """Close all pending waits of a run and return the events that say so."""
-    pending = _close_waits(
+    closed = _CLOSE_WAITS.all(
         connection,
-        [waits.c.tenant == row.tenant, waits.c.run_id == row.run_id],
-        now,
-        status=status,
+        {
+            "of_tenant": row.tenant,
+            "of_run_id": row.run_id,
+            "status": status.value,
+            "decided_at": now,
+        },
     )
-    return [NewEvent(type=f"approval.{status.value}", data={"approval": w}) for w in pending]
-
-
-def _close_waits(
-    connection: Connection,
-    conditions: Sequence[sa.ColumnElement[bool]],
-    now: datetime,
-    *,
-    status: WaitStatus,
-) -> list[str]:
-    pending = [*conditions, waits.c.status == WaitStatus.PENDING.value]
-    ids = connection.execute(sa.select(waits.c.wait_id).where(*pending)).scalars().all()
-    if ids:
-        connection.execute(
-            sa.update(waits).where(*pending).values(status=status.value, decided_at=now)
-        )
-    return list(ids)
+    return [
+        NewEvent(type=f"approval.{status.value}", data={"approval": wait.wait_id})
+        for wait in sorted(closed, key=lambda wait: wait.seq)
+    ]

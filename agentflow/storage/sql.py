@@ -10,10 +10,10 @@ from functools import partial
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Connection
 
 from agentflow.codec import Codec
 from agentflow.database import Database
+from agentflow.database.session import Session
 from agentflow.database.tables import dead_letters, events, runs, waits
 from agentflow.errors import InvalidInputError
 from agentflow.storage import attempts, claims, endings, letters, pauses, submission, workers
@@ -100,21 +100,17 @@ class SqlRunStore(RunStore):
         create = partial(
             submission.create_run, self._payloads, tenant, spec, row, on_existing, on_busy
         )
-        try:
-            created = await self._database.write(create)
-        except sa.exc.IntegrityError:
-            # Another process has just stored a run of this id; now it can be compared.
-            created = await self._database.write(create)
+        created = await self._database.write(create)
         self._tell("due")
         if on_busy in {"interrupt", "rollback"}:
             self._tell("stop", "settled")
         return created
 
     async def get_run(self, tenant: str, run_id: str) -> Run:
-        def read(connection: Connection) -> Run:
-            return to_run(get_run(connection, tenant, run_id, lock=False), self._payloads)
+        def read(session: Session) -> sa.Row[Any]:
+            return get_run(session, tenant, run_id, lock=False)
 
-        return await self._database.read(read)
+        return to_run(await self._database.query(read), self._payloads)
 
     async def list_runs(
         self,
@@ -237,8 +233,14 @@ class SqlRunStore(RunStore):
     async def park_run(
         self, lease: Lease, waits: Sequence[NewWait], *, checkpoint_id: str | None, step: int | None
     ) -> None:
-        await self._write(attempts.park_run, lease, waits, checkpoint_id=checkpoint_id, step=step)
-        self._tell_settled(lease.run_id)
+        is_waiting: bool = await self._write(
+            attempts.park_run, lease, waits, checkpoint_id=checkpoint_id, step=step
+        )
+        if is_waiting:
+            # While it waits no other run of its thread is due.
+            self._tell(f"settled:{_topic(lease.run_id)}")
+        else:
+            self._tell_settled(lease.run_id)
 
     async def finish_run(
         self, lease: Lease, output: Any, *, checkpoint_id: str | None, step: int | None
@@ -328,10 +330,10 @@ class SqlRunStore(RunStore):
         return run
 
     async def get_wait(self, tenant: str, wait_id: str) -> Approval:
-        def read(connection: Connection) -> Approval:
-            return to_approval(get_wait(connection, tenant, wait_id), self._payloads)
+        def read(session: Session) -> sa.Row[Any]:
+            return get_wait(session, tenant, wait_id)
 
-        return await self._database.read(read)
+        return to_approval(await self._database.query(read), self._payloads)
 
     async def list_waits(
         self,
@@ -417,7 +419,9 @@ class SqlRunStore(RunStore):
     async def next_due(
         self, tenant: str, *, queues: Collection[str], graphs: Collection[tuple[str, str]]
     ) -> NextDue:
-        return await self._read(claims.next_due, tenant, queues, graphs)
+        return await self._database.query(
+            lambda session: claims.next_due(session, self._payloads, tenant, queues, graphs)
+        )
 
     async def list_dead_letters(
         self,
@@ -493,7 +497,7 @@ class SqlRunStore(RunStore):
             lambda connection: look(connection, self._payloads, *args, **named)
         )
 
-    def _tell(self, *kinds: ChangeKind) -> None:
+    def _tell(self, *kinds: str) -> None:
         self._database.notices.tell(*kinds)
 
     def _tell_settled(self, run_id: str) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import datetime
+from functools import cache
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from agentflow.database.engine import now as database_now
+from agentflow.database.prepared import Prepared
+from agentflow.database.statements import insert_of
 from agentflow.database.tables import runs
 from agentflow.errors import IdempotencyConflictError, ThreadBusyError
 from agentflow.storage.base import OnBusy, OnExisting
@@ -20,8 +22,10 @@ from agentflow.storage.rows import (
     GENESIS,
     UNFINISHED,
     Payloads,
-    append_events,
+    chain_events,
     find_run,
+    get_run,
+    insert_events,
     to_run,
 )
 from agentflow.types import NewEvent, Run, RunSpec, RunStatus
@@ -56,7 +60,15 @@ def new_run(payloads: Payloads, tenant: str, spec: RunSpec) -> dict[str, Any]:
     return row
 
 
-_INSERT_RUN = sa.insert(runs)
+@cache
+def _insert_run(dialect: str, columns: tuple[str, ...]) -> Prepared:
+    """Return the statement that inserts a run with these columns, unless its id is known."""
+    return Prepared(
+        insert_of(dialect, runs)
+        .values({name: sa.bindparam(name, type_=runs.c[name].type) for name in columns})
+        .on_conflict_do_nothing(index_elements=["tenant", "run_id"])
+        .returning(runs)
+    )
 
 
 def create_run(
@@ -69,30 +81,47 @@ def create_run(
     connection: Connection,
 ) -> tuple[Run, bool]:
     """See `RunStore.create_run`; `row` is the encoded submission."""
-    now = database_now(connection)
-    stored = find_run(connection, tenant, spec.run_id, lock=True)
-    is_new = stored is None
-    if stored is None:
-        # Under the lock the runs of a thread are numbered in the order in which they are committed.
-        lock_thread(connection, tenant, spec.thread_id)
-        if on_busy != "enqueue":
-            _clear_thread(connection, payloads, tenant, spec, now, on_busy)
-        submitted = NewEvent(
-            type="run.submitted",
-            data={"graph": spec.graph, "version": spec.version, "by": spec.submitted_by},
-        )
-        end = append_events(connection, payloads, row, spec.run_id, [submitted], now)
-        times = _times(payloads.time(now), spec)
-        connection.execute(_INSERT_RUN, {**row, "created_at": now, **times, **end})
-    else:
-        _check_same(payloads, stored, row)
-        if on_existing == "reject":
-            raise IdempotencyConflictError(spec.run_id, "submission (on_existing is 'reject')")
-        if on_existing == "restart_if_failed" and stored.status == RunStatus.FAILED:
-            requeue(connection, payloads, stored, now, checkpoint_id=None, by=spec.submitted_by)
-    final = find_run(connection, tenant, spec.run_id, lock=False)
-    assert final is not None
-    return to_run(final, payloads), is_new
+    made = _insert(payloads, tenant, spec, row, on_busy, connection)
+    if made is not None:
+        return to_run(made, payloads), True
+    stored = get_run(connection, tenant, spec.run_id, lock=True)
+    _check_same(payloads, stored, row)
+    if on_existing == "reject":
+        raise IdempotencyConflictError(spec.run_id, "submission (on_existing is 'reject')")
+    if on_existing == "restart_if_failed" and stored.status == RunStatus.FAILED:
+        by = spec.submitted_by
+        requeue(connection, payloads, stored, stored.now, checkpoint_id=None, by=by)
+        stored = get_run(connection, tenant, spec.run_id, lock=False)
+    return to_run(stored, payloads), False
+
+
+def _insert(
+    payloads: Payloads,
+    tenant: str,
+    spec: RunSpec,
+    row: dict[str, Any],
+    on_busy: OnBusy,
+    connection: Connection,
+) -> sa.Row[Any] | None:
+    """Insert a run and return its row; `None` if there is one of this id."""
+    # Under the lock the runs of a thread are numbered in the order in which they are committed.
+    now = lock_thread(connection, tenant, spec.thread_id).now
+    if on_busy != "enqueue":
+        if find_run(connection, tenant, spec.run_id, lock=False) is not None:
+            return None
+        _clear_thread(connection, payloads, tenant, spec, now, on_busy)
+    submitted = NewEvent(
+        type="run.submitted",
+        data={"graph": spec.graph, "version": spec.version, "by": spec.submitted_by},
+    )
+    entries, end = chain_events(payloads, row, spec.run_id, [submitted], now)
+    times = _times(payloads.time(now), spec)
+    new = {**row, "created_at": now, **times, **end}
+    insert = _insert_run(connection.dialect.name, tuple(sorted(new)))
+    made = insert.first(connection, new)
+    if made is not None:
+        insert_events(connection, entries)
+    return made
 
 
 def _times(at: datetime, spec: RunSpec) -> dict[str, datetime | None]:

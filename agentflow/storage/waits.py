@@ -7,7 +7,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from agentflow.database.engine import now as database_now
+from agentflow.database.prepared import On, Prepared
 from agentflow.database.tables import waits
 from agentflow.errors import (
     AlreadyResolvedError,
@@ -27,13 +27,34 @@ from agentflow.types import (
     WaitStatus,
 )
 
+_OF_WAIT = (waits.c.tenant == sa.bindparam("of_tenant"), waits.c.wait_id == sa.bindparam("of_id"))
+_FIND_WAIT = Prepared(sa.select(waits).where(*_OF_WAIT))
+_LOCK_WAIT = Prepared(sa.select(waits).where(*_OF_WAIT).with_for_update())
+_RESOLVE = Prepared(
+    sa.update(waits)
+    .where(*_OF_WAIT)
+    .values(
+        {
+            name: sa.bindparam(name, type_=waits.c[name].type)
+            for name in (
+                "status",
+                "decision",
+                "decision_type",
+                "decided_by",
+                "decided_at",
+                "comment",
+                "idempotency_key",
+            )
+        }
+    )
+    .returning(waits)
+)
 
-def get_wait(
-    connection: Connection, tenant: str, wait_id: str, *, lock: bool = False
-) -> sa.Row[Any]:
+
+def get_wait(connection: On, tenant: str, wait_id: str, *, lock: bool = False) -> sa.Row[Any]:
     """Read a wait's row, locked if asked; `NotFoundError` if there is none."""
-    query = sa.select(waits).where(waits.c.tenant == tenant, waits.c.wait_id == wait_id)
-    row = connection.execute(query.with_for_update() if lock else query).first()
+    query = _LOCK_WAIT if lock else _FIND_WAIT
+    row = query.first(connection, {"of_tenant": tenant, "of_id": wait_id})
     if row is None:
         raise NotFoundError("approval", wait_id)
     return row
@@ -53,10 +74,10 @@ def resolve_wait(
     request: ApprovalRequest,
 ) -> Approval:
     """See `RunStore.resolve_wait`."""
-    now = database_now(connection)
     # The run first, then its waits: the order in which every verb locks them.
     run_id = get_wait(connection, tenant, wait_id).run_id
     run = get_run(connection, tenant, run_id, lock=True)
+    now = run.now
     row = get_wait(connection, tenant, wait_id, lock=True)
     stored = to_approval(row, payloads)
     if stored.status is WaitStatus.RESOLVED:
@@ -71,18 +92,20 @@ def resolve_wait(
         raise VersionChangedError(wait_id, version, row.version)
     if stored.request != request:
         raise VersionChangedError(wait_id, row.version - 1, row.version)
-    connection.execute(
-        sa.update(waits)
-        .where(waits.c.tenant == tenant, waits.c.wait_id == wait_id)
-        .values(
-            status=WaitStatus.RESOLVED.value,
-            decision=payloads.dump(decision, waits.c.decision, row),
-            decision_type=decision.type,
-            decided_by=by,
-            decided_at=now,
-            comment=None if comment is None else payloads.dump(comment, waits.c.comment, row),
-            idempotency_key=idempotency_key,
-        )
+    comment_data = None if comment is None else payloads.dump(comment, waits.c.comment, row)
+    changed = _RESOLVE.one(
+        connection,
+        {
+            "of_tenant": tenant,
+            "of_id": wait_id,
+            "status": WaitStatus.RESOLVED.value,
+            "decision": payloads.dump(decision, waits.c.decision, row),
+            "decision_type": decision.type,
+            "decided_by": by,
+            "decided_at": now,
+            "comment": comment_data,
+            "idempotency_key": idempotency_key,
+        },
     )
     resolved = NewEvent(
         type="approval.resolved",
@@ -106,4 +129,4 @@ def resolve_wait(
         )
     else:
         change_run(connection, run, payloads, now, log=[resolved])
-    return to_approval(get_wait(connection, tenant, wait_id), payloads)
+    return to_approval(changed, payloads)

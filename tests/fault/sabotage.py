@@ -30,6 +30,7 @@ from agentflow.checkpoint import Saver
 from agentflow.checkpoint.planning import Planned, PlannedWrites, ThreadPlan
 from agentflow.checkpoint.rows import Rows
 from agentflow.checkpoint.sql import PostgresRows, SqliteRows
+from agentflow.database.prepared import Prepared
 from agentflow.database.session import Session
 from agentflow.database.writer import Call, GroupCommitWriter, Operation
 from agentflow.failpoints import arm, instrument, points, transitions
@@ -134,7 +135,8 @@ class Sabotage:
         _wrap(GroupCommitWriter, "enqueue", before=self._submitted)
         _wrap(GroupCommitWriter, "_transact", before=self._begun)
         sa.event.listen(sa.Engine, "before_cursor_execute", self._execute)
-        # The checkpointer's statements go past SQLAlchemy.
+        # The checkpointer's statements go past SQLAlchemy, and so do the run store's frequent ones.
+        _wrap(Prepared, "execute", before=self._prepared)
         for name in ("execute", "execute_many", "commit_by"):
             _wrap(Session, name, before=lambda _, sql, *__: self._note(sql))
         if self._company:
@@ -206,6 +208,11 @@ class Sabotage:
         _executemany: bool,
     ) -> None:
         self._note(statement)
+
+    def _prepared(
+        self, statement: Prepared, connection: sa.Connection, _parameters: object
+    ) -> None:
+        self._note(statement.compiled(connection.dialect.name).text)
 
     def _note(self, statement: str) -> None:
         if threading.get_ident() == self._writer:

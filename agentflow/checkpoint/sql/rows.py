@@ -53,6 +53,16 @@ _CHECKPOINT_COLUMNS = ", ".join(CheckpointRow._fields)
 _C = ", ".join(f"c.{name}" for name in CheckpointRow._fields)
 _THREAD = "t.id, t.token, t.is_leased, t.seq"
 _THREAD_WIDTH = 4
+_TAKE_THREAD = (
+    "INSERT INTO agentflow_threads AS t (tenant, thread_id, token, is_leased, seq) "
+    "VALUES (?, ?, ?, TRUE, 0) ON CONFLICT (tenant, thread_id) DO UPDATE "
+    "SET token = excluded.token, is_leased = TRUE WHERE t.token <= excluded.token "
+    "RETURNING id, token, is_leased, seq"
+)
+_GIVE_THREAD_BACK = (
+    "UPDATE agentflow_threads SET is_leased = FALSE "
+    "WHERE tenant = ? AND thread_id = ? AND token = ? RETURNING id, token, is_leased, seq"
+)
 
 
 class SqlRows(Rows):
@@ -627,11 +637,12 @@ class SqlRows(Rows):
             limit -= len(some)
         return True
 
-    def set_lease(self, thread: ThreadState, *, token: int, is_leased: bool) -> None:
-        self._session.execute(
-            "UPDATE agentflow_threads SET token = ?, is_leased = ? WHERE id = ?",
-            (token, is_leased, thread.number),
-        )
+    def set_lease(self, thread: ThreadKey, token: int, *, is_leased: bool) -> ThreadState | None:
+        sql = _TAKE_THREAD if is_leased else _GIVE_THREAD_BACK
+        rows = self._session.commit_by(sql, (*thread, token))
+        if rows:
+            return _thread_state(rows[0])
+        return self.load_states({thread: ()})[thread][0] if is_leased else None
 
     def raise_tokens(self, by: int) -> None:
         self._session.execute("UPDATE agentflow_threads SET token = token + ?", (by,))
