@@ -21,6 +21,7 @@ from agentflow.checkpoint.records import (
     references,
     unpack_writes,
 )
+from agentflow.checkpoint.recent import CheckpointRows
 from agentflow.checkpoint.rows import WHOLE, FoundCheckpoint, Logged, Rows, ValueRow
 from agentflow.codec import Codec, is_apart
 from agentflow.delta import slice_block
@@ -31,7 +32,7 @@ Write = tuple[str, str, Any]
 
 
 def load_writes(
-    rows: Rows, codec: Codec, found: Sequence[tuple[FoundCheckpoint, Record]]
+    rows: CheckpointRows, codec: Codec, found: Sequence[tuple[FoundCheckpoint, Record]]
 ) -> list[list[Write]]:
     """Read the writes of each of these checkpoints, ordered by task path, task id and index.
 
