@@ -55,9 +55,9 @@ from agentflow.checkpoint.pruning import (
     delete,
     prune,
 )
+from agentflow.checkpoint.recent import RecentRead
 from agentflow.checkpoint.records import column_text
 from agentflow.checkpoint.retention import Chooser, Retention, SweepReport, sweep
-from agentflow.checkpoint.recent import Read
 from agentflow.checkpoint.rows import (
     FoundCheckpoint,
     Head,
@@ -137,7 +137,7 @@ class Saver(BaseCheckpointSaver[str]):
         self._intake = Intake(database, SavePolicy(save))
         self._lease: Lease | None = None
         self._check: Callable[[], None] | None = None
-        self._recent: Read | None = None
+        self._recent: RecentRead | None = None
         """What was read last under the lease."""
         self._use(codec)
 
@@ -864,7 +864,7 @@ class Saver(BaseCheckpointSaver[str]):
         def load(rows: Rows) -> CheckpointTuple | None:
             if self._lease is None:
                 return self._reader.load(rows, key, checkpoint_id)
-            read = Read(rows)
+            read = RecentRead(rows)
             found = self._reader.load(read, key, checkpoint_id)
             if read.end():
                 self._recent = read

@@ -46,7 +46,7 @@ class CheckpointRows(Protocol):
         """See `Rows`."""
 
 
-class Read:
+class RecentRead:
     """Notes what rows answer while one checkpoint is read, and can answer the same again."""
 
     def __init__(self, rows: CheckpointRows) -> None:

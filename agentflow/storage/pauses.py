@@ -70,9 +70,7 @@ def concerns(tenant: Any) -> sa.ColumnElement[bool]:
 
 
 _FIND_PAUSED = Prepared(
-    sa.select(pauses.c.scope, pauses.c.name).where(
-        concerns(sa.bindparam("tenant"))
-    )
+    sa.select(pauses.c.scope, pauses.c.name).where(concerns(sa.bindparam("tenant")))
 )
 
 

@@ -236,9 +236,7 @@ def get_run(connection: On, tenant: str, run_id: str, *, lock: bool) -> sa.Row[A
     return row
 
 
-def get_held_run(
-    connection: Connection, lease: Lease, now: datetime | None = None
-) -> sa.Row[Any]:
+def get_held_run(connection: Connection, lease: Lease, now: datetime | None = None) -> sa.Row[Any]:
     """Read and lock the run of a lease; `LeaseLostError` unless the lease still holds.
 
     It is judged by the row's `now`, unless a time is given.

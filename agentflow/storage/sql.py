@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Connection
 
 from agentflow.codec import Codec
 from agentflow.database import Database

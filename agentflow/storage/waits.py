@@ -29,7 +29,6 @@ from agentflow.types import (
     WaitStatus,
 )
 
-
 _OF_WAIT = (waits.c.tenant == sa.bindparam("of_tenant"), waits.c.wait_id == sa.bindparam("of_id"))
 _FIND_WAIT = Prepared(sa.select(waits).where(*_OF_WAIT))
 _LOCK_WAIT = Prepared(sa.select(waits).where(*_OF_WAIT).with_for_update())
