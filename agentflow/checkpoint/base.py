@@ -46,6 +46,7 @@ from agentflow.checkpoint.intake import Intake
 from agentflow.checkpoint.loading import Listing, Reader
 from agentflow.checkpoint.policy import Save, SavePolicy
 from agentflow.checkpoint.pruning import Selection, check_leases, delete, prune
+from agentflow.checkpoint.recent import RecentRead
 from agentflow.checkpoint.records import column_text
 from agentflow.checkpoint.retention import Chooser, Retention, SweepReport, sweep
 from agentflow.checkpoint.rows import (
@@ -128,6 +129,8 @@ class Saver(BaseCheckpointSaver[str]):
         self._intake = Intake(database, SavePolicy(save))
         self._lease: Lease | None = None
         self._check: Callable[[], None] | None = None
+        self._recent: RecentRead | None = None
+        """What was read last under the lease."""
         self._use(codec)
 
     def _use(self, codec: Codec) -> None:
@@ -154,6 +157,7 @@ class Saver(BaseCheckpointSaver[str]):
         """
         clone = copy.copy(self)
         clone._lease, clone._check = lease, check
+        clone._recent = None
         return clone
 
     def with_allowlist(self, extra_allowlist: Collection[tuple[str, ...]]) -> Saver:
@@ -664,19 +668,21 @@ class Saver(BaseCheckpointSaver[str]):
             HashMismatchError: What is stored is not what was saved.
             BlockedTypeError: It holds a class that may not be built here.
         """
-        key, load = self._load(config)
+        key, checkpoint_id = self._place(config)
         self._wait_for(key[:2])
-        if self._is_new(key[:2]):
-            return None
-        return self._continued(key, self._database.query_now(load))
+        is_known, found = self._remembered(key, checkpoint_id)
+        if not is_known:
+            found = self._database.query_now(self._load(key, checkpoint_id))
+        return self._continued(key, found)
 
     async def aget_tuple(self, config: RunnableConfig) -> CheckpointTuple | None:
         """Load a checkpoint; see `get_tuple`."""
-        key, load = self._load(config)
+        key, checkpoint_id = self._place(config)
         await self._await(key[:2])
-        if self._is_new(key[:2]):
-            return None
-        return self._continued(key, await self._database.query(load))
+        is_known, found = self._remembered(key, checkpoint_id)
+        if not is_known:
+            found = await self._database.query(self._load(key, checkpoint_id))
+        return self._continued(key, found)
 
     def list(
         self,
@@ -849,17 +855,42 @@ class Saver(BaseCheckpointSaver[str]):
         }
         return {"configurable": configurable}, future
 
-    def _load(
-        self, config: RunnableConfig
-    ) -> tuple[HeadKey, Callable[[Session], CheckpointTuple | None]]:
-        key = self._head_key(config)
-        checkpoint_id = config["configurable"].get("checkpoint_id") or None
-        return key, on_rows(lambda rows: self._reader.load(rows, key, checkpoint_id))
+    def _place(self, config: RunnableConfig) -> tuple[HeadKey, str | None]:
+        return self._head_key(config), config["configurable"].get("checkpoint_id") or None
 
-    def _is_new(self, thread: ThreadKey) -> bool:
-        """Whether nothing was ever written to the thread, which this saver's lease holds."""
-        lease = self._lease
-        return lease is not None and self._intake.states.is_new(thread, lease.token)
+    def _load(
+        self, key: HeadKey, checkpoint_id: str | None
+    ) -> Callable[[Session], CheckpointTuple | None]:
+        def load(rows: Rows) -> CheckpointTuple | None:
+            if self._lease is None:
+                return self._reader.load(rows, key, checkpoint_id)
+            read = RecentRead(rows)
+            found = self._reader.load(read, key, checkpoint_id)
+            if read.end():
+                self._recent = read
+            return found
+
+        return on_rows(load)
+
+    def _remembered(
+        self, key: HeadKey, checkpoint_id: str | None
+    ) -> tuple[bool, CheckpointTuple | None]:
+        """Say whether a checkpoint of the thread that the lease holds is known, and return it.
+
+        Nobody else can write the thread, and what this process writes changes the state that it
+        remembers; so what was read in that state is still what stands there.
+        """
+        if self._lease is None:
+            return False, None
+        state = self._intake.states.held(key[:2], self._lease.token)
+        if state is None:
+            return False, None
+        if state.seq == 0:
+            return True, None
+        recent = self._recent
+        if recent is None or not recent.is_of(key, checkpoint_id, state):
+            return False, None
+        return True, self._reader.load(recent, key, checkpoint_id)
 
     def _continued(self, key: HeadKey, found: CheckpointTuple | None) -> CheckpointTuple | None:
         if found is not None and self._lease is None:

@@ -71,13 +71,14 @@ class ThreadStates:
             if len(self._known) > _MAX_THREADS:
                 self._known.popitem(last=False)
 
-    def is_new(self, key: ThreadKey, token: int) -> bool:
-        """Whether a thread is known to hold nothing, and to be held under a token.
+    def held(self, key: ThreadKey, token: int) -> ThreadState | None:
+        """Return a thread's state, if it is known and the thread is held under a token.
 
         Nobody else can write it then, and what is written under the token passes through here.
         """
         state = self._known.get(key)
-        return state is not None and state.version == (token, True, 0)
+        is_held = state is not None and state.is_leased and state.token == token
+        return state if is_held else None
 
     def forget(self, key: ThreadKey | None) -> None:
         """Read the thread again before it is next written; `None` stands for all."""

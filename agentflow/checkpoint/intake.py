@@ -362,6 +362,9 @@ class Intake:
     def _end(self, places: Sequence[_Place], done: Future) -> None:
         """Drop an operation that succeeded; remember one that failed, for those that follow it."""
         has_failed = done.exception() is not None
+        if has_failed:
+            # It may be stored all the same, if nobody could tell.
+            self.states.forget(places[0][0][:2])
         with self._lock:
             for place in places:
                 if self._tails.get(place) is not done:

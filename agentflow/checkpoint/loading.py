@@ -16,6 +16,7 @@ from agentflow.checkpoint.encoding import (
     parts_of,
 )
 from agentflow.checkpoint.pending import load_writes
+from agentflow.checkpoint.recent import CheckpointRows
 from agentflow.checkpoint.records import column_text
 from agentflow.checkpoint.rows import (
     FoundCheckpoint,
@@ -40,7 +41,9 @@ class Reader:
     observe: Callable[[ThreadKey, ThreadState], None]
     """Told of each thread in which state it was found."""
 
-    def load(self, rows: Rows, key: HeadKey, checkpoint_id: str | None) -> CheckpointTuple | None:
+    def load(
+        self, rows: CheckpointRows, key: HeadKey, checkpoint_id: str | None
+    ) -> CheckpointTuple | None:
         """Read a checkpoint, or the head of its namespace if no id is given."""
         for attempt in range(_ATTEMPTS):
             found = rows.find_checkpoint(key, checkpoint_id)
@@ -80,7 +83,9 @@ class Reader:
             ]
         return list(zip(found, items, strict=True))
 
-    def _complete(self, rows: Rows, found: Sequence[FoundCheckpoint]) -> list[CheckpointTuple]:
+    def _complete(
+        self, rows: CheckpointRows, found: Sequence[FoundCheckpoint]
+    ) -> list[CheckpointTuple]:
         """Add values and writes to rows.
 
         Raises:

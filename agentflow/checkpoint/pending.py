@@ -12,6 +12,7 @@ from typing import Any
 from langgraph.checkpoint.base import writes_sort_key
 
 from agentflow.checkpoint.offload import open_value
+from agentflow.checkpoint.recent import CheckpointRows
 from agentflow.checkpoint.records import (
     Call,
     Place,
@@ -31,7 +32,7 @@ Write = tuple[str, str, Any]
 
 
 def load_writes(
-    rows: Rows, codec: Codec, found: Sequence[tuple[FoundCheckpoint, Record]]
+    rows: CheckpointRows, codec: Codec, found: Sequence[tuple[FoundCheckpoint, Record]]
 ) -> list[list[Write]]:
     """Read the writes of each of these checkpoints, ordered by task path, task id and index.
 

@@ -27,7 +27,7 @@ _CURSOR = "agentflow_cursor"
 # PostgreSQL's own way of marking parameters; the other one has to be translated for each statement.
 _DIALECTS: Mapping[str, sa.Dialect] = {
     "sqlite": pysqlite.dialect(paramstyle="qmark"),
-    "postgresql": psycopg.dialect(paramstyle="numeric_dollar"),
+    "postgresql": psycopg.dialect(paramstyle="numeric_dollar"),  # type: ignore[no-untyped-call]
 }
 
 
@@ -65,9 +65,10 @@ class Prepared:
 
     def execute(self, on: On, parameters: Parameters) -> tuple[_Compiled, Any]:
         """Run the statement; return it as it was run, and the driver's cursor on what came back."""
-        is_bare = isinstance(on, Session)
-        compiled = self.compiled(on.dialect if is_bare else on.dialect.name)
-        cursor = on.cursor if is_bare else _cursor(on)
+        if isinstance(on, Session):
+            compiled, cursor = self.compiled(on.dialect), on.cursor
+        else:
+            compiled, cursor = self.compiled(on.dialect.name), _cursor(on)
         cursor.execute(compiled.text, compiled.bind(parameters))
         return compiled, cursor
 
@@ -98,7 +99,8 @@ class _Compiled(NamedTuple):
         ]
 
     def rows(self, found: Iterable[Sequence[Any]]) -> Sequence[sa.Row[Any]]:
-        return IteratorResult(self.metadata, map(self._convert, found)).all()
+        result: IteratorResult[Any] = IteratorResult(self.metadata, map(self._convert, found))
+        return result.all()
 
     def _convert(self, row: Sequence[Any]) -> Sequence[Any]:
         values = list(row)

@@ -31,6 +31,7 @@ from agentflow.storage.rows import (
     to_run,
     withdraw_waits,
 )
+from agentflow.storage.waits import list_of_run
 from agentflow.types import (
     AttemptStart,
     Lease,
@@ -41,6 +42,8 @@ from agentflow.types import (
     RunStatus,
     WaitStatus,
 )
+
+_ALL = 2**31 - 1
 
 
 def start_attempt(
@@ -144,9 +147,7 @@ def park_run(
         return False
     known = {
         (wait.ns, wait.interrupt_id, wait.checkpoint_id): wait
-        for wait in connection.execute(
-            sa.select(waits).where(waits.c.tenant == row.tenant, waits.c.run_id == row.run_id)
-        )
+        for wait in list_of_run(connection, row.tenant, row.run_id, after=0, count=_ALL)
     }
     asked = {(q.ns, q.interrupt_id, q.checkpoint_id): q for q in questions}
     log = _supersede(connection, [w for key, w in known.items() if key not in asked], now)

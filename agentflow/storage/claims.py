@@ -251,7 +251,7 @@ _LEAST_TOKEN = sa.select(sa.func.coalesce(sa.func.max(epochs.c.token), 0)).scala
 @cache
 def _lock_thread(dialect: str) -> Prepared:
     """Return the statement that makes or locks the row of a thread."""
-    named = {"tenant": sa.bindparam("of_tenant"), "thread_id": sa.bindparam("of_thread")}
+    named: dict[str, Any] = {"tenant": sa.bindparam("of_tenant"), "thread_id": sa.bindparam("of_thread")}
     return Prepared(
         insert_of(dialect, leases)
         .values({**named, "token": _LEAST_TOKEN})
@@ -265,7 +265,7 @@ def _lock_thread(dialect: str) -> Prepared:
 
 def lock_thread(connection: Connection, tenant: str, thread_id: str) -> sa.Row[Any]:
     """Lock a thread against claims and submissions; return its `token`, and what time it is."""
-    named = {"of_tenant": tenant, "of_thread": thread_id}
+    named: dict[str, Any] = {"of_tenant": tenant, "of_thread": thread_id}
     return _lock_thread(connection.dialect.name).one(connection, named)
 
 

@@ -28,7 +28,7 @@ from agentflow.storage.rows import (
     to_event,
     to_run,
 )
-from agentflow.storage.waits import get_wait, resolve_wait
+from agentflow.storage.waits import get_wait, list_of_run, resolve_wait
 from agentflow.types import (
     Approval,
     ApprovalRequest,
@@ -345,6 +345,8 @@ class SqlRunStore(RunStore):
         limit: int,
         cursor: str | None,
     ) -> Page[Approval]:
+        if run_id is not None and status is None and graph is None:
+            return await self._waits_of_run(tenant, run_id, limit, cursor)
         query = sa.select(waits).where(waits.c.tenant == tenant).order_by(waits.c.seq)
         if status is not None:
             query = query.where(waits.c.status == status.value)
@@ -510,6 +512,25 @@ class SqlRunStore(RunStore):
         rows = await self._database.read(
             lambda connection: connection.execute(query.limit(limit + 1)).all()
         )
+        return self._as_page(rows, limit, build)
+
+    async def _waits_of_run(
+        self, tenant: str, run_id: str, limit: int, cursor: str | None
+    ) -> Page[Approval]:
+        """Return what a run has asked, as every attempt does."""
+        after = 0 if cursor is None else _parse_cursor(cursor)
+
+        def read(session: Session) -> Sequence[sa.Row[Any]]:
+            return list_of_run(session, tenant, run_id, after=after, count=limit + 1)
+
+        return self._as_page(await self._database.query(read), limit, to_approval)
+
+    def _as_page(
+        self,
+        rows: Sequence[sa.Row[Any]],
+        limit: int,
+        build: Callable[[sa.Row[Any], Payloads], T],
+    ) -> Page[T]:
         items = tuple(build(row, self._payloads) for row in rows[:limit])
         has_more = len(rows) > limit > 0
         return Page(items=items, cursor=str(rows[limit - 1].seq) if has_more else None)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from agentflow.database.engine import StoreNow
 from agentflow.database.prepared import On, Prepared
-from agentflow.database.tables import waits
+from agentflow.database.tables import runs, waits
 from agentflow.errors import (
     AlreadyResolvedError,
     IdempotencyConflictError,
@@ -17,7 +19,7 @@ from agentflow.errors import (
     VersionChangedError,
 )
 from agentflow.storage.questions import to_approval
-from agentflow.storage.rows import Payloads, change_run, get_run
+from agentflow.storage.rows import Payloads, change_run
 from agentflow.types import (
     Approval,
     ApprovalRequest,
@@ -51,6 +53,34 @@ _RESOLVE = Prepared(
 )
 
 
+_LIST_OF_RUN = Prepared(
+    sa.select(waits)
+    .where(
+        waits.c.tenant == sa.bindparam("of_tenant"),
+        waits.c.run_id == sa.bindparam("of_run_id"),
+        waits.c.seq > sa.bindparam("after"),
+    )
+    .order_by(waits.c.seq)
+    .limit(sa.bindparam("count", type_=sa.Integer))
+)
+_LOCK_RUN_OF_WAIT = Prepared(
+    sa.select(runs, StoreNow().label("now"))
+    .where(
+        runs.c.tenant == sa.bindparam("of_tenant"),
+        runs.c.run_id == sa.select(waits.c.run_id).where(*_OF_WAIT).scalar_subquery(),
+    )
+    .with_for_update(of=runs)
+)
+
+
+def list_of_run(
+    on: On, tenant: str, run_id: str, *, after: int, count: int
+) -> Sequence[sa.Row[Any]]:
+    """Return rows of a run's waits with numbers above `after`, the oldest first."""
+    named = {"of_tenant": tenant, "of_run_id": run_id, "after": after, "count": count}
+    return _LIST_OF_RUN.all(on, named)
+
+
 def get_wait(connection: On, tenant: str, wait_id: str, *, lock: bool = False) -> sa.Row[Any]:
     """Read a wait's row, locked if asked; `NotFoundError` if there is none."""
     query = _LOCK_WAIT if lock else _FIND_WAIT
@@ -75,8 +105,9 @@ def resolve_wait(
 ) -> Approval:
     """See `RunStore.resolve_wait`."""
     # The run first, then its waits: the order in which every verb locks them.
-    run_id = get_wait(connection, tenant, wait_id).run_id
-    run = get_run(connection, tenant, run_id, lock=True)
+    run = _LOCK_RUN_OF_WAIT.first(connection, {"of_tenant": tenant, "of_id": wait_id})
+    if run is None:
+        raise NotFoundError("approval", wait_id)
     now = run.now
     row = get_wait(connection, tenant, wait_id, lock=True)
     stored = to_approval(row, payloads)
@@ -84,7 +115,7 @@ def resolve_wait(
         if idempotency_key and idempotency_key == row.idempotency_key:
             if stored.decision == payloads.redacted(decision, waits.c.decision):
                 return stored
-            raise IdempotencyConflictError(run_id, "decision under this idempotency key")
+            raise IdempotencyConflictError(run.run_id, "decision under this idempotency key")
         raise AlreadyResolvedError(wait_id, stored.status.value, row.decision_type, row.decided_by)
     if stored.status is not WaitStatus.PENDING:
         raise SupersededError(wait_id, stored.status.value)
