@@ -8,7 +8,14 @@ import pytest
 from agentflow import errors
 
 EXPORTS = {
-    "agentflow": {"AgentFlow", "RetryPolicy", "request_approval", "shield"},
+    "agentflow": {
+        "AgentFlow",
+        "RetryPolicy",
+        "effect",
+        "effect_context",
+        "request_approval",
+        "shield",
+    },
     "agentflow.checkpoint": {
         "Archived",
         "Retention",
@@ -40,6 +47,7 @@ ERRORS = {
     },
     "ConflictError": {
         "AlreadyResolvedError",
+        "EffectConflictError",
         "IdempotencyConflictError",
         "ThreadBusyError",
         "VersionChangedError",
@@ -60,6 +68,8 @@ ERRORS = {
     "RunError": {
         "AttemptsExhaustedError",
         "DeadlineExceededError",
+        "EffectFailedError",
+        "EffectInDoubtError",
         "IllegalTransitionError",
         "ProposalUnstableError",
         "RunCancelledError",
