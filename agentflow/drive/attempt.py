@@ -106,6 +106,7 @@ class Attempt:
             control,
             root=claimed.run.root_id or claimed.run.id,
             is_fresh=claimed.run.root_id is None and claimed.run.claims <= 1,
+            codec=store.codec,
         )
         self._gate = Gate(control, registered.time_limits(), self._journal.places)
         self._started: AttemptStart | None = None

@@ -15,6 +15,7 @@ EXPORTS = {
         "effect_context",
         "request_approval",
         "shield",
+        "transaction",
     },
     "agentflow.checkpoint": {
         "Archived",
@@ -45,6 +46,7 @@ ERRORS = {
         "ObjectStoreError",
         "StoreUnavailableError",
     },
+    "MigrationRequiredError": {"JournalMissingError"},
     "ConflictError": {
         "AlreadyResolvedError",
         "EffectConflictError",
