@@ -16,6 +16,7 @@ from agentflow.errors import (
     EffectInDoubtError,
     InputError,
     InvalidInputError,
+    NonDeterministicNodeError,
 )
 from agentflow.types import Duration, to_timedelta
 
@@ -24,7 +25,12 @@ RetryOn = type[Exception] | Sequence[type[Exception]] | Callable[[Exception], bo
 OnExhausted = Literal["dead_letter", "pause"]
 
 _LIMIT = timedelta(seconds=60)
-_SETTLED = (AttemptsExhaustedError, EffectConflictError, EffectInDoubtError)
+_SETTLED = (
+    AttemptsExhaustedError,
+    EffectConflictError,
+    EffectInDoubtError,
+    NonDeterministicNodeError,
+)
 """Errors that another attempt would only raise again."""
 
 

@@ -35,7 +35,7 @@ from agentflow.drive.failures import Failed
 from agentflow.drive.gate import Gate
 from agentflow.drive.graph import RegisteredGraph
 from agentflow.drive.questions import Key, Question, Waits, open_questions, owed
-from agentflow.effects import InDoubt, Journal, compensate, recording
+from agentflow.effects import SHIFT, InDoubt, Journal, compensate, recording, shift_of
 from agentflow.errors import (
     AttemptsExhaustedError,
     DeadlineExceededError,
@@ -109,6 +109,7 @@ class Attempt:
             codec=store.codec,
         )
         self._gate = Gate(control, registered.time_limits(), self._journal.places)
+        self._shift = claimed.run.effect_shift
         self._started: AttemptStart | None = None
         self._begun_at: str | None = None
         self._is_released = False
@@ -148,6 +149,9 @@ class Attempt:
         config = self._config(span)
         await self._prepare(config)
         before = await self._state(config)
+        if self._shift:
+            # What follows is known by the steps that it has in common with what was forked.
+            config["metadata"][SHIFT] = self._journal.places.shift = self._shift
         waits = await self._waits(before)
         questions = await open_questions(self._saver, before, waits)
         self._started = started = await self._start(before, questions)
@@ -250,6 +254,8 @@ class Attempt:
             await self._store.finish_rollback(self._held(), gone)
         if (checkpoint_id := self._run.resume_from) is not None:
             place = {**config["configurable"], "checkpoint_id": checkpoint_id, "checkpoint_ns": ""}
+            found = await self._saver.aget_tuple({"configurable": place})
+            self._shift = 1 + shift_of(found, self._run)
             # The state of that checkpoint becomes the head, and its tasks are due again.
             await self._graph.aupdate_state(
                 {**config, "configurable": place}, None, as_node="__copy__"
@@ -283,7 +289,9 @@ class Attempt:
         return await self._graph.aget_state(config, subgraphs=True)
 
     async def _is_begun(self, state: StateSnapshot) -> bool:
-        """Whether some checkpoint of the thread carries this run's id."""
+        """Whether some checkpoint of the thread carries this run's id, or it began as a fork."""
+        if self._run.forked_from is not None:
+            return True
         if (state.metadata or {}).get("run_id") == self._run.id:
             return True
         if not state.config["configurable"].get("checkpoint_id"):
@@ -304,6 +312,7 @@ class Attempt:
             checkpoint_id=checkpoint_id,
             step=(state.metadata or {}).get("step"),
             traceparent=traceparent(),
+            effect_shift=self._shift,
         )
 
     async def _waits(self, state: StateSnapshot) -> Waits:

@@ -26,7 +26,7 @@ from agentflow.effects.journal import (
     current_journal,
     recording,
 )
-from agentflow.effects.places import SHIFT, Places
+from agentflow.effects.places import SHIFT, Places, shift_of
 from agentflow.effects.sagas import compensate
 
 __all__ = [
@@ -43,4 +43,5 @@ __all__ = [
     "effect_context",
     "recording",
     "run_effect",
+    "shift_of",
 ]

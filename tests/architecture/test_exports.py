@@ -73,6 +73,7 @@ ERRORS = {
         "EffectFailedError",
         "EffectInDoubtError",
         "IllegalTransitionError",
+        "NonDeterministicNodeError",
         "ProposalUnstableError",
         "RunCancelledError",
         "RunFailedError",
