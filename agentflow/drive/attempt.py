@@ -35,7 +35,15 @@ from agentflow.drive.failures import Failed
 from agentflow.drive.gate import Gate
 from agentflow.drive.graph import RegisteredGraph
 from agentflow.drive.questions import Key, Question, Waits, open_questions, owed
-from agentflow.effects import SHIFT, InDoubt, Journal, compensate, recording, shift_of
+from agentflow.effects import (
+    SHIFT,
+    InDoubt,
+    Journal,
+    compensate,
+    count_undone,
+    recording,
+    shift_of,
+)
 from agentflow.errors import (
     AttemptsExhaustedError,
     DeadlineExceededError,
@@ -44,7 +52,7 @@ from agentflow.errors import (
     RunError,
     StoreUnavailableError,
 )
-from agentflow.retry import GiveUp, Retry, decide
+from agentflow.retry import GiveUp, Retry, RetryPolicies, RetryPolicy, decide
 from agentflow.storage import RunStore
 from agentflow.telemetry import (
     CHECKPOINT_ID,
@@ -85,6 +93,9 @@ class Attempt:
         self._lease = claimed.lease
         self._claimed = claimed
         self._policies = registered.policies.as_stored(claimed.run.retry)
+        if claimed.run.saga_cause is not None:
+            # The attempts of the graph are used up; those to undo it are others.
+            self._policies = RetryPolicies(graph=RetryPolicy())
         self._control = control
         self._saver = (
             saver.with_lease(claimed.lease, check=control.check)
@@ -305,9 +316,12 @@ class Attempt:
         self._begun_at = checkpoint_id = state.config["configurable"].get("checkpoint_id")
         finished = sum(1 for task in state.tasks if task.result is not None)
         answered = sum(question.answers_recorded for question in questions)
+        progress = f"{checkpoint_id}:{finished}:{answered}"
+        if self._run.saga_cause is not None:
+            progress += f":{await count_undone(self._store, self._run)}"
         return await self._store.start_attempt(
             self._held(),
-            progress=f"{checkpoint_id}:{finished}:{answered}",
+            progress=progress,
             reason=self._claimed.reason,
             checkpoint_id=checkpoint_id,
             step=(state.metadata or {}).get("step"),

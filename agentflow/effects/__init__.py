@@ -27,7 +27,7 @@ from agentflow.effects.journal import (
     recording,
 )
 from agentflow.effects.places import SHIFT, Places, shift_of
-from agentflow.effects.sagas import compensate
+from agentflow.effects.sagas import compensate, count_undone
 
 __all__ = [
     "SHIFT",
@@ -38,6 +38,7 @@ __all__ = [
     "Places",
     "Policy",
     "compensate",
+    "count_undone",
     "current_journal",
     "effect",
     "effect_context",
