@@ -30,11 +30,20 @@ from opentelemetry.trace import Span
 
 from agentflow.checkpoint import Saver
 from agentflow.control import AttemptControl
-from agentflow.drive import failures
+from agentflow.drive import doubts, failures
 from agentflow.drive.failures import Failed
 from agentflow.drive.gate import Gate
 from agentflow.drive.graph import RegisteredGraph
 from agentflow.drive.questions import Key, Question, Waits, open_questions, owed
+from agentflow.effects import (
+    SHIFT,
+    InDoubt,
+    Journal,
+    compensate,
+    count_undone,
+    recording,
+    shift_of,
+)
 from agentflow.errors import (
     AttemptsExhaustedError,
     DeadlineExceededError,
@@ -43,7 +52,7 @@ from agentflow.errors import (
     RunError,
     StoreUnavailableError,
 )
-from agentflow.retry import GiveUp, Retry, decide
+from agentflow.retry import GiveUp, Retry, RetryPolicies, RetryPolicy, decide
 from agentflow.storage import RunStore
 from agentflow.telemetry import (
     CHECKPOINT_ID,
@@ -84,6 +93,9 @@ class Attempt:
         self._lease = claimed.lease
         self._claimed = claimed
         self._policies = registered.policies.as_stored(claimed.run.retry)
+        if claimed.run.saga_cause is not None:
+            # The attempts of the graph are used up; those to undo it are others.
+            self._policies = RetryPolicies(graph=RetryPolicy())
         self._control = control
         self._saver = (
             saver.with_lease(claimed.lease, check=control.check)
@@ -98,7 +110,17 @@ class Attempt:
                 "interrupt_after_nodes": [],
             }
         )
-        self._gate = Gate(control, registered.time_limits())
+        self._journal = Journal(
+            store,
+            self._flush,
+            claimed.lease,
+            control,
+            root=claimed.run.root_id or claimed.run.id,
+            is_fresh=claimed.run.root_id is None and claimed.run.claims <= 1,
+            codec=store.codec,
+        )
+        self._gate = Gate(control, registered.time_limits(), self._journal.places)
+        self._shift = claimed.run.effect_shift
         self._started: AttemptStart | None = None
         self._begun_at: str | None = None
         self._is_released = False
@@ -108,9 +130,10 @@ class Attempt:
     async def run(self, span: Span) -> None:
         """Work, and settle the outcome."""
         try:
-            async with asyncio.TaskGroup() as group:
-                task = group.create_task(self._work(span))
-                self._control.attach(task)
+            with recording(self._journal):
+                async with asyncio.TaskGroup() as group:
+                    task = group.create_task(self._work(span))
+                    self._control.attach(task)
             if task.cancelled():
                 await self._settle_stop(span)
         except ExceptionGroup as raised:
@@ -137,6 +160,9 @@ class Attempt:
         config = self._config(span)
         await self._prepare(config)
         before = await self._state(config)
+        if self._shift:
+            # What follows is known by the steps that it has in common with what was forked.
+            config["metadata"][SHIFT] = self._journal.places.shift = self._shift
         waits = await self._waits(before)
         questions = await open_questions(self._saver, before, waits)
         self._started = started = await self._start(before, questions)
@@ -150,6 +176,9 @@ class Attempt:
         most = self._policies.most_attempts(before.next)
         if started.attempt > most or started.losses > most * _LOSSES:
             raise AttemptsExhaustedError(self._run.id, max(started.attempt - 1, started.losses))
+        if self._run.saga_cause is not None:
+            await self._undo(before, self._run.saga_cause, span)
+            return
         is_begun = await self._is_begun(before)
         # Not `next`, which leaves out tasks whose writes are durable but not applied yet.
         if is_begun and not before.tasks:
@@ -169,16 +198,43 @@ class Attempt:
             await self._flush()
             await self._settle_stop(span)
             return
+        except InDoubt:
+            pass  # its journal has all of them
         await self._flush()
         await self._conclude(await self._state(config), span)
+
+    async def _undo(self, before: StateSnapshot, cause: Mapping[str, Any], span: Span) -> None:
+        """Undo the run's effects, and then end it as it was to end before that."""
+        try:
+            await compensate(self._journal, self._store, self._run)
+        except InDoubt:
+            await self._park(before, [], span)
+            return
+        await self._release_thread()
+        if cause["kind"] == "cancelled":
+            await self._store.finish_cancel(self._held_to_the_end())
+            span.set_attribute(RUN_STATUS, "cancelled")
+            return
+        await self._store.fail_run(
+            self._held_to_the_end(),
+            cause["failure"],
+            reason=cause["reason"],
+            checkpoint_id=cause["checkpoint_id"],
+            step=cause["step"],
+        )
+        span.set_attribute(RUN_STATUS, "failed")
 
     async def _conclude(self, after: StateSnapshot, span: Span) -> None:
         """Park or finish a run whose graph has nothing more to do."""
         _show(span, after)
         questions = await open_questions(self._saver, after, await self._waits(after))
+        if self._journal.doubts:
+            # A node that has its answer, and an effect in doubt after that, still shows the
+            # question.
+            questions = [each for each in questions if each.key not in self._answered]
         if any(question.key in self._answered for question in questions):
             raise RunError("the graph asks again what was answered; it did not take the answer")
-        if questions:
+        if questions or self._journal.doubts:
             await self._park(after, questions, span)
         elif after.next:
             raise RunError(f"graph stopped before {', '.join(after.next)} without an interrupt")
@@ -194,10 +250,13 @@ class Attempt:
             durability="sync",
             control=self._control.run_control,
         )
-        async for _ in stream:
-            if self._control.is_isolated and self._gate.has_progressed:
-                await self._store.end_isolation(self._held())
-                self._control.is_isolated = False
+        try:
+            async for _ in stream:
+                if self._control.is_isolated and self._gate.has_progressed:
+                    await self._store.end_isolation(self._held())
+                    self._control.is_isolated = False
+        finally:
+            await self._journal.settle()
 
     async def _prepare(self, config: RunnableConfig) -> None:
         """Bring the thread to where the run is to go on, if that is not where it stands."""
@@ -206,6 +265,8 @@ class Attempt:
             await self._store.finish_rollback(self._held(), gone)
         if (checkpoint_id := self._run.resume_from) is not None:
             place = {**config["configurable"], "checkpoint_id": checkpoint_id, "checkpoint_ns": ""}
+            found = await self._saver.aget_tuple({"configurable": place})
+            self._shift = 1 + shift_of(found, self._run)
             # The state of that checkpoint becomes the head, and its tasks are due again.
             await self._graph.aupdate_state(
                 {**config, "configurable": place}, None, as_node="__copy__"
@@ -239,7 +300,9 @@ class Attempt:
         return await self._graph.aget_state(config, subgraphs=True)
 
     async def _is_begun(self, state: StateSnapshot) -> bool:
-        """Whether some checkpoint of the thread carries this run's id."""
+        """Whether some checkpoint of the thread carries this run's id, or it began as a fork."""
+        if self._run.forked_from is not None:
+            return True
         if (state.metadata or {}).get("run_id") == self._run.id:
             return True
         if not state.config["configurable"].get("checkpoint_id"):
@@ -253,13 +316,17 @@ class Attempt:
         self._begun_at = checkpoint_id = state.config["configurable"].get("checkpoint_id")
         finished = sum(1 for task in state.tasks if task.result is not None)
         answered = sum(question.answers_recorded for question in questions)
+        progress = f"{checkpoint_id}:{finished}:{answered}"
+        if self._run.saga_cause is not None:
+            progress += f":{await count_undone(self._store, self._run)}"
         return await self._store.start_attempt(
             self._held(),
-            progress=f"{checkpoint_id}:{finished}:{answered}",
+            progress=progress,
             reason=self._claimed.reason,
             checkpoint_id=checkpoint_id,
             step=(state.metadata or {}).get("step"),
             traceparent=traceparent(),
+            effect_shift=self._shift,
         )
 
     async def _waits(self, state: StateSnapshot) -> Waits:
@@ -285,6 +352,7 @@ class Attempt:
 
     async def _park(self, state: StateSnapshot, questions: list[Question], span: Span) -> None:
         waits = [question.to_wait() for question in questions]
+        waits += [doubts.to_wait(each, self._lease) for each in self._journal.doubts.values()]
         await self._release_thread()
         await self._store.park_run(
             self._held_to_the_end(),

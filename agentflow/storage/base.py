@@ -12,9 +12,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any, Literal
 
+from agentflow.codec import Codec
+from agentflow.journal import Begun, Effect, NewEffect, Outcome, Resolution
 from agentflow.types import (
     Approval,
     ApprovalRequest,
@@ -198,13 +200,15 @@ class RunStore(ABC):
         checkpoint_id: str | None,
         step: int | None,
         traceparent: str | None,
+        effect_shift: int | None = None,
     ) -> AttemptStart:
         """Note, before the first step, that an attempt begins and from where.
 
         `progress` names what is durable. If it differs from the last attempt's, the counts of
         attempts and losses start anew: with this one, or, if the last one was lost with its worker,
         with that one. The failures per task start anew if `checkpoint_id` differs. `resume_from` is
-        forgotten: the caller has made that checkpoint the thread's head before. If the run is to be
+        forgotten: the caller has made that checkpoint the thread's head before, and `effect_shift`
+        says by how many supersteps that has moved what follows. If the run is to be
         cancelled, is paused by itself or has passed its deadline, that is said. Event:
         `run.started` if `reason` is `start`, else one `run.resumed` with reason and checkpoint.
         """
@@ -218,7 +222,8 @@ class RunStore(ABC):
         A wait that exists for the same question is kept; a pending one that is not asked any more
         becomes `superseded`. The run becomes `waiting`, or `queued` if a wait was resolved
         meanwhile and not delivered. The lease ends; attempts and losses are cleared.
-        Events: `approval.requested` for each new wait, `run.parked`.
+        Events: `approval.requested` for each new wait, before it `effect.in_doubt` if it is about
+        an effect, `run.parked`.
         """
 
     @abstractmethod
@@ -433,6 +438,64 @@ class RunStore(ABC):
         under the same idempotency key by the same decision gives the stored result; any other
         resolved one is `AlreadyResolvedError`, and one that is gone `SupersededError`. Event:
         `approval.resolved`.
+
+        What is said of an effect in doubt is written to its record together with that, as by
+        `resolve_effect`; a `reject` cancels the run instead, as by `cancel_run`.
+        """
+
+    @abstractmethod
+    async def begin_effect(
+        self, lease: Lease, new: NewEffect, *, retake: int | None = None
+    ) -> Begun:
+        """Make the intent of a call durable, or return what is known of one under the same key.
+
+        It is due, and then the caller's to make, if nothing is known under the key, if somebody
+        said that it did not happen, or if it was not called. `retake` is the attempt after which
+        the caller wants it called again: it is due if it has not gone beyond that, has not
+        succeeded, and no living attempt of another run is at it. An attempt is counted whenever it
+        becomes due. Another function, or other arguments, under a known key are
+        `EffectConflictError`. Event, if it is due: `effect.intended`.
+        """
+
+    @abstractmethod
+    async def finish_effect(self, lease: Lease, effect_id: str, outcome: Outcome) -> bool:
+        """Record what came of a call that became due under this lease, and say whether it counts.
+
+        It does as long as nobody has said otherwise, whether the lease still holds or not; a
+        pending question about it becomes `superseded` and a waiting run is queued. Otherwise it is
+        kept as a late one, the run is paused, and the event is `effect.late_outcome`. Events:
+        `effect.succeeded`, `effect.failed`, `effect.not_called`.
+
+        An outcome that cannot be stored, or is too large (`PayloadTooLargeError`), changes nothing.
+        """
+
+    @abstractmethod
+    async def resolve_effect(self, tenant: str, effect_id: str, resolution: Resolution) -> Effect:
+        """Record what somebody says of an effect that is in doubt or failed.
+
+        Pending questions about it become `superseded`, and a waiting run is queued. One that is
+        under way, or of which the outcome is known, is `ConflictError`. Event: `effect.resolved`.
+        """
+
+    @abstractmethod
+    async def get_effect(self, tenant: str, effect_id: str) -> Effect:
+        """Return an effect; `NotFoundError` if there is none."""
+
+    @abstractmethod
+    async def list_effects(
+        self,
+        tenant: str,
+        *,
+        run_id: str | None = None,
+        scope: str | None = None,
+        limit: int = 100,
+        cursor: str | None = None,
+        strict: bool = False,
+    ) -> Page[Effect]:
+        """Return a page of effects, the first intended first.
+
+        `run_id` names the run that intended them last, `scope` where their keys are unique;
+        `strict` refuses outcomes of classes that are not known here.
         """
 
     @abstractmethod
@@ -463,6 +526,28 @@ class RunStore(ABC):
         claimed until the pause of scope `store` is ended. Event, in the log of the tenant `""`:
         `store.restored`.
         """
+
+    @abstractmethod
+    async def prune_effects(
+        self,
+        tenant: str,
+        *,
+        ended_before: datetime,
+        graphs: Collection[tuple[str, str]],
+        are_others: bool,
+        limit: int,
+    ) -> int:
+        """Delete up to `limit` effects of runs that ended before a time, and say how many.
+
+        Of runs of `graphs` (name and version), or, if `are_others`, of all others. Those of a run
+        with a dead letter are kept, since it may be requeued; so are those that a fork which has
+        not ended shares, and those with keys of the whole tenant. No event.
+        """
+
+    @property
+    @abstractmethod
+    def codec(self) -> Codec:
+        """What encodes payloads: for those of a run that are kept elsewhere."""
 
     @property
     @abstractmethod

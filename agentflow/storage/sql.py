@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import partial
 from typing import Any, TypeVar
 
@@ -16,7 +16,17 @@ from agentflow.database import Database
 from agentflow.database.session import Session
 from agentflow.database.tables import dead_letters, events, runs, waits
 from agentflow.errors import InvalidInputError
-from agentflow.storage import attempts, claims, endings, letters, pauses, submission, workers
+from agentflow.journal import Begun, Effect, NewEffect, Outcome, Resolution
+from agentflow.storage import (
+    attempts,
+    claims,
+    effects,
+    endings,
+    letters,
+    pauses,
+    submission,
+    workers,
+)
 from agentflow.storage.base import ChangeKind, OnBusy, OnExisting, RunStore
 from agentflow.storage.questions import to_approval
 from agentflow.storage.rotation import rotate_payloads
@@ -219,6 +229,7 @@ class SqlRunStore(RunStore):
         checkpoint_id: str | None,
         step: int | None,
         traceparent: str | None,
+        effect_shift: int | None = None,
     ) -> AttemptStart:
         return await self._write(
             attempts.start_attempt,
@@ -228,6 +239,7 @@ class SqlRunStore(RunStore):
             checkpoint_id=checkpoint_id,
             step=step,
             traceparent=traceparent,
+            effect_shift=effect_shift,
         )
 
     async def park_run(
@@ -384,6 +396,50 @@ class SqlRunStore(RunStore):
         self._tell("due")
         return resolved
 
+    async def begin_effect(
+        self, lease: Lease, new: NewEffect, *, retake: int | None = None
+    ) -> Begun:
+        row = effects.new_row(self._payloads, lease.tenant, new)
+        begin = partial(self._write, effects.begin_effect, lease, new, row, retake=retake)
+        try:
+            return await begin()
+        except sa.exc.IntegrityError:
+            # Another process was first with a key of the whole tenant; now it can be compared.
+            return await begin()
+
+    async def finish_effect(self, lease: Lease, effect_id: str, outcome: Outcome) -> bool:
+        # Here, so that an outcome that cannot be stored costs the batch nothing.
+        sealed, plain = effects.seal_outcome(self._payloads, lease.tenant, effect_id, outcome)
+        return await self._write(
+            effects.finish_effect, lease, effect_id, outcome.status, sealed, plain
+        )
+
+    async def resolve_effect(self, tenant: str, effect_id: str, resolution: Resolution) -> Effect:
+        resolved = await self._write(effects.resolve_effect, tenant, effect_id, resolution)
+        self._tell("due")
+        return resolved
+
+    async def get_effect(self, tenant: str, effect_id: str) -> Effect:
+        row = await self._database.read(
+            lambda connection: effects.get_effect(connection, tenant, effect_id)
+        )
+        return effects.to_effect(row, self._payloads)
+
+    async def list_effects(
+        self,
+        tenant: str,
+        *,
+        run_id: str | None = None,
+        scope: str | None = None,
+        limit: int = 100,
+        cursor: str | None = None,
+        strict: bool = False,
+    ) -> Page[Effect]:
+        query = effects.listed(tenant, run_id=run_id, scope=scope)
+        if cursor is not None:
+            query = query.where(effects.table.c.seq > _parse_cursor(cursor))
+        return await self._page(query, limit, partial(effects.to_effect, strict=strict))
+
     async def pause_run(
         self, tenant: str, run_id: str, *, reason: str | None, by: str | None
     ) -> Run:
@@ -471,6 +527,24 @@ class SqlRunStore(RunStore):
 
     async def restore(self, *, reason: str | None, by: str | None) -> Restored:
         return await self._write(workers.restore, reason=reason, by=by)
+
+    async def prune_effects(
+        self,
+        tenant: str,
+        *,
+        ended_before: datetime,
+        graphs: Collection[tuple[str, str]],
+        are_others: bool,
+        limit: int,
+    ) -> int:
+        doomed = effects.doomed(tenant, ended_before, graphs, are_others=are_others, limit=limit)
+        if not await self._database.read(lambda connection: connection.execute(doomed).first()):
+            return 0
+        return await self._write(effects.prune_effects, doomed)
+
+    @property
+    def codec(self) -> Codec:
+        return self._payloads.strict
 
     @property
     def hears_others(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 
 import sqlalchemy as sa
@@ -18,8 +19,11 @@ from agentflow.errors import (
     SupersededError,
     VersionChangedError,
 )
+from agentflow.journal import Resolution
+from agentflow.storage.effects import get_effect, give_up, resolve
+from agentflow.storage.endings import COMPENSATING, cancel_or_ask
 from agentflow.storage.questions import to_approval
-from agentflow.storage.rows import Payloads, change_run
+from agentflow.storage.rows import Payloads, change_run, get_run
 from agentflow.types import (
     Approval,
     ApprovalRequest,
@@ -147,17 +151,50 @@ def resolve_wait(
             "proposal_hash": stored.proposal_hash,
         },
     )
+    log = [resolved]
+    if row.kind == "effect":
+        change_run(connection, run, payloads, now, log=log)
+        log = []
+        run = get_run(connection, tenant, run.run_id, lock=True)
+        _answer_doubt(connection, payloads, run, row, decision, now, by=by, comment=comment)
+        run = get_run(connection, tenant, run.run_id, lock=True)
+        changed = get_wait(connection, tenant, wait_id)
+    wake: dict[str, Any] = {}
     if run.status == RunStatus.WAITING:
-        change_run(
-            connection,
-            run,
-            payloads,
-            now,
-            status=RunStatus.QUEUED,
-            log=[resolved],
-            wake_reason="approval",
-            available_at=payloads.time(now),
-        )
-    else:
-        change_run(connection, run, payloads, now, log=[resolved])
+        wake = {
+            "status": RunStatus.QUEUED,
+            "wake_reason": "approval",
+            "available_at": payloads.time(now),
+        }
+    change_run(connection, run, payloads, now, log=log, **wake)
     return to_approval(changed, payloads)
+
+
+def _answer_doubt(
+    connection: Connection,
+    payloads: Payloads,
+    run: sa.Row[Any],
+    wait: sa.Row[Any],
+    decision: Decision,
+    now: datetime,
+    *,
+    by: str,
+    comment: str | None,
+) -> None:
+    """Write what is said of an effect in doubt to its record, or cancel the run."""
+    effect_id = wait.interrupt_id.rpartition(":")[0]
+    if decision.type == "reject" and run.saga == COMPENSATING:
+        effect = get_effect(connection, run.tenant, effect_id)
+        give_up(connection, payloads, run, effect, now, by)
+        return
+    if decision.type == "reject":
+        cancel_or_ask(connection, payloads, run, now, {"reason": "effect in doubt", "by": by})
+        return
+    said = Resolution(
+        happened=decision.value["happened"],
+        outcome=decision.value.get("outcome"),
+        by=by,
+        comment=comment,
+        facts={"approval": wait.wait_id},
+    )
+    resolve(connection, payloads, run, get_effect(connection, run.tenant, effect_id), now, said)

@@ -8,7 +8,15 @@ import pytest
 from agentflow import errors
 
 EXPORTS = {
-    "agentflow": {"AgentFlow", "RetryPolicy", "request_approval", "shield"},
+    "agentflow": {
+        "AgentFlow",
+        "RetryPolicy",
+        "effect",
+        "effect_context",
+        "request_approval",
+        "shield",
+        "transaction",
+    },
     "agentflow.checkpoint": {
         "Archived",
         "Retention",
@@ -38,8 +46,10 @@ ERRORS = {
         "ObjectStoreError",
         "StoreUnavailableError",
     },
+    "MigrationRequiredError": {"JournalMissingError"},
     "ConflictError": {
         "AlreadyResolvedError",
+        "EffectConflictError",
         "IdempotencyConflictError",
         "ThreadBusyError",
         "VersionChangedError",
@@ -60,7 +70,10 @@ ERRORS = {
     "RunError": {
         "AttemptsExhaustedError",
         "DeadlineExceededError",
+        "EffectFailedError",
+        "EffectInDoubtError",
         "IllegalTransitionError",
+        "NonDeterministicNodeError",
         "ProposalUnstableError",
         "RunCancelledError",
         "RunFailedError",

@@ -16,7 +16,7 @@ from typing import Annotated, Any, NotRequired, Protocol, TypedDict
 from langchain_core.runnables import RunnableConfig
 from langgraph.graph import END, START, StateGraph
 
-from agentflow import AgentFlow
+from agentflow import AgentFlow, effect, effect_context
 from agentflow.checkpoint import steps
 from agentflow.interrupts import request_approval
 from agentflow.lease import LeaseKeeper
@@ -25,7 +25,7 @@ from examples.refunds.client import ServiceClient
 from examples.refunds.graph import build_graph
 from examples.refunds.observer import Observer
 from examples.refunds.script import chat_model
-from tests.fault.ledger import find, record
+from tests.fault.ledger import arecord, find, record
 from tests.fault.sabotage import Place, Sabotage
 
 WORKER = "tests.fault.graphs:worker_main"
@@ -35,7 +35,7 @@ LINEAR = ("a", "b", "c", "d")
 BRANCHES = ("left", "middle", "right")
 GRAPHS = (
     *("linear", "single", "fan_out", "nested", "loop", "questions", "interview"),
-    *("poison", "flaky", "broken", "stubborn"),
+    *("poison", "flaky", "broken", "stubborn", "payments", "trip"),
 )
 """Every graph of this module, by the name of its method."""
 
@@ -162,6 +162,63 @@ class Nodes:
         graph.add_edge(START, "balk")
         return graph
 
+    def payments(self) -> Graph:
+        """Return a node that pays, asks, and pays again, and one beside it that notifies."""
+        graph: Graph = StateGraph(Trace)
+        graph.add_node("pay", self._pay)
+        graph.add_node("notify", self._notify)
+        graph.add_edge(START, "pay")
+        graph.add_edge(START, "notify")
+        return graph
+
+    def _pay(self, state: Trace, config: RunnableConfig) -> dict[str, Any]:
+        run = config["metadata"]["run_id"]
+        pay = effect(key=lambda _, what: f"pay-{what}", timeout=60)(self._charge)
+        first = pay(run, "deposit")
+        answer = request_approval({"of": run}, title="Pay the rest?")
+        return {"log": [first, answer.type, pay(run, "rest")]}
+
+    async def _notify(self, state: Trace, config: RunnableConfig) -> dict[str, Any]:
+        run = config["metadata"]["run_id"]
+        notify = effect(on_in_doubt="retry")(self._tell)
+        return {"log": [await notify(run)]}
+
+    def trip(self) -> Graph:
+        """Return four bookings in a row, each of which can be undone, and a node that fails."""
+        book = effect(compensate=self._unbook, name="fault:book")(self._book)
+
+        def booking(what: str) -> TracingNode:
+            def node(state: Trace, config: RunnableConfig) -> dict[str, Any]:
+                return {"log": [book(config["metadata"]["run_id"], what)]}
+
+            return node
+
+        graph: Graph = StateGraph(Trace)
+        for before, name in zip((START, *LINEAR), LINEAR, strict=False):
+            graph.add_node(name, booking(name))
+            graph.add_edge(before, name)
+        graph.add_node("break", self._break)
+        graph.add_edge(LINEAR[-1], "break")
+        return graph
+
+    def _book(self, run: str, what: str) -> str:
+        record(self._ledger, event="booked", run=run, key=what, pid=os.getpid())
+        return what
+
+    def _unbook(self, outcome: str, run: str) -> None:
+        record(self._ledger, event="unbooked", run=run, key=outcome, pid=os.getpid())
+
+    def _charge(self, run: str, what: str) -> str:
+        record(self._ledger, event="paid", run=run, key=what, pid=os.getpid())
+        if self._sabotage is not None:
+            self._sabotage.meet("node", "after")
+        return what
+
+    async def _tell(self, run: str) -> str:
+        key = effect_context().idempotency_key
+        await arecord(self._ledger, event="told", run=run, key=key, pid=os.getpid())
+        return "told"
+
     def _loop(self, name: str, node: Callable[..., dict[str, Any]]) -> Graph:
         graph = StateGraph(Count)
         graph.add_node(name, node)
@@ -246,7 +303,10 @@ def register_all(
 ) -> None:
     """Register every graph of this module under the name of its method."""
     nodes = Nodes(ledger, sabotage, kill_at)
-    policies = {"stubborn": RetryPolicy(max_attempts=1, on_exhausted="pause")}
+    policies = {
+        "stubborn": RetryPolicy(max_attempts=1, on_exhausted="pause"),
+        "trip": RetryPolicy(max_attempts=1),
+    }
     for name in GRAPHS:
         policy = policies.get(name, RetryPolicy(initial_interval=0.05))
         app.register(getattr(nodes, name)(), name=name, retry=policy)
