@@ -31,6 +31,13 @@ from opentelemetry.trace import Span
 from agentflow.checkpoint import Saver
 from agentflow.control import AttemptControl
 from agentflow.drive import failures
+from agentflow.drive.compatibility import (
+    DIGEST,
+    Compatibility,
+    marks_of,
+    settle,
+    store_fingerprint,
+)
 from agentflow.drive.failures import Failed
 from agentflow.drive.gate import Gate
 from agentflow.drive.graph import RegisteredGraph
@@ -39,6 +46,7 @@ from agentflow.errors import (
     AttemptsExhaustedError,
     DeadlineExceededError,
     FencedError,
+    IncompatibleGraphError,
     LeaseLostError,
     RunError,
     StoreUnavailableError,
@@ -99,6 +107,10 @@ class Attempt:
             }
         )
         self._gate = Gate(control, registered.time_limits())
+        self._compatibility = Compatibility(store, saver, registered, claimed.run.tenant)
+        self.refused: IncompatibleGraphError | None = None
+        """Why the graph that is registered is not one that the run can go on with."""
+        self._graph_changed: Mapping[str, Any] | None = None
         self._started: AttemptStart | None = None
         self._begun_at: str | None = None
         self._is_released = False
@@ -135,8 +147,10 @@ class Attempt:
 
     async def _work(self, span: Span) -> None:
         config = self._config(span)
-        await self._prepare(config)
-        before = await self._state(config)
+        await self._roll_back()
+        before = await self._fitting_state(config)
+        if await self._prepare(config):
+            before = await self._state(config)
         waits = await self._waits(before)
         questions = await open_questions(self._saver, before, waits)
         self._started = started = await self._start(before, questions)
@@ -199,11 +213,45 @@ class Attempt:
                 await self._store.end_isolation(self._held())
                 self._control.is_isolated = False
 
-    async def _prepare(self, config: RunnableConfig) -> None:
-        """Bring the thread to where the run is to go on, if that is not where it stands."""
+    async def _fitting_state(self, config: RunnableConfig) -> StateSnapshot:
+        """Read the thread, and see that the run can go on with the graph that is registered.
+
+        Raises:
+            IncompatibleGraphError: It cannot.
+        """
+        registered, run = self._registered, self._run
+        failure: Exception | None = None
+        state: StateSnapshot | None = None
+        try:
+            state = await self._state(config)
+        except (FencedError, StoreUnavailableError):
+            raise
+        except Exception as exc:  # noqa: BLE001 -- of what a graph is made that does not fit
+            failure = exc
+        if state is not None and run.resume_from is None:
+            marks: Mapping[str, Any] = state.metadata or {}
+            if marks.get(DIGEST) == registered.fingerprint.digest:
+                return state
+        is_begun = run.resume_from is not None or state is None or await self._is_begun(state)
+        verdict = await self._compatibility.judge(
+            run, is_begun=is_begun, state=state, checkpoint_id=run.resume_from
+        )
+        noted = settle(registered, run, verdict)
+        if run.fingerprint != registered.fingerprint.digest:
+            self._graph_changed = noted
+        if state is None:
+            assert failure is not None
+            raise failure
+        return state
+
+    async def _roll_back(self) -> None:
+        """Delete the checkpoints of runs of the thread that were rolled back."""
         if gone := self._claimed.rolled_back:
             await self._saver.adelete_for_runs(list(gone))
             await self._store.finish_rollback(self._held(), gone)
+
+    async def _prepare(self, config: RunnableConfig) -> bool:
+        """Bring the thread to where the run is to go on; say whether it did not stand there."""
         if (checkpoint_id := self._run.resume_from) is not None:
             place = {**config["configurable"], "checkpoint_id": checkpoint_id, "checkpoint_ns": ""}
             # The state of that checkpoint becomes the head, and its tasks are due again.
@@ -211,6 +259,8 @@ class Attempt:
                 {**config, "configurable": place}, None, as_node="__copy__"
             )
             await self._flush()
+            return True
+        return False
 
     def _config(self, span: Span) -> RunnableConfig:
         stored = self._run.config
@@ -225,7 +275,11 @@ class Attempt:
                 # The second line of defence behind the checks made here.
                 _STRICT_RESUME: True,
             },
-            "metadata": {**self._run.metadata, "run_id": self._run.id},
+            "metadata": {
+                **self._run.metadata,
+                **marks_of(self._registered),
+                "run_id": self._run.id,
+            },
         }
         if "recursion_limit" in stored:
             config["recursion_limit"] = stored["recursion_limit"]
@@ -253,6 +307,7 @@ class Attempt:
         self._begun_at = checkpoint_id = state.config["configurable"].get("checkpoint_id")
         finished = sum(1 for task in state.tasks if task.result is not None)
         answered = sum(question.answers_recorded for question in questions)
+        await store_fingerprint(self._store, self._run.tenant, self._registered)
         return await self._store.start_attempt(
             self._held(),
             progress=f"{checkpoint_id}:{finished}:{answered}",
@@ -260,6 +315,8 @@ class Attempt:
             checkpoint_id=checkpoint_id,
             step=(state.metadata or {}).get("step"),
             traceparent=traceparent(),
+            fingerprint=self._registered.fingerprint.digest,
+            graph_changed=self._graph_changed,
         )
 
     async def _waits(self, state: StateSnapshot) -> Waits:
@@ -363,6 +420,8 @@ class Attempt:
         fail_span(span, type(error).__name__)
         await self._flush_quietly()
         failed = await self._failed(span)
+        if isinstance(error, IncompatibleGraphError):
+            self.refused = error
         failure = failures.describe(error, failed.node, failed.attempt)
         await self._release_thread()
         verdict = self._judge(error, failed)
@@ -377,8 +436,8 @@ class Attempt:
             )
             span.set_attribute(RUN_STATUS, "queued")
             return
-        is_paused = verdict.reason == "exhausted" and (
-            self._policies.of(failed.node).on_exhausted == "pause"
+        is_paused = self.refused is not None or (
+            verdict.reason == "exhausted" and self._policies.of(failed.node).on_exhausted == "pause"
         )
         end = self._store.pause_failed_run if is_paused else self._store.fail_run
         await end(
@@ -391,6 +450,8 @@ class Attempt:
         span.set_attribute(RUN_STATUS, "queued" if is_paused else "failed")
 
     def _judge(self, error: Exception, failed: Failed) -> Retry | GiveUp:
+        if isinstance(error, IncompatibleGraphError):
+            return GiveUp("incompatible")
         if isinstance(error, _HOPELESS):
             return GiveUp("not_retryable")
         if isinstance(error, DeadlineExceededError):

@@ -24,6 +24,7 @@ from agentflow.storage.pauses import reason_to_stop
 from agentflow.storage.questions import pack_question, redacted_question
 from agentflow.storage.rows import (
     CLEARED,
+    INCOMPATIBLE,
     RELEASED,
     Payloads,
     change_run,
@@ -54,6 +55,8 @@ def start_attempt(
     checkpoint_id: str | None,
     step: int | None,
     traceparent: str | None,
+    fingerprint: str | None = None,
+    graph_changed: Mapping[str, Any] | None = None,
 ) -> AttemptStart:
     """See `RunStore.start_attempt`."""
     now = database_now(connection)
@@ -73,12 +76,15 @@ def start_attempt(
         event = NewEvent(type="run.started", data=facts)
     else:
         event = NewEvent(type="run.resumed", data={**facts, "reason": reason})
+    log = [event]
+    if graph_changed is not None:
+        log.insert(0, NewEvent(type="run.graph_changed", data=graph_changed))
     change_run(
         connection,
         row,
         payloads,
         now,
-        log=[event],
+        log=log,
         attempt=attempt,
         losses=losses,
         is_isolated=is_isolated,
@@ -90,6 +96,7 @@ def start_attempt(
         failures=payloads.dump(failures, runs.c.failures, row),
         # Only a segment that is being traced becomes the origin of the next one.
         traceparent=traceparent or row.traceparent,
+        fingerprint=fingerprint or row.fingerprint,
     )
     return AttemptStart(
         attempt=attempt,
@@ -150,7 +157,7 @@ def park_run(
         )
     }
     asked = {(q.ns, q.interrupt_id, q.checkpoint_id): q for q in questions}
-    log = _supersede(connection, [w for key, w in known.items() if key not in asked], now)
+    log = supersede(connection, [w for key, w in known.items() if key not in asked], now)
     new = [
         redacted_question(payloads, question, row)
         for key, question in asked.items()
@@ -180,9 +187,8 @@ def park_run(
     )
 
 
-def _supersede(
-    connection: Connection, gone: Sequence[sa.Row[Any]], now: datetime
-) -> list[NewEvent]:
+def supersede(connection: Connection, gone: Sequence[sa.Row[Any]], now: datetime) -> list[NewEvent]:
+    """Close those of some waits that are pending, and return the events that say so."""
     pending = [wait.wait_id for wait in gone if wait.status == WaitStatus.PENDING]
     if pending:
         connection.execute(
@@ -348,7 +354,7 @@ def pause_failed_run(
         error=payloads.dump(failure, runs.c.error, row),
         checkpoint_id=checkpoint_id,
         step=step,
-        wake_reason="pause",
+        wake_reason=INCOMPATIBLE if reason == INCOMPATIBLE else "pause",
         available_at=payloads.time(now),
         paused_at=now,
         is_paused_by_failure=True,

@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Literal
 
+from agentflow.storage.evolution import VersionVerbs
 from agentflow.types import (
     Approval,
     ApprovalRequest,
@@ -50,7 +51,7 @@ ChangeKind = Literal["due", "settled", "stop"]
 being driven may have to stop."""
 
 
-class RunStore(ABC):
+class RunStore(VersionVerbs, ABC):
     """Runs, leases, waits, audit events and dead letters of all tenants in one database.
 
     A run whose cancellation was requested becomes `cancelled` by `park_run`, `retry_run`,
@@ -198,6 +199,8 @@ class RunStore(ABC):
         checkpoint_id: str | None,
         step: int | None,
         traceparent: str | None,
+        fingerprint: str | None = None,
+        graph_changed: Mapping[str, Any] | None = None,
     ) -> AttemptStart:
         """Note, before the first step, that an attempt begins and from where.
 
@@ -207,6 +210,10 @@ class RunStore(ABC):
         forgotten: the caller has made that checkpoint the thread's head before. If the run is to be
         cancelled, is paused by itself or has passed its deadline, that is said. Event:
         `run.started` if `reason` is `start`, else one `run.resumed` with reason and checkpoint.
+
+        `fingerprint` is that of the graph that is going to be driven, and `graph_changed` what is
+        to be told of it if the thread was left by another one. Event, before the others:
+        `run.graph_changed`.
         """
 
     @abstractmethod
@@ -274,7 +281,8 @@ class RunStore(ABC):
     ) -> None:
         """Queue the run again, paused, instead of failing it; its lease ends.
 
-        Whoever resumes it gives it a new attempt budget. Event: `run.paused` with the reason.
+        Whoever resumes it gives it a new attempt budget. Event: `run.paused` with the reason. With
+        the reason `incompatible` it counts as such in a survey for as long as it is paused.
         """
 
     @abstractmethod

@@ -179,7 +179,7 @@ def claim_runs(
 ) -> list[ClaimedRun]:
     """See `RunStore.claim_runs`."""
     now = database_now(connection)
-    claimant = _Claimant(worker, instance or worker, lease)
+    claimant = Claimant(worker, instance or worker, lease)
     open_queues, open_graphs = paused(connection, tenant).without(queues, graphs)
     if not open_queues or not open_graphs:
         return []
@@ -199,7 +199,7 @@ def claim_runs(
             for row in rows:
                 if is_suspect(row) and claimed:
                     continue  # to be claimed alone, as soon as it is the first
-                taken = _take(connection, payloads, row, now, claimant, is_patient=False)
+                taken = take(connection, payloads, row, now, claimant, is_patient=False)
                 if taken is not None:
                     claimed.append(taken)
                 if claimed and claimed[0].isolation is not None:
@@ -237,7 +237,7 @@ def next_due(
 
 
 @dataclass(frozen=True, slots=True)
-class _Claimant:
+class Claimant:
     """Who claims, and for how long."""
 
     worker: str
@@ -272,16 +272,16 @@ def claim_run(
         if status is RunStatus.QUEUED and (row.available_at > at or is_late):
             return None
         raise ThreadBusyError(row.thread_id, run_id if status is RunStatus.RUNNING else None)
-    claimant = _Claimant(worker, instance or worker, lease)
-    return _take(connection, payloads, row, now, claimant, is_patient=True)
+    claimant = Claimant(worker, instance or worker, lease)
+    return take(connection, payloads, row, now, claimant, is_patient=True)
 
 
-def _take(
+def take(
     connection: Connection,
     payloads: Payloads,
     row: sa.Row[Any],
     now: datetime,
-    claimant: _Claimant,
+    claimant: Claimant,
     *,
     is_patient: bool,
 ) -> ClaimedRun | None:

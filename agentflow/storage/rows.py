@@ -18,7 +18,15 @@ from sqlalchemy.engine import Connection
 
 from agentflow.codec import Codec, context_of, envelope_of_version_1
 from agentflow.database.statements import insert_new
-from agentflow.database.tables import dead_letters, events, logs, pauses, runs, waits
+from agentflow.database.tables import (
+    dead_letters,
+    events,
+    fingerprints,
+    logs,
+    pauses,
+    runs,
+    waits,
+)
 from agentflow.errors import (
     IllegalTransitionError,
     LeaseLostError,
@@ -46,6 +54,7 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     events.name: ("tenant", "run_id", "seq"),
     dead_letters.name: ("tenant", "run_id"),
     pauses.name: ("tenant", "scope", "name"),
+    fingerprints.name: ("tenant", "digest"),
 }
 """By table, the columns that say whose a payload is; it opens nowhere else."""
 
@@ -58,6 +67,9 @@ Keyed = sa.Row[Any] | Mapping[str, Any]
 
 UNFINISHED = (RunStatus.QUEUED.value, RunStatus.RUNNING.value, RunStatus.WAITING.value)
 
+
+INCOMPATIBLE = "incompatible"
+"""Why a run is paused whose graph has changed, and why it is driven once it is resumed."""
 
 LOG = ""
 """What stands for the run in audit events that concern none."""
@@ -176,6 +188,7 @@ def to_run(row: sa.Row[Any], payloads: Payloads, *, strict: bool = False) -> Run
         cancel_requested_at=row.cancel_requested_at,
         cancel_reason=cancellation.get("reason"),
         submitted_by=row.submitted_by,
+        fingerprint=row.fingerprint,
     )
 
 

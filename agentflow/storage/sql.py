@@ -28,6 +28,7 @@ from agentflow.storage.rows import (
     to_event,
     to_run,
 )
+from agentflow.storage.sql_versions import SqlVersionVerbs
 from agentflow.storage.waits import get_wait, resolve_wait
 from agentflow.types import (
     Approval,
@@ -60,7 +61,7 @@ from agentflow.types import (
 T = TypeVar("T")
 
 
-class SqlRunStore(RunStore):
+class SqlRunStore(SqlVersionVerbs, RunStore):
     """Runs in a SQL database."""
 
     def __init__(
@@ -83,6 +84,7 @@ class SqlRunStore(RunStore):
         """
         self._database = database
         self._owns_database = owns_database
+        self._stored = set()
         self._payloads = Payloads(
             strict=codec, lenient=codec.readable_anywhere(), limit=max_payload, clock=clock
         )
@@ -223,6 +225,8 @@ class SqlRunStore(RunStore):
         checkpoint_id: str | None,
         step: int | None,
         traceparent: str | None,
+        fingerprint: str | None = None,
+        graph_changed: Mapping[str, Any] | None = None,
     ) -> AttemptStart:
         return await self._write(
             attempts.start_attempt,
@@ -232,6 +236,8 @@ class SqlRunStore(RunStore):
             checkpoint_id=checkpoint_id,
             step=step,
             traceparent=traceparent,
+            fingerprint=fingerprint,
+            graph_changed=graph_changed,
         )
 
     async def park_run(

@@ -45,6 +45,7 @@ def new_run(payloads: Payloads, tenant: str, spec: RunSpec) -> dict[str, Any]:
         "timeout": spec.timeout,
         "submitted_by": spec.submitted_by,
         "traceparent": spec.traceparent,
+        "fingerprint": spec.fingerprint,
         "event_seq": 0,
         "event_hash": GENESIS,
     }

@@ -15,7 +15,7 @@ from agentflow.database.statements import insert_new
 from agentflow.database.tables import EPOCH, dead_letters, epochs, leases, runs, workers
 from agentflow.storage.claims import is_expired
 from agentflow.storage.pauses import STORE, list_pauses, pause
-from agentflow.storage.rows import UNFINISHED, Payloads, append_to_log
+from agentflow.storage.rows import INCOMPATIBLE, UNFINISHED, Payloads, append_to_log
 from agentflow.types import (
     NewEvent,
     Restored,
@@ -121,6 +121,13 @@ def survey(connection: Connection, payloads: Payloads, tenant: str) -> Survey:
             for row in connection.execute(unfinished)
         ),
         paused=count(runs, of_tenant, is_unfinished, runs.c.paused_at.is_not(None)),
+        incompatible=count(
+            runs,
+            of_tenant,
+            is_unfinished,
+            runs.c.paused_at.is_not(None),
+            runs.c.wake_reason == INCOMPATIBLE,
+        ),
         expired_leases=count(runs, of_tenant, is_expired(now), runs.c.paused_at.is_(None)),
         overdue=count(runs, of_tenant, is_unfinished, is_overdue),
         dead_letters=count(dead_letters, dead_letters.c.tenant == tenant),
