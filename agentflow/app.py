@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from datetime import datetime
 from functools import partial
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 from langgraph.checkpoint.base import BaseCheckpointSaver
@@ -36,6 +36,7 @@ from agentflow.errors import (
     ThreadBusyError,
 )
 from agentflow.inputs import check_input, check_options, check_share, member, pause_scope
+from agentflow.inspection import CheckedRun, check_run, check_runs
 from agentflow.keys import KeyRing
 from agentflow.lease import LeaseKeeper
 from agentflow.listener import Listener
@@ -46,6 +47,7 @@ from agentflow.serializer import AllowList
 from agentflow.storage import OnBusy, OnExisting, RunStore
 from agentflow.telemetry import traceparent
 from agentflow.threads import on_loop
+from agentflow.transfer import export_run, import_run
 from agentflow.types import (
     Approval,
     AuditEvent,
@@ -174,9 +176,17 @@ class AgentFlow:
         self.approvals = Approvals(self._store, tenant)
         self.dead_letters = DeadLetters(self._store, self._saver, tenant)
 
-    def with_url(self, url: str) -> AgentFlow:
-        """Return an `AgentFlow` with the same graphs and options on another database."""
-        other = AgentFlow(url, tenant=self.tenant, **cast(Any, self._options))
+    def with_url(self, url: str, *, checkpoints: str | None = None) -> AgentFlow:
+        """Return an `AgentFlow` with the same graphs and options on another database.
+
+        Args:
+            url: The other database.
+            checkpoints: Where its checkpoints live, if not where this one's do.
+        """
+        options = (
+            self._options if checkpoints is None else {**self._options, "checkpoints": checkpoints}
+        )
+        other = AgentFlow(url, tenant=self.tenant, **cast(Any, options))
         other._registry = self._registry.copy()
         return other
 
@@ -270,6 +280,11 @@ class AgentFlow:
         return self._registry.add_migration(
             graph, from_, to, nodes=nodes, channels=channels, ask_again=ask_again
         )
+
+    @property
+    def graphs(self) -> Mapping[tuple[str, str], RegisteredGraph]:
+        """What is registered, by name and version, in the order of registration."""
+        return MappingProxyType(self._registry.graphs)
 
     async def submit(
         self,
@@ -651,6 +666,41 @@ class AgentFlow:
     async def list_routes(self, graph: str | None = None) -> tuple[Route, ...]:
         """Return where new runs of a graph go, or of all graphs."""
         return await self._store.list_routes(self.tenant, graph)
+
+    async def check_runs(self, graph: str | None = None) -> tuple[CheckedRun, ...]:
+        """Say of each unfinished run what would become of it with what is registered here.
+
+        Runs nothing and changes nothing: for a deploy that is about to happen.
+        """
+        return await check_runs(self._store, self._saver, self._registry, self.tenant, graph)
+
+    async def check_run(self, run_id: str) -> CheckedRun:
+        """Say what would become of one run; see `check_runs`."""
+        return await check_run(self._store, self._saver, self._registry, await self.get_run(run_id))
+
+    async def export_run(self, run_id: str) -> dict[str, Any]:
+        """Return a run with all that is stored of it and of its thread, to be written as JSON.
+
+        What is encrypted stays encrypted. The run stays as well: to move it, pause it before, and
+        cancel it here once it is imported elsewhere.
+
+        Raises:
+            ConflictError: It is being driven.
+            InvalidInputError: The checkpointer is not agentflow's.
+        """
+        return await export_run(self._store, self._saver, self.tenant, run_id)
+
+    async def import_run(self, exported: Mapping[str, Any], *, by: str | None = None) -> Run:
+        """Store a run that `export_run` has returned, to go on here; all of it, or nothing.
+
+        Raises:
+            InvalidInputError: It is no exported run, or of another tenant.
+            HashMismatchError: It is damaged.
+            UnknownVersionError: A newer program made it.
+            UnknownKeyError: It is encrypted by a key that is not here.
+            ConflictError: Its run or its thread is there already.
+        """
+        return await import_run(self._store, self._saver, self.tenant, exported, by=by)
 
     def _migrator(self) -> Migrator:
         return Migrator(

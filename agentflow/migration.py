@@ -31,9 +31,10 @@ from langgraph.pregel._algo import _xxhash_str, task_path_str
 from langgraph.types import Interrupt, PregelTask, _interrupt_id
 
 from agentflow.checkpoint import Saver
-from agentflow.drive import RegisteredGraph, acquire, marks_of, store_fingerprint
+from agentflow.drive import RegisteredGraph, acquire, is_begun, marks_of, store_fingerprint
 from agentflow.errors import AgentflowError, FencedError, MigrationError, ThreadBusyError
 from agentflow.failpoints import failpoint
+from agentflow.inspection import list_unfinished
 from agentflow.registry import Registry
 from agentflow.storage import RunStore
 from agentflow.types import Approval, Lease, MovedWait, Run, RunStatus, SystemClock, new_id
@@ -132,31 +133,13 @@ class Migrator:
         """See `AgentFlow.migrate_runs`."""
         registered = self._registry.find(graph, to_version)
         found = []
-        for run in await self._unfinished(graph):
+        for run in await list_unfinished(self._store, self._tenant, graph):
             if run.version == registered.version or from_version not in {None, run.version}:
                 continue
             found.append(await self._try(run, registered, is_dry=is_dry, by=by))
         return MigrationReport(
             graph=graph, to_version=registered.version, is_dry=is_dry, runs=tuple(found)
         )
-
-    async def _unfinished(self, graph: str) -> list[Run]:
-        found: dict[str, Run] = {}
-        for status in RunStatus:
-            cursor: str | None = None
-            while not status.is_ended:
-                page = await self._store.list_runs(
-                    self._tenant,
-                    status=status,
-                    graph=graph,
-                    thread_id=None,
-                    limit=_PAGE,
-                    cursor=cursor,
-                )
-                found |= {run.id: run for run in page.items}
-                if (cursor := page.cursor) is None:
-                    break
-        return sorted(found.values(), key=lambda run: run.created_at)
 
     async def _try(
         self, run: Run, registered: RegisteredGraph, *, is_dry: bool, by: str | None
@@ -271,7 +254,7 @@ class Migrator:
         head = await saver.aget_tuple(
             {"configurable": {"thread_id": run.thread_id, "checkpoint_ns": ""}}
         )
-        if head is None or not await _is_begun(saver, run, head):
+        if head is None or not await is_begun(saver, run):
             return None
         marks: Mapping[str, Any] = head.metadata
         digest = registered.fingerprint.digest
@@ -401,7 +384,7 @@ class _Carrier:
             return [(self._channel(c, node), v) for c, v in done], {}
         if asks_again:
             return [], {}
-        given = next((v for c, v in found if c == RESUME), [])
+        given: Any = next((v for c, v in found if c == RESUME), [])
         answers: list[Any] = list(given) if isinstance(given, (list, tuple)) else [given]
         asked = {}
         carried: list[tuple[str, Any]] = [(RESUME, answers)] if answers else []
@@ -480,13 +463,6 @@ class _Carrier:
                     f"it stands inside of the subgraph of node {node!r}; let a worker of version "
                     f"{self._run.version!r} drive it until it has left that"
                 )
-
-
-async def _is_begun(saver: BaseCheckpointSaver[Any], run: Run, head: CheckpointTuple) -> bool:
-    if head.metadata.get("run_id") == run.id:
-        return True
-    of_thread: RunnableConfig = {"configurable": {"thread_id": run.thread_id}}
-    return [item async for item in saver.alist(of_thread, filter={"run_id": run.id}, limit=1)] != []
 
 
 def _refused(run: Run, registered: RegisteredGraph, reason: str) -> MigrationError:

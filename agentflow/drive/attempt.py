@@ -34,6 +34,7 @@ from agentflow.drive import failures
 from agentflow.drive.compatibility import (
     DIGEST,
     Compatibility,
+    is_begun,
     marks_of,
     settle,
     store_fingerprint,
@@ -164,13 +165,13 @@ class Attempt:
         most = self._policies.most_attempts(before.next)
         if started.attempt > most or started.losses > most * _LOSSES:
             raise AttemptsExhaustedError(self._run.id, max(started.attempt - 1, started.losses))
-        is_begun = await self._is_begun(before)
+        has_begun = await self._is_begun(before)
         # Not `next`, which leaves out tasks whose writes are durable but not applied yet.
-        if is_begun and not before.tasks:
+        if has_begun and not before.tasks:
             await self._finish(before, span)
             return
-        graph_input: Any = None if is_begun else self._run.input
-        if is_begun and questions:
+        graph_input: Any = None if has_begun else self._run.input
+        if has_begun and questions:
             due = owed(before, questions, waits)
             self._answered = due.answered
             if not due.send and not due.has_work:
@@ -230,11 +231,14 @@ class Attempt:
             failure = exc
         if state is not None and run.resume_from is None:
             marks: Mapping[str, Any] = state.metadata or {}
-            if marks.get(DIGEST) == registered.fingerprint.digest:
+            is_empty = not state.config["configurable"].get("checkpoint_id")
+            if is_empty or marks.get(DIGEST) == registered.fingerprint.digest:
                 return state
-        is_begun = run.resume_from is not None or state is None or await self._is_begun(state)
+        has_begun = run.resume_from is not None or (
+            await is_begun(self._saver, run) if state is None else await self._is_begun(state)
+        )
         verdict = await self._compatibility.judge(
-            run, is_begun=is_begun, state=state, checkpoint_id=run.resume_from
+            run, is_begun=has_begun, state=state, checkpoint_id=run.resume_from
         )
         noted = settle(registered, run, verdict)
         if run.fingerprint != registered.fingerprint.digest:
@@ -298,10 +302,7 @@ class Attempt:
             return True
         if not state.config["configurable"].get("checkpoint_id"):
             return False
-        # The head may be somebody's `update_state`, or an earlier run's last checkpoint.
-        of_thread: RunnableConfig = {"configurable": {"thread_id": self._run.thread_id}}
-        own = self._saver.alist(of_thread, filter={"run_id": self._run.id}, limit=1)
-        return [item async for item in own] != []
+        return await is_begun(self._saver, self._run)
 
     async def _start(self, state: StateSnapshot, questions: list[Question]) -> AttemptStart:
         self._begun_at = checkpoint_id = state.config["configurable"].get("checkpoint_id")

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import BaseCheckpointSaver, CheckpointTuple
@@ -42,6 +43,13 @@ async def store_fingerprint(store: RunStore, tenant: str, registered: Registered
     await store.create_fingerprint(tenant, made.digest, registered.name, made.text)
 
 
+async def is_begun(saver: BaseCheckpointSaver[Any], run: Run) -> bool:
+    """Whether some checkpoint of the run's thread carries its id."""
+    # The head may be somebody's `update_state`, or an earlier run's last checkpoint.
+    of_thread: RunnableConfig = {"configurable": {"thread_id": run.thread_id}}
+    return [each async for each in saver.alist(of_thread, filter={"run_id": run.id}, limit=1)] != []
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """What has become of a graph since a run was last driven."""
@@ -61,7 +69,7 @@ class Verdict:
         return tuple(change for change in self.changes if change.is_ahead)
 
     @property
-    def name(self) -> str:
+    def name(self) -> Literal["same", "behind", "ahead"]:
         """Return `same`, `behind` or `ahead`."""
         return "same" if self.is_same else "ahead" if self.ahead else "behind"
 
@@ -84,6 +92,16 @@ class Compatibility:
         self._store = store
         self._saver = saver
         self._registered = registered
+
+    async def look(self, run: Run) -> Verdict:
+        """Judge a run that nobody drives now."""
+        graph = self._registered.graph.copy(update={"checkpointer": self._saver})
+        place: RunnableConfig = {"configurable": {"thread_id": run.thread_id}}
+        state: StateSnapshot | None = None
+        with suppress(Exception):  # of what a graph is made that does not fit
+            state = await graph.aget_state(place, subgraphs=True)
+        begun = run.resume_from is not None or await is_begun(self._saver, run)
+        return await self.judge(run, is_begun=begun, state=state, checkpoint_id=run.resume_from)
 
     async def judge(
         self,

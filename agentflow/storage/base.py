@@ -445,14 +445,20 @@ class RunStore(VersionVerbs, ABC):
 
     @abstractmethod
     async def beat_worker(self, tenant: str, report: WorkerReport) -> None:
-        """Note that a worker lives, and what it says about itself; no event.
+        """Note that a worker lives, and what it says about itself.
 
-        Workers that have been silent for a day are forgotten.
+        Workers that have been silent for a day are forgotten. With the first beat of an instance,
+        versions that have unfinished runs and no living worker are told. Event for each, in the
+        tenant's own log: `graph.stranded`.
         """
 
     @abstractmethod
     async def remove_worker(self, tenant: str, instance: str) -> None:
-        """Forget a worker that has stopped; no event."""
+        """Forget a worker that has stopped.
+
+        Event for each version of which it was the last worker, if it has unfinished runs, in the
+        tenant's own log: `graph.stranded`.
+        """
 
     @abstractmethod
     async def list_workers(self, tenant: str) -> tuple[WorkerRecord, ...]:

@@ -13,6 +13,7 @@ from agentflow.versions.comparison import Change as Change
 from agentflow.versions.comparison import Frontier as Frontier
 from agentflow.versions.comparison import compare as compare
 from agentflow.versions.comparison import compare_channels as compare_channels
+from agentflow.versions.comparison import compare_from_beginning as compare_from_beginning
 from agentflow.versions.fingerprint import Fingerprint as Fingerprint
 from agentflow.versions.fingerprint import fingerprint_of as fingerprint_of
 from agentflow.versions.frontier import due_nodes as due_nodes

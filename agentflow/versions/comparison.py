@@ -72,6 +72,11 @@ def compare(old: Form, new: Form, frontier: Frontier) -> tuple[Change, ...]:
     return tuple(_compare(old, new, frontier, ""))
 
 
+def compare_from_beginning(old: Form, new: Form) -> tuple[Change, ...]:
+    """Return how a graph differs for a run that is about to begin."""
+    return compare(old, new, BEGINNING)
+
+
 def compare_channels(old: Form, new: Form) -> tuple[Change, ...]:
     """Return how a graph differs for a run that has not begun, on a thread that has values.
 
