@@ -28,7 +28,7 @@ from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.checkpoint.serde.types import ERROR, INTERRUPT, RESUME, SCHEDULED
 from langgraph.graph.state import CompiledStateGraph
 from langgraph.pregel._algo import _xxhash_str, task_path_str
-from langgraph.types import Interrupt, PregelTask, _interrupt_id
+from langgraph.types import Interrupt, PregelTask, Send, _interrupt_id
 
 from agentflow.checkpoint import Saver
 from agentflow.drive import RegisteredGraph, acquire, is_begun, marks_of, store_fingerprint
@@ -42,6 +42,7 @@ from agentflow.versions import (
     Fingerprint,
     GraphMigration,
     Names,
+    Renaming,
     TransformationError,
     due_nodes,
     transform,
@@ -187,8 +188,10 @@ class Migrator:
         registered = self._registry.find(run.graph, to_version)
         if run.status.is_ended or run.version == registered.version:
             return run
-        # Before anything is touched.
-        await self._check(run, registered)
+        way = self._way(run, registered)
+        if run.status is not RunStatus.RUNNING:
+            # Found out before anything is touched. What runs may have lost its worker.
+            await self._plan(run, registered, way, self._saver)
         claimed = await self._store.claim_migration(
             self._tenant, run_id, worker=f"migrate-{new_id()[-6:]}", lease=self._lease
         )
@@ -330,6 +333,7 @@ class _Carrier:
         self._run, self._registered, self._way = run, registered, way
         self._head, self._old, self._saver = head, old, saver
         self._names = Names.of(way)
+        self._renaming = Renaming(self._names, registered.fingerprint.graph["nodes"])
 
     async def carry(self, made: Checkpoint) -> _Plan:
         head, run, registered = self._head, self._run, self._registered
@@ -381,7 +385,7 @@ class _Carrier:
     ) -> tuple[list[tuple[str, Any]], dict[str, tuple[str, str]]]:
         """Return the writes of a task as another one's, and the questions among them."""
         if done := [(c, v) for c, v in found if c not in _SPECIAL]:
-            return [(self._channel(c, node), v) for c, v in done], {}
+            return [self._write(c, v, node) for c, v in done], {}
         if asks_again:
             return [], {}
         given: Any = next((v for c, v in found if c == RESUME), [])
@@ -403,16 +407,15 @@ class _Carrier:
             )
         return carried, asked
 
-    def _channel(self, name: str, node: str) -> str:
-        if name.startswith("branch:to:"):
-            new = f"branch:to:{self._names.node(name.removeprefix('branch:to:'))}"
-        else:
-            new = self._names.channels.get(name, name)
+    def _write(self, name: str, value: Any, node: str) -> tuple[str, Any]:
+        if name == _SENDS:
+            return name, Send(self._names.node(value.node), value.arg)
+        new, renamed = self._renaming.write(name, value)
         if new not in self._registered.graph.channels and not new.startswith("__"):
             raise TransformationError(
                 f"node {node!r} has finished and wrote to {name!r}, which the new version has not"
             )
-        return new
+        return new, renamed
 
     def _tasks_before(self) -> dict[str, tuple[tuple[str, int | None], str]]:
         """Return the tasks of the old checkpoint by id: what they are called now, and were."""

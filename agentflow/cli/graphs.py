@@ -89,7 +89,7 @@ def _read(file: Path) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as exc:
         raise UsageError("--check", f"cannot read the file {str(file)!r}: {exc}") from exc
-    is_one = isinstance(found, dict) and all(
+    is_one = type(found) is dict and all(
         isinstance(each, dict) and {"digest", "graph"} <= set(each) for each in found.values()
     )
     if not is_one:

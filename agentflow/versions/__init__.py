@@ -23,5 +23,6 @@ from agentflow.versions.source import CodeChangedWarning as CodeChangedWarning
 from agentflow.versions.source import redefined_in_main as redefined_in_main
 from agentflow.versions.transformation import GraphMigration as GraphMigration
 from agentflow.versions.transformation import Names as Names
+from agentflow.versions.transformation import Renaming as Renaming
 from agentflow.versions.transformation import TransformationError as TransformationError
 from agentflow.versions.transformation import transform as transform

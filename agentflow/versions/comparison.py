@@ -93,7 +93,7 @@ def compare_channels(old: Form, new: Form) -> tuple[Change, ...]:
 
 def _compare(old: Form, new: Form, frontier: Frontier, path: str) -> Iterator[Change]:
     passed, reach = _reach(old, new, frontier)
-    yield from _compare_nodes(old["nodes"], new["nodes"], reach, passed, path)
+    yield from _compare_nodes(old["nodes"], new["nodes"], reach, path)
     yield from _compare_channels(old["channels"], new["channels"], path, is_ahead=bool(reach))
     if old["context"] != new["context"]:
         yield Change(
@@ -162,10 +162,7 @@ def _reach(old: Form, new: Form, frontier: Frontier) -> tuple[frozenset[str], fr
     return anew, anew | frontier.due
 
 
-def _compare_nodes(
-    old: Form, new: Form, reach: Collection[str], passed: Collection[str], path: str
-) -> Iterator[Change]:
-    del passed
+def _compare_nodes(old: Form, new: Form, reach: Collection[str], path: str) -> Iterator[Change]:
     gone, added = sorted(set(old) - set(new)), sorted(set(new) - set(old))
     renamed = _renamed(old, new, gone, added)
     for name in gone:
@@ -192,7 +189,7 @@ def _compare_nodes(
                 is_ahead=is_ahead,
                 detail="keeps the state of its subgraph in another way",
             )
-        if (wiring := _rewired(before, after)) is not None:
+        if (wiring := _rewired(before, after, renamed)) is not None:
             yield Change(kind="edge_changed", what=path + name, detail=wiring, is_ahead=is_ahead)
 
 
@@ -205,10 +202,19 @@ def _code(before: Form, after: Form) -> str:
     return "has other code"
 
 
-def _rewired(before: Form, after: Form) -> str | None:
-    if before["to"] != after["to"] or before["open"] != after["open"]:
+def _rewired(before: Form, after: Form, renamed: Mapping[str, str]) -> str | None:
+    """Say how a node is connected otherwise; not that another one has a new name."""
+    ends = sorted(renamed.get(name, name) for name in before["to"])
+    if ends != after["to"] or before["open"] != after["open"]:
         return f"leads to {_ends(after)} instead of {_ends(before)}"
-    if before["triggers"] != after["triggers"]:
+    joins = [
+        sorted(
+            sorted(renamed.get(name, name) for name in names) for names in node["joins"].values()
+        )
+        for node in (before, after)
+    ]
+    plain = [set(node["triggers"]) - set(node["joins"]) for node in (before, after)]
+    if joins[0] != joins[1] or plain[0] != plain[1]:
         return f"waits for {_joined(after)} instead of {_joined(before)}"
     if before.get("deferred") != after.get("deferred"):
         return "is deferred" if after.get("deferred") else "is not deferred any more"

@@ -17,6 +17,7 @@ from langgraph.channels import (
     BinaryOperatorAggregate,
     DeltaChannel,
     NamedBarrierValue,
+    NamedBarrierValueAfterFinish,
     Topic,
 )
 from langgraph.channels.base import BaseChannel
@@ -32,6 +33,7 @@ FORM = 1
 """The version of the stored form."""
 _INNER = ("branch:to:", "join:")
 """How the channels are named by which LangGraph's nodes trigger each other."""
+_BARRIERS = (NamedBarrierValue, NamedBarrierValueAfterFinish)
 _NAMED = 16
 
 
@@ -121,7 +123,7 @@ class _Maker:
         self, graph: Pregel[Any, Any, Any, Any], name: str, path: str, around: tuple[Any, ...]
     ) -> dict[str, Any]:
         node, full = graph.nodes[name], f"{path}{name}"
-        own = [node.bound]
+        own = [] if name == START else [node.bound]
         if isinstance(graph, CompiledStateGraph):
             own += [each.path for _, each in sorted(graph.builder.branches[name].items())]
         code = self.sources.read(*(each for each in own if not isinstance(each, Pregel)))
@@ -134,7 +136,7 @@ class _Maker:
             "joins": {
                 trigger: sorted(map(str, channel.names))
                 for trigger in sorted(node.triggers)
-                if isinstance(channel := graph.channels.get(trigger), NamedBarrierValue)
+                if isinstance(channel := graph.channels.get(trigger), _BARRIERS)
             },
             "to": [],
             # Whether it may go on to anything: what it returns nobody declared.

@@ -99,7 +99,7 @@ def transform(
     inner = {name: value for name, value in found.items() if _is_inner(name)}
     migrated = _migrate(values, steps)
     _validate(migrated, graph)
-    rename = _Renaming(names, new["nodes"])
+    rename = Renaming(names, new["nodes"])
     versions = {rename.channel(name): v for name, v in checkpoint["channel_versions"].items()}
     newest = max(versions.values(), default=None)
     triggers = {trigger for node in new["nodes"].values() for trigger in node["triggers"]}
@@ -224,10 +224,11 @@ def _is_inner(name: str) -> bool:
     return name.startswith((_BRANCH, _JOIN)) or (name.startswith("__") and name != "__root__")
 
 
-class _Renaming:
-    """Renames the channels by which nodes are triggered."""
+class Renaming:
+    """Renames channels and what is in them, also those by which nodes are triggered."""
 
     def __init__(self, names: Names, nodes: Mapping[str, Any]) -> None:
+        """Rename for the graph with these nodes, as of its fingerprint."""
         self._names = names
         self._joins = {
             (target, frozenset(arrived)): trigger
@@ -236,6 +237,7 @@ class _Renaming:
         }
 
     def channel(self, name: str) -> str:
+        """Return the new name of a channel."""
         if name.startswith(_BRANCH):
             return f"{_BRANCH}{self._names.node(name.removeprefix(_BRANCH))}"
         if name.startswith(_JOIN):
@@ -244,7 +246,14 @@ class _Renaming:
             return str(self._joins.get(key, name))
         return self._names.channels.get(name, name)
 
+    def write(self, name: str, value: Any) -> tuple[str, Any]:
+        """Return what a node has written, as the new graph would have had it written."""
+        if name.startswith(_JOIN) and isinstance(value, str):
+            value = self._names.node(value)
+        return self.channel(name), value
+
     def value(self, name: str, value: Any) -> Any:
+        """Return what is in a channel that triggers nodes."""
         if name == _SENDS:
             return [
                 Send(self._names.node(each.node), each.arg) if isinstance(each, Send) else each

@@ -61,6 +61,8 @@ ERRORS = {
         "AttemptsExhaustedError",
         "DeadlineExceededError",
         "IllegalTransitionError",
+        "IncompatibleGraphError",
+        "MigrationError",
         "ProposalUnstableError",
         "RunCancelledError",
         "RunFailedError",
