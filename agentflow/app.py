@@ -176,16 +176,15 @@ class AgentFlow:
         self.approvals = Approvals(self._store, tenant)
         self.dead_letters = DeadLetters(self._store, self._saver, tenant)
 
-    def with_url(self, url: str, *, checkpoints: str | None = None) -> AgentFlow:
-        """Return an `AgentFlow` with the same graphs and options on another database.
+    def with_url(self, url: str) -> AgentFlow:
+        """Return an `AgentFlow` with the same graphs and options on another database."""
+        return self._elsewhere(url, self._options)
 
-        Args:
-            url: The other database.
-            checkpoints: Where its checkpoints live, if not where this one's do.
-        """
-        options = (
-            self._options if checkpoints is None else {**self._options, "checkpoints": checkpoints}
-        )
+    def in_memory(self) -> AgentFlow:
+        """Return an `AgentFlow` with the same graphs and keys, whose content is its own."""
+        return self._elsewhere("memory://", {**self._options, "checkpoints": None, "offload": None})
+
+    def _elsewhere(self, url: str, options: Mapping[str, Any]) -> AgentFlow:
         other = AgentFlow(url, tenant=self.tenant, **cast(Any, options))
         other._registry = self._registry.copy()
         return other

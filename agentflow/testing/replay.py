@@ -35,7 +35,7 @@ async def replay_stored(
     """
     checked, problems = [], []
     for each in _each(stored):
-        async with app.with_url("memory://", checkpoints="memory://") as alone:
+        async with app.in_memory() as alone:
             run = await alone.import_run(each)
             found = await alone.check_run(run.id)
             if found.action != "refuse":

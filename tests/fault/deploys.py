@@ -7,7 +7,6 @@ import json
 import operator
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,7 +39,8 @@ class Payment(TypedDict, total=False):
     log: Annotated[list[str], operator.add]
 
 
-Node = Callable[[Any, RunnableConfig], dict[str, Any]]
+Node = Any
+"""Whatever `add_node` takes; its own annotation lists overloads that no alias can follow."""
 
 
 class Release:
@@ -65,7 +65,7 @@ class Release:
     def _graph(
         self, approver: str, payer: str, schema: Any
     ) -> CompiledStateGraph[Any, Any, Any, Any]:
-        graph = StateGraph(schema)
+        graph: StateGraph[Any, None, Any, Any] = StateGraph(schema)
         graph.add_node("check", self._reports("check"))
         graph.add_node("notify", self._reports("notify"))
         graph.add_node(approver, self._asks())

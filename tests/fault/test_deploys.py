@@ -18,14 +18,14 @@ from tests.fault.sabotage import Place
 from tests.fault.scene import LONG, Scene
 
 DOCS = Path(__file__).parents[2] / "docs" / "versions.md"
-MIGRATION = (
+MIGRATION: tuple[Place | str, ...] = (
     Place("RunStore.claim_migration", 1, "committed"),
     "migration.carried",
     "migration.saved",
     Place("RunStore.migrate_run", 1, "uncommitted"),
     Place("RunStore.migrate_run", 1, "committed"),
 )
-IMPORT = (
+IMPORT: tuple[Place | str, ...] = (
     "transfer.restored",
     Place("RunStore.import_run", 1, "uncommitted"),
     Place("RunStore.import_run", 1, "committed"),
@@ -157,7 +157,7 @@ async def test_old_worker_that_finds_a_half_migrated_run_does_not_drive_it(scene
 
 
 async def test_import_goes_on_wherever_its_process_is_killed(scene: Scene, tmp_path: Path) -> None:
-    files = {}
+    files: dict[str, tuple[Path, Place | str]] = {}
     async with released(scene, 2, "memory://") as source:
         for number, place in enumerate(IMPORT):
             run_id = f"run-{number}"

@@ -69,7 +69,8 @@ async def test_verdict_is_right_about_each_change_from_where_the_run_stands(
 ) -> None:
     run_id = await stand(app, where)
     await answer(app, run_id)
-    wrong, before = [], await rows(app)
+    wrong: list[tuple[str, object]] = []
+    before = await rows(app)
     for name, (shape, kind, ahead) in CHANGES.items():
         deploy(app, shape)
         found = await app.check_run(run_id)

@@ -51,7 +51,7 @@ class Removed(BaseModel):
 class Retyped(State):
     """Has another type of `note`."""
 
-    note: int | str = ""
+    note: int | str = ""  # type: ignore[assignment]  # that is the point of it
 
 
 class Reduced(State):
@@ -115,9 +115,12 @@ class Shape:
 
     def build(self) -> CompiledStateGraph[Any, Any, Any, Any]:
         """Build the graph."""
-        inner = self._line(("first", "second"), StateGraph(self.schema))
-        graph = StateGraph(self.schema, context_schema=self.context)
-        return self._line(ORDER, graph, inner).compile()
+        graph: Any = StateGraph(self.schema, context_schema=self.context)
+        inner: Any = StateGraph(self.schema)
+        compiled: CompiledStateGraph[Any, Any, Any, Any] = self._line(
+            ORDER, graph, self._line(("first", "second"), inner)
+        ).compile()
+        return compiled
 
     def _node(self, name: str) -> Callable[[Any], Any]:
         return (_other if name in self.changed else _step)(name)
