@@ -46,7 +46,9 @@ def create_fingerprint(
 ) -> None:
     """See `RunStore.create_fingerprint`."""
     row: dict[str, Any] = {"tenant": tenant, "digest": digest, "graph": graph}
-    row["form"] = payloads.dump(form, fingerprints.c.form, row)
+    # Not redacted: it says what code is like, and is compared.
+    body = payloads.serialize(form, fingerprints.c.form, row)
+    row["form"] = payloads.seal(body, fingerprints.c.form, row)
     insert_new(connection, fingerprints, [{**row, "at": database_now(connection)}])
 
 

@@ -24,6 +24,7 @@ from agentflow.errors import (
 from agentflow.keys import KeyRing
 from agentflow.testing import replay_stored
 from agentflow.types import RunStatus
+from tests.golden import run_v1
 from tests.integration.versions import CHANGES, Shape
 
 SECRET = "the wire goes to Panama"
@@ -165,3 +166,13 @@ async def test_stored_runs_are_held_against_todays_code(tmp_path: Path) -> None:
             await replay_stored(app, file)
         with pytest.raises(AssertionError, match="nothing stored"):
             await replay_stored(app)
+
+
+async def test_run_that_the_first_version_exported_goes_on() -> None:
+    async with AgentFlow("memory://") as app:
+        run_v1.register(app)
+        run = await app.import_run(json.loads(run_v1.FILE.read_text()))
+        assert run.metadata == {"team": "a"}
+        assert (await app.check_run(run.id)).verdict == "same"
+        run = await run_v1.answer(app)
+        assert run.output["log"] == ["begun", "approve", "approve", "3 before"]

@@ -113,4 +113,4 @@ def test_run_is_exported_to_a_file_and_imported_elsewhere(cli: Cli, tmp_path: Pa
     assert other("run", "import", str(file)).code == 4
     assert other("run", "import", str(tmp_path / "none")).code == 2
     (approval,) = other.data("approval", "list")
-    other.ok("approval", "approve", approval["id"], "--by", "ann")
+    other.ok("approval", "approve", approval["id"], "--by", "ann", "--if-version", "1")
