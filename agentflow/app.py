@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from datetime import datetime
 from functools import partial
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 from langgraph.checkpoint.base import BaseCheckpointSaver
@@ -24,27 +24,31 @@ from agentflow.doctor import Diagnosis, diagnose
 from agentflow.drive import (
     Driver,
     RegisteredGraph,
-    check_nodes,
     drained_by_interrupt,
     end_cancelled,
+    store_fingerprint,
 )
 from agentflow.effect_records import EffectRecords
 from agentflow.errors import (
+    ChangeKind,
     InvalidInputError,
     RunCancelledError,
     RunFailedError,
     ThreadBusyError,
-    UnknownGraphError,
 )
-from agentflow.inputs import check_input, check_options, member, pause_scope
+from agentflow.inputs import check_input, check_options, check_share, member, pause_scope
+from agentflow.inspection import CheckedRun, check_run, check_runs
 from agentflow.keys import KeyRing
 from agentflow.lease import LeaseKeeper
 from agentflow.listener import Listener
+from agentflow.migration import MigrationReport, Migrator
+from agentflow.registry import Migrate, Registry, warn_if_redefined
 from agentflow.retry import LangGraphRetryPolicy, RetryPolicy
 from agentflow.serializer import AllowList
 from agentflow.storage import OnBusy, OnExisting, RunStore
 from agentflow.telemetry import traceparent
 from agentflow.threads import on_loop
+from agentflow.transfer import export_run, import_run
 from agentflow.types import (
     Approval,
     AuditEvent,
@@ -53,6 +57,7 @@ from agentflow.types import (
     Page,
     Pause,
     Restored,
+    Route,
     Run,
     RunSpec,
     RunStatus,
@@ -61,6 +66,7 @@ from agentflow.types import (
     to_timedelta,
 )
 from agentflow.upkeep import Progress, Rotation
+from agentflow.versions import ChangeAction
 from agentflow.worker import Worker
 
 if TYPE_CHECKING:
@@ -167,15 +173,22 @@ class AgentFlow:
             )
         else:
             self._saver = checkpoints
-        self._graphs: dict[tuple[str, str], RegisteredGraph] = {}
+        self._registry = Registry()
         self.approvals = Approvals(self._store, tenant)
         self.effects = EffectRecords(self._store, tenant)
         self.dead_letters = DeadLetters(self._store, self._saver, tenant)
 
     def with_url(self, url: str) -> AgentFlow:
         """Return an `AgentFlow` with the same graphs and options on another database."""
-        other = AgentFlow(url, tenant=self.tenant, **cast(Any, self._options))
-        other._graphs = dict(self._graphs)
+        return self._elsewhere(url, self._options)
+
+    def in_memory(self) -> AgentFlow:
+        """Return an `AgentFlow` with the same graphs and keys, whose content is its own."""
+        return self._elsewhere("memory://", {**self._options, "checkpoints": None, "offload": None})
+
+    def _elsewhere(self, url: str, options: Mapping[str, Any]) -> AgentFlow:
+        other = AgentFlow(url, tenant=self.tenant, **cast(Any, options))
+        other._registry = self._registry.copy()
         return other
 
     def register(
@@ -192,6 +205,8 @@ class AgentFlow:
         input_schema: Any = None,
         retention: Retention | None = None,
         on_cancel: Callable[[Run], Any] | None = None,
+        node_version: Mapping[str, str] | None = None,
+        on_change: ChangeAction | Mapping[ChangeKind, ChangeAction] = "refuse",
     ) -> None:
         """Make a graph known under a name and version.
 
@@ -214,36 +229,63 @@ class AgentFlow:
             retention: How long `sweep` keeps the threads whose newest run is one of this graph's.
             on_cancel: Called, and awaited, when a run that is being driven is cancelled, before it
                 becomes `cancelled`; once more if the process dies in between.
+            node_version: Versions of nodes, by which they are known instead of by their code; as
+                `metadata["version"]` of `add_node` does.
+            on_change: What is done about a run that began on this version when its code was another
+                one, and that can still come to what has changed: `refuse`, `warn` or `accept`, for
+                all changes or by kind.
 
         Raises:
             InvalidInputError: The name and version are taken by another graph.
         """
-        if not isinstance(graph, (StateGraph, Pregel)):
-            raise InvalidInputError("graph", ("must be a StateGraph or a compiled graph",))
-        if not name or not version:
-            raise InvalidInputError("graph", ("name, version: must not be empty",))
-        if (name, version) in self._graphs:
-            raise InvalidInputError(
-                "graph", (f"name: {name!r} version {version!r} is registered already",)
-            )
-        compiled = graph.compile() if isinstance(graph, StateGraph) else graph
-        check_nodes(compiled, node_retry=node_retry or {}, node_timeout=node_timeout or {})
-        self._graphs[name, version] = RegisteredGraph(
-            graph=compiled,
+        self._registry.register(
+            graph,
             name=name,
             version=version,
+            retry=retry,
+            node_retry=node_retry,
+            node_timeout=node_timeout,
+            node_version=node_version,
             queue=queue,
-            retry=RetryPolicy.of(retry),
-            node_retry={node: RetryPolicy.of(each) for node, each in (node_retry or {}).items()},
-            node_timeouts={
-                node: to_timedelta(each).total_seconds()
-                for node, each in (node_timeout or {}).items()
-            },
-            on_cancel=on_cancel,
             context=context,
             input_schema=input_schema,
             retention=retention,
+            on_cancel=on_cancel,
+            on_change=on_change,
         )
+
+    def migration(
+        self,
+        graph: str,
+        *,
+        from_: str,
+        to: str,
+        nodes: Mapping[str, str] | None = None,
+        channels: Mapping[str, str] | None = None,
+        ask_again: bool = False,
+    ) -> Callable[[Migrate], Migrate]:
+        """Decorate the function by which runs get from one version of a graph to another.
+
+        It takes the values of the state and returns those of the other version. It must be pure: it
+        is called twice, and both have to return the same. Migrations follow each other.
+
+        Args:
+            graph: The graph's name.
+            from_: The version that it takes runs from.
+            to: The version that it brings them to.
+            nodes: What nodes are called there; what was due under the old name is under the new.
+            channels: What channels are called there; they come to the function as renamed.
+            ask_again: Whether open questions are superseded, and asked again by the new code.
+                Otherwise they stay, and so do decisions.
+        """
+        return self._registry.add_migration(
+            graph, from_, to, nodes=nodes, channels=channels, ask_again=ask_again
+        )
+
+    @property
+    def graphs(self) -> Mapping[tuple[str, str], RegisteredGraph]:
+        """What is registered, by name and version, in the order of registration."""
+        return MappingProxyType(self._registry.graphs)
 
     async def submit(
         self,
@@ -271,7 +313,8 @@ class AgentFlow:
             input: The graph's input.
             run_id: An id of your own, for submitting at most once; a new one by default.
             thread_id: The thread to advance; by default a new one, named like the run.
-            version: The graph's version; by default the one registered last.
+            version: The graph's version; by default what its routes say, else the one registered
+                last.
             queue: The queue, if not the graph's.
             priority: Higher goes first.
             start_at: Not before this time.
@@ -297,7 +340,8 @@ class AgentFlow:
             IdempotencyConflictError: The id is known with another graph, thread or input.
             ThreadBusyError: The thread is busy, and `on_busy` is `reject`.
         """
-        registered = self._find_graph(name, version)
+        chosen_id = run_id or new_id()
+        registered = await self._choose_graph(name, version, chosen_id)
         check_input(registered, input)
         options = check_options(
             config=config,
@@ -313,7 +357,6 @@ class AgentFlow:
             raise InvalidInputError(
                 "submission", ("on_busy: only agentflow's checkpointer can roll back",)
             )
-        chosen_id = run_id or new_id()
         spec = RunSpec(
             run_id=chosen_id,
             thread_id=thread_id or chosen_id,
@@ -330,7 +373,9 @@ class AgentFlow:
             retry=registered.policies.to_plain(),
             submitted_by=by,
             traceparent=traceparent(),
+            fingerprint=registered.fingerprint.digest,
         )
+        await store_fingerprint(self._store, self.tenant, registered)
         run, _ = await self._store.create_run(
             self.tenant, spec, on_existing=on_existing, on_busy=on_busy
         )
@@ -366,7 +411,7 @@ class AgentFlow:
             InvalidInputError: The checkpointer is not agentflow's.
         """
         run = await self.get_run(run_id)
-        registered = self._find_graph(run.graph, run.version)
+        registered = self._registry.find(run.graph, run.version)
         new_id_ = new_run_id or new_id()
         resume_from, shift = await upkeep.copy_for_fork(
             self._saver, registered.graph, run, checkpoint_id, values, new_id_
@@ -388,6 +433,7 @@ class AgentFlow:
             resume_from=resume_from,
             forked_from=run.id,
             effect_shift=shift,
+            fingerprint=registered.fingerprint.digest,
         )
         await self._store.create_run(self.tenant, spec, on_existing="reject")
         return RunHandle(self, new_id_, new_id_)
@@ -450,6 +496,8 @@ class AgentFlow:
             ThreadBusyError: Somebody else holds the run, or its thread.
             PausedError: The run is paused, or its graph, its queue or everything is.
             UnknownGraphError: The run's graph is not registered here.
+            IncompatibleGraphError: The graph has changed where the run can still come to. Nothing
+                ran, and the run is paused.
         """
         name = f"drive-{new_id()[-6:]}"
         keeper = self._keeper()
@@ -458,7 +506,8 @@ class AgentFlow:
                 run = await self.get_run(run_id)
                 if run.status.is_ended or run.status is RunStatus.WAITING:
                     return run
-                registered = self._find_graph(run.graph, run.version)
+                registered = self._registry.find(run.graph, run.version)
+                warn_if_redefined(registered)
                 since = monotonic()
                 claimed = await self._store.claim_run(
                     self.tenant, run_id, worker=name, lease=self._settings.lease
@@ -471,7 +520,9 @@ class AgentFlow:
                     driver = Driver(self._store, self._saver, keeper, threads)
                     control = AttemptControl()
                     with drained_by_interrupt(control):
-                        await driver.attempt(registered, claimed, control, since=since)
+                        refused = await driver.attempt(registered, claimed, control, since=since)
+                    if refused is not None:
+                        raise refused
 
     async def cancel(self, run_id: str, *, reason: str | None = None, by: str | None = None) -> Run:
         """Cancel a run: at once unless a worker has it, else as soon as that worker hears of it.
@@ -598,7 +649,7 @@ class AgentFlow:
         return Worker(
             self._store,
             self._saver,
-            dict(self._graphs),
+            dict(self._registry.graphs),
             self._settings,
             tenant=self.tenant,
             concurrency=concurrency,
@@ -609,10 +660,113 @@ class AgentFlow:
     async def state(self, run_id: str) -> StateSnapshot:
         """Return the state of the run's thread, as LangGraph shows it, with subgraphs."""
         run = await self.get_run(run_id)
-        registered = self._find_graph(run.graph, run.version)
+        registered = self._registry.find(run.graph, run.version)
         graph = registered.graph.copy(update={"checkpointer": self._saver})
         return await graph.aget_state(
             {"configurable": {"thread_id": run.thread_id}}, subgraphs=True
+        )
+
+    async def migrate_run(
+        self, run_id: str, *, to: str | None = None, by: str | None = None
+    ) -> Run:
+        """Bring a run that nobody drives to another version of its graph, by its migrations.
+
+        The checkpoint that it stands at stays; a new one follows it. Killed at any point it can be
+        called again. A run that has ended, or has that version, is returned as it is.
+
+        Args:
+            run_id: The run.
+            to: The version; by default the one registered last.
+            by: Who asks for it.
+
+        Raises:
+            MigrationError: There is no way, or the migration is not pure, or its state is invalid;
+                nothing was changed.
+            ThreadBusyError: The run is being driven.
+        """
+        return await self._migrator().migrate(run_id, to, by=by)
+
+    async def migrate_runs(
+        self,
+        graph: str,
+        *,
+        to: str | None = None,
+        from_: str | None = None,
+        dry_run: bool = False,
+        by: str | None = None,
+    ) -> MigrationReport:
+        """Bring all unfinished runs of a graph to a version, one after another, and report.
+
+        Args:
+            graph: The graph's name.
+            to: The version; by default the one registered last.
+            from_: Only runs of this version.
+            dry_run: Only say what would happen.
+            by: Who asks for it.
+        """
+        return await self._migrator().migrate_all(graph, to, from_, is_dry=dry_run, by=by)
+
+    async def route(
+        self, graph: str, version: str, share: float | None, *, by: str | None = None
+    ) -> tuple[Route, ...]:
+        """Send a share of a graph's new runs to one of its versions; return all its routes.
+
+        Which runs is decided by their ids. What is submitted with a version is not routed, and the
+        other runs go to the newest version that has no share of its own. It holds for all processes
+        at once, until it is set to `None`.
+
+        Raises:
+            InvalidInputError: It is not between 0 and 1, or there would be more than 1 in all.
+        """
+        check_share(graph, version, share)
+        return await self._store.route_graph(self.tenant, graph, version, share, by=by)
+
+    async def list_routes(self, graph: str | None = None) -> tuple[Route, ...]:
+        """Return where new runs of a graph go, or of all graphs."""
+        return await self._store.list_routes(self.tenant, graph)
+
+    async def check_runs(self, graph: str | None = None) -> tuple[CheckedRun, ...]:
+        """Say of each unfinished run what would become of it with what is registered here.
+
+        Runs nothing and changes nothing: for a deploy that is about to happen.
+        """
+        return await check_runs(self._store, self._saver, self._registry, self.tenant, graph)
+
+    async def check_run(self, run_id: str) -> CheckedRun:
+        """Say what would become of one run; see `check_runs`."""
+        return await check_run(self._store, self._saver, self._registry, await self.get_run(run_id))
+
+    async def export_run(self, run_id: str) -> dict[str, Any]:
+        """Return a run with all that is stored of it and of its thread, to be written as JSON.
+
+        What is encrypted stays encrypted. The run stays as well: to move it, pause it before, and
+        cancel it here once it is imported elsewhere.
+
+        Raises:
+            ConflictError: It is being driven.
+            InvalidInputError: The checkpointer is not agentflow's.
+        """
+        return await export_run(self._store, self._saver, self.tenant, run_id)
+
+    async def import_run(self, exported: Mapping[str, Any], *, by: str | None = None) -> Run:
+        """Store a run that `export_run` has returned, to go on here; all of it, or nothing.
+
+        Raises:
+            InvalidInputError: It is no exported run, or of another tenant.
+            HashMismatchError: It is damaged.
+            UnknownVersionError: A newer program made it.
+            UnknownKeyError: It is encrypted by a key that is not here.
+            ConflictError: Its run or its thread is there already.
+        """
+        return await import_run(self._store, self._saver, self.tenant, exported, by=by)
+
+    def _migrator(self) -> Migrator:
+        return Migrator(
+            self._store,
+            self._saver,
+            self._registry,
+            tenant=self.tenant,
+            lease=self._settings.lease,
         )
 
     async def rotate_keys(self, progress: Progress | None = None) -> Rotation:
@@ -651,7 +805,7 @@ class AgentFlow:
         Raises:
             InvalidInputError: The app was given a checkpointer that cannot be swept.
         """
-        own = {key: each.retention for key, each in self._graphs.items()}
+        own = {key: each.retention for key, each in self._registry.graphs.items()}
         sweeper = upkeep.Sweeper(self._store, self._saver, self.tenant, own, self._clock)
         return await sweeper.sweep(retention, dry_run=dry_run)
 
@@ -709,13 +863,15 @@ class AgentFlow:
     def _listen(self, run_id: str) -> Listener:
         return Listener(partial(self._store.subscribe, "settled", run_id=run_id))
 
-    def _find_graph(self, name: str, version: str | None) -> RegisteredGraph:
-        # The newest version is the one registered last.
-        for (known, known_version), registered in reversed(self._graphs.items()):
-            if known == name and version in {None, known_version}:
-                return registered
-        registered_names = tuple(f"{known}@{number}" for known, number in self._graphs)
-        raise UnknownGraphError(name, version, registered_names)
+    async def _choose_graph(self, name: str, version: str | None, run_id: str) -> RegisteredGraph:
+        registry = self._registry
+        if version is None and registry.has_choice(name):
+            routes = await self._store.list_routes(self.tenant, name)
+            registered = registry.choose(name, run_id, routes)
+        else:
+            registered = registry.find(name, version)
+        warn_if_redefined(registered)
+        return registered
 
 
 class RunHandle:

@@ -61,7 +61,7 @@ async def diagnose(
     checks.append(_clock(survey.at - asked, survey.at - answered))
     alive = max(_SILENCE, lease * 3)
     checks += [_leases(survey), _deadlines(survey), _letters(survey), _pauses(survey)]
-    checks += [_workers(survey, alive), _versions(survey, alive)]
+    checks += [_workers(survey, alive), _versions(survey, alive), _graphs(survey)]
     return Diagnosis(checks=tuple(checks))
 
 
@@ -192,6 +192,17 @@ def _versions(survey: Survey, alive: timedelta) -> Check:
         name="versions",
         level="warning" if waits else "problem",
         message=f"no worker has the graph, the version and the queue of: {shown}; start one",
+    )
+
+
+def _graphs(survey: Survey) -> Check:
+    if survey.incompatible == 0:
+        return Check(name="graphs", level="ok", message="no run is kept by a change of its graph")
+    return Check(
+        name="graphs",
+        level="problem",
+        message=f"{survey.incompatible} runs are paused because their graph has changed where they "
+        "can still come to; 'agentflow run show' says what, and what can be done",
     )
 
 

@@ -42,6 +42,8 @@ The tree::
         ├── RunCancelledError
         ├── AttemptsExhaustedError
         ├── DeadlineExceededError
+        ├── IncompatibleGraphError
+        ├── MigrationError
         ├── IllegalTransitionError
         │   └── NotDeadLetterError
         ├── EffectFailedError
@@ -62,6 +64,19 @@ from __future__ import annotations
 from typing import Any, Literal, NamedTuple
 
 Outcome = Literal["not_written", "unreachable", "contended", "unknown"]
+ChangeKind = Literal[
+    "code_changed",
+    "node_removed",
+    "node_added",
+    "edge_changed",
+    "channel_added",
+    "channel_removed",
+    "channel_retyped",
+    "default_changed",
+    "reducer_changed",
+    "context_changed",
+]
+"""How a graph may differ from what it was; a node that was renamed is removed."""
 
 
 class AgentflowError(Exception):
@@ -688,6 +703,62 @@ class DeadlineExceededError(RunError):
         return (
             f"run {self.run_id!r} had not ended by its deadline, {self.deadline}; its state is "
             "kept, and a requeue gives it the same time again"
+        )
+
+
+class IncompatibleGraphError(RunError):
+    """A graph that has changed where a run that has begun can still come to; nothing ran."""
+
+    def __init__(
+        self,
+        run_id: str,
+        graph: str,
+        version: str,
+        changes: tuple[tuple[ChangeKind, str], ...],
+        main: tuple[str, ...] = (),
+    ) -> None:
+        """Name the run, the graph, each difference with its kind, and what stands in a notebook."""
+        super().__init__(run_id, graph, version, changes, main)
+        self.run_id = run_id
+        self.graph = graph
+        self.version = version
+        self.changes = changes
+        self.main = main
+
+    def __str__(self) -> str:
+        """Say what differs, and the ways forward."""
+        listed = "; ".join(f"{text} ({kind})" for kind, text in self.changes)
+        notebook = ""
+        if self.main:
+            names = ", ".join(self.main)
+            notebook = f" (of __main__, a script or notebook, and changed: {names})"
+        return (
+            f"run {self.run_id!r} cannot go on with graph {self.graph!r} version "
+            f"{self.version!r} as it is registered here: {listed}{notebook}. Nothing ran, nothing "
+            "of its thread was changed, and the run is paused. Either register the code that it "
+            "began with as well, and the changed code under a version of its own; or write an "
+            "app.migration to that version and call 'agentflow run migrate'; or accept the "
+            "change with register(..., on_change={...}). "
+            f"Then call 'agentflow run resume {self.run_id}'"
+        )
+
+
+class MigrationError(RunError):
+    """A run that cannot be brought to another version of its graph; it was left as it is."""
+
+    def __init__(self, run_id: str, from_version: str, to_version: str, reason: str) -> None:
+        """Name the run, both versions and what is in the way."""
+        super().__init__(run_id, from_version, to_version, reason)
+        self.run_id = run_id
+        self.from_version = from_version
+        self.to_version = to_version
+        self.reason = reason
+
+    def __str__(self) -> str:
+        """Say what is in the way."""
+        return (
+            f"run {self.run_id!r} cannot be migrated from version {self.from_version!r} to "
+            f"{self.to_version!r}: {self.reason}; it was left as it is"
         )
 
 

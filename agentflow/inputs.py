@@ -126,6 +126,24 @@ def pause_scope(graph: str | None, queue: str | None) -> tuple[PauseScope, str]:
     return scope, name
 
 
+def check_share(graph: str, version: str, share: float | None) -> None:
+    """Check a route.
+
+    Raises:
+        InvalidInputError: It is none.
+    """
+    found = [
+        f"{option}: must be text, not empty and without NUL"
+        for option, name in (("graph", graph), ("version", version))
+        if not _is_name(name)
+    ]
+    is_number = isinstance(share, (int, float)) and not isinstance(share, bool)
+    if share is not None and not (is_number and 0 <= share <= 1):
+        found.append("share: must be between 0 and 1, or None for none")
+    if found:
+        raise InvalidInputError("route", tuple(found))
+
+
 def _config_problems(config: Any) -> list[str]:
     if not isinstance(config, Mapping):
         return ["config: must be a mapping"]

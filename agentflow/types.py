@@ -171,6 +171,8 @@ class Run:
     `partially_compensated` if not all could be."""
     saga_cause: Mapping[str, Any] | None = None
     """How it ends after that: `kind` is `failed` or `cancelled`."""
+    fingerprint: str | None = None
+    """Of the graph that it was last driven with, or submitted for."""
 
     def _repr_html_(self) -> str:
         return _html_table(
@@ -214,6 +216,7 @@ class RunSpec:
     """The checkpoint of its thread at which it begins."""
     forked_from: str | None = None
     effect_shift: int = 0
+    fingerprint: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,7 +237,8 @@ class ClaimedRun:
     run: Run
     lease: Lease
     reason: str
-    """Why it runs now: `start`, `approval`, `retry`, `drain`, `pause`, `requeue` or `recovery`."""
+    """Why it runs now: `start`, `approval`, `retry`, `drain`, `pause`, `requeue`, `recovery`,
+    `migration`, or `incompatible` if it is tried again after its graph did not fit."""
     isolation: timedelta | None = None
     """If set, the run is suspected of killing its workers: whoever drives it claims nothing else
     for so long, or until the run makes progress; see `RunStore.end_isolation`."""
@@ -504,6 +508,28 @@ class WorkerRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """Which share of a graph's new runs goes to one of its versions."""
+
+    graph: str
+    version: str
+    share: float
+    """From 0 to 1."""
+    at: datetime
+    by: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MovedWait:
+    """Under which ids a question is asked after its run was migrated."""
+
+    wait_id: str
+    task_id: str
+    interrupt_id: str
+    checkpoint_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class UnfinishedRuns:
     """How many runs of one kind have not ended."""
 
@@ -525,6 +551,8 @@ class Survey:
     unfinished: tuple[UnfinishedRuns, ...]
     paused: int
     """Runs that are paused by themselves."""
+    incompatible: int
+    """Those of them whose graph has changed where they can still come to."""
     expired_leases: int
     overdue: int
     """Runs that have passed a deadline and have not ended."""

@@ -381,7 +381,7 @@ async def _claim(app: AgentFlow) -> float:
         "",
         worker="bench",
         queues=["default"],
-        graphs=list(app._graphs),
+        graphs=list(app.graphs),
         limit=10,
         lease=timedelta(minutes=10),
     )

@@ -23,6 +23,9 @@ _URLS = "tests/integration/test_database_urls.py"
 _DAMAGE = "tests/integration/test_damage.py"
 _OFFLOAD = "tests/integration/test_offload.py"
 _ARCHIVE = "tests/integration/test_archive.py"
+_DEPLOYS = "tests/fault/test_deploys.py"
+_TRANSFER = "tests/integration/test_transfer.py"
+_VERSIONS = "tests/integration/test_versions.py"
 _VALUES = "tests/unit/test_serializer.py"
 _RETRY = "tests/unit/test_retry.py"
 _INPUTS = "tests/unit/test_inputs.py"
@@ -37,6 +40,17 @@ REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
     "S0-8": (
         f"{_VALUES}::test_stored_bytes_of_version_one_are_still_read",
         f"{_VALUES}::test_newer_version_is_named",
+        "tests/unit/test_fingerprints.py::test_golden_fingerprint_is_still_read_and_made",
+        f"{_TRANSFER}::test_run_that_the_first_version_exported_goes_on",
+    ),
+    "S0-9": (
+        f"{_VERSIONS}::test_verdict_is_right_about_each_change_from_where_the_run_stands",
+        f"{_TRANSFER}::test_file_that_was_changed_is_refused_and_nothing_is_left",
+        "tests/unit/test_fingerprints.py::test_fingerprint_of_a_newer_program_is_refused",
+    ),
+    "S0-10": (
+        f"{_DEPLOYS}::test_rolling_deploy_under_waiting_runs",
+        f"{_VERSIONS}::test_run_goes_on_with_what_changed_behind_it_and_that_is_noted",
     ),
     "S0-17": (
         f"{_RUNS}::test_events_are_followed_to_the_end_and_resumed_by_number",
@@ -45,6 +59,11 @@ REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
     "S0-19": (
         f"{_CLAIMS}::test_beginning_of_an_attempt_is_noted_with_reason_and_checkpoint",
         f"{_SPANS}::test_resumed_segment_is_a_new_trace_linked_to_the_previous_one",
+    ),
+    "S0-21": (
+        f"{_VERSIONS}::test_policy_of_the_graph_and_of_the_kind_of_change_decides",
+        f"{_VERSIONS}::test_refused_run_is_paused_told_by_doctor_and_goes_on_when_resumed",
+        f"{_DEPLOYS}::test_migration_goes_on_wherever_its_process_is_killed",
     ),
     "S2-1": (f"{_RUNS}::test_result_is_there_for_another_process",),
     "S2-4": (

@@ -67,7 +67,7 @@ from agentflow.database.session import Session
 from agentflow.database.tables import EPOCH
 from agentflow.errors import AgentflowError, InvalidInputError
 from agentflow.keys import KeyRing
-from agentflow.objects import open_objects
+from agentflow.objects import ObjectStore, open_objects
 from agentflow.types import Clock, Duration, FencingToken, Lease, SystemClock
 
 T = TypeVar("T")
@@ -525,14 +525,14 @@ class Saver(BaseCheckpointSaver[str]):
         now = (clock or SystemClock()).now()
         return sweep(self._encoder, self._tenant, thread_ids, now, dry_run=dry_run, grace=grace)
 
-    def archive(self, thread_id: str, *, to: str, keep: bool = False) -> Archived:
+    def archive(self, thread_id: str, *, to: str | ObjectStore, keep: bool = False) -> Archived:
         """Move a thread with all that it has into an object store.
 
         Rows are deleted once the archive is durable. Killed before, it leaves the thread as it is.
 
         Args:
             thread_id: The thread.
-            to: The object store, as `file:///folder`.
+            to: The object store, or its URL: `file:///folder`.
             keep: Do not delete the thread.
 
         Raises:
@@ -543,24 +543,28 @@ class Saver(BaseCheckpointSaver[str]):
         """
         return self._run(self._archive(thread_id, to, keep=keep))
 
-    async def aarchive(self, thread_id: str, *, to: str, keep: bool = False) -> Archived:
+    async def aarchive(
+        self, thread_id: str, *, to: str | ObjectStore, keep: bool = False
+    ) -> Archived:
         """Move a thread into an object store; see `archive`."""
         return await self._arun(self._archive(thread_id, to, keep=keep))
 
-    def _archive(self, thread_id: str, to: str, *, keep: bool) -> Steps[Archived]:
-        thread, store = self._thread_key(thread_id), open_objects(to)
+    def _archive(self, thread_id: str, to: str | ObjectStore, *, keep: bool) -> Steps[Archived]:
+        thread, store = self._thread_key(thread_id), _opened(to)
         self._intake.store_held(thread)
         forget = partial(self._intake.forget_thread, thread)
         return archive(self._codec, thread, store, self._lease, keep=keep, on_deleted=forget)
 
-    def restore(self, thread_id: str, *, source: str, archive_id: str | None = None) -> Archived:
+    def restore(
+        self, thread_id: str, *, source: str | ObjectStore, archive_id: str | None = None
+    ) -> Archived:
         """Make a thread from its archive, also in another database; the archive stays.
 
         It is there whole, in one commit, or not at all.
 
         Args:
             thread_id: The thread, which must not have anything.
-            source: The object store, as `file:///folder`.
+            source: The object store, or its URL: `file:///folder`.
             archive_id: Which archive; by default the newest of the thread.
 
         Raises:
@@ -574,13 +578,15 @@ class Saver(BaseCheckpointSaver[str]):
         return self._run(self._restore(thread_id, source, archive_id))
 
     async def arestore(
-        self, thread_id: str, *, source: str, archive_id: str | None = None
+        self, thread_id: str, *, source: str | ObjectStore, archive_id: str | None = None
     ) -> Archived:
         """Make a thread from its archive; see `restore`."""
         return await self._arun(self._restore(thread_id, source, archive_id))
 
-    def _restore(self, thread_id: str, source: str, archive_id: str | None) -> Steps[Archived]:
-        thread, store = self._thread_key(thread_id), open_objects(source)
+    def _restore(
+        self, thread_id: str, source: str | ObjectStore, archive_id: str | None
+    ) -> Steps[Archived]:
+        thread, store = self._thread_key(thread_id), _opened(source)
         return restore(self._codec, thread, store, self._lease, archive_id)
 
     def _run(self, steps: Steps[T], answer: Callable[[Ask], Any] | None = None) -> T:
@@ -897,6 +903,10 @@ class Saver(BaseCheckpointSaver[str]):
             # Whoever goes on by hand from here is not the one who failed here before.
             self._intake.forget_failure(key, found.checkpoint["id"])
         return found
+
+
+def _opened(objects: str | ObjectStore) -> ObjectStore:
+    return open_objects(objects) if isinstance(objects, str) else objects
 
 
 def check_ids(**texts: Any) -> None:

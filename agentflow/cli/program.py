@@ -13,9 +13,11 @@ from agentflow.cli import (
     approvals,
     checkpoints,
     effects,
+    graphs,
     keys,
     letters,
     migrations,
+    moves,
     operations,
     pauses,
     runs,
@@ -39,10 +41,12 @@ program = typer.Typer(
     pretty_exceptions_enable=False,
 )
 program.add_typer(runs.group, name="run")
+moves.add_to(runs.group)
 program.add_typer(approvals.group, name="approval")
 program.add_typer(letters.group, name="dead-letter")
 program.add_typer(effects.group, name="effect")
 program.add_typer(checkpoints.group, name="checkpoint")
+program.add_typer(graphs.group, name="graph")
 program.add_typer(migrations.group, name="migrate")
 program.add_typer(keys.group, name="keys")
 command(program, "worker")(workers.work)

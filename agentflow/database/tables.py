@@ -258,6 +258,8 @@ runs = _table(
     # partially_compensated; and how it ends then.
     Column("saga", _NAME),
     Column("saga_cause", LargeBinary),
+    # Of the graph that it was last driven with, or submitted for.
+    Column("fingerprint", _NAME),
     UniqueConstraint("tenant", "run_id", name="agentflow_runs_id"),
     Index("agentflow_runs_thread", "tenant", "thread_id", "status", "seq"),
     Index("agentflow_runs_graph", "tenant", "graph", "seq"),
@@ -447,4 +449,28 @@ epochs = _table(
     # The least token that threads have which are new since.
     Column("token", BigInteger, nullable=False),
     PrimaryKeyConstraint("epoch"),
+)
+
+# What graphs were made of. Nothing is ever taken away: a checkpoint may refer to it.
+fingerprints = _table(
+    "fingerprints",
+    Column("tenant", _ID, nullable=False),
+    Column("digest", _NAME, nullable=False),
+    Column("graph", _NAME, nullable=False),
+    Column("at", Timestamp, nullable=False),
+    Column("form", LargeBinary, nullable=False),
+    PrimaryKeyConstraint("tenant", "digest"),
+)
+
+# Which share of a graph's new runs goes to a version.
+routes = _table(
+    "routes",
+    Column("tenant", _ID, nullable=False),
+    Column("graph", _NAME, nullable=False),
+    Column("version", _NAME, nullable=False),
+    # Of a million.
+    Column("share", Integer, nullable=False),
+    Column("at", Timestamp, nullable=False),
+    Column("set_by", _NAME),
+    PrimaryKeyConstraint("tenant", "graph", "version"),
 )

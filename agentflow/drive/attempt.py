@@ -31,6 +31,14 @@ from opentelemetry.trace import Span
 from agentflow.checkpoint import Saver
 from agentflow.control import AttemptControl
 from agentflow.drive import doubts, failures
+from agentflow.drive.compatibility import (
+    DIGEST,
+    Compatibility,
+    is_begun,
+    marks_of,
+    settle,
+    store_fingerprint,
+)
 from agentflow.drive.failures import Failed
 from agentflow.drive.gate import Gate
 from agentflow.drive.graph import RegisteredGraph
@@ -48,6 +56,7 @@ from agentflow.errors import (
     AttemptsExhaustedError,
     DeadlineExceededError,
     FencedError,
+    IncompatibleGraphError,
     LeaseLostError,
     RunError,
     StoreUnavailableError,
@@ -121,6 +130,10 @@ class Attempt:
         )
         self._gate = Gate(control, registered.time_limits(), self._journal.places)
         self._shift = claimed.run.effect_shift
+        self._compatibility = Compatibility(store, saver, registered, claimed.run.tenant)
+        self.refused: IncompatibleGraphError | None = None
+        """Why the graph that is registered is not one that the run can go on with."""
+        self._graph_changed: Mapping[str, Any] | None = None
         self._started: AttemptStart | None = None
         self._begun_at: str | None = None
         self._is_released = False
@@ -158,11 +171,7 @@ class Attempt:
 
     async def _work(self, span: Span) -> None:
         config = self._config(span)
-        await self._prepare(config)
-        before = await self._state(config)
-        if self._shift:
-            # What follows is known by the steps that it has in common with what was forked.
-            config["metadata"][SHIFT] = self._journal.places.shift = self._shift
+        before = await self._beginning(config)
         waits = await self._waits(before)
         questions = await open_questions(self._saver, before, waits)
         self._started = started = await self._start(before, questions)
@@ -173,19 +182,17 @@ class Attempt:
             self._control.stop(started.stop)
             await self._settle_stop(span)
             return
-        most = self._policies.most_attempts(before.next)
-        if started.attempt > most or started.losses > most * _LOSSES:
-            raise AttemptsExhaustedError(self._run.id, max(started.attempt - 1, started.losses))
+        self._check_attempts(started, before)
         if self._run.saga_cause is not None:
             await self._undo(before, self._run.saga_cause, span)
             return
-        is_begun = await self._is_begun(before)
+        has_begun = await self._is_begun(before)
         # Not `next`, which leaves out tasks whose writes are durable but not applied yet.
-        if is_begun and not before.tasks:
+        if has_begun and not before.tasks:
             await self._finish(before, span)
             return
-        graph_input: Any = None if is_begun else self._run.input
-        if is_begun and questions:
+        graph_input: Any = None if has_begun else self._run.input
+        if has_begun and questions:
             due = owed(before, questions, waits)
             self._answered = due.answered
             if not due.send and not due.has_work:
@@ -202,6 +209,25 @@ class Attempt:
             pass  # its journal has all of them
         await self._flush()
         await self._conclude(await self._state(config), span)
+
+    async def _beginning(self, config: RunnableConfig) -> StateSnapshot:
+        """Bring the thread to where the run is to go on, and read it."""
+        await self._roll_back()
+        if self._run.saga_cause is None:
+            state = await self._fitting_state(config)
+        else:
+            state = await self._state(config)  # the graph is not driven any more
+        if await self._prepare(config):
+            state = await self._state(config)
+        if self._shift:
+            # What follows is known by the steps that it has in common with what was forked.
+            config["metadata"][SHIFT] = self._journal.places.shift = self._shift
+        return state
+
+    def _check_attempts(self, started: AttemptStart, before: StateSnapshot) -> None:
+        most = self._policies.most_attempts(before.next)
+        if started.attempt > most or started.losses > most * _LOSSES:
+            raise AttemptsExhaustedError(self._run.id, max(started.attempt - 1, started.losses))
 
     async def _undo(self, before: StateSnapshot, cause: Mapping[str, Any], span: Span) -> None:
         """Undo the run's effects, and then end it as it was to end before that."""
@@ -258,11 +284,48 @@ class Attempt:
         finally:
             await self._journal.settle()
 
-    async def _prepare(self, config: RunnableConfig) -> None:
-        """Bring the thread to where the run is to go on, if that is not where it stands."""
+    async def _fitting_state(self, config: RunnableConfig) -> StateSnapshot:
+        """Read the thread, and see that the run can go on with the graph that is registered.
+
+        Raises:
+            IncompatibleGraphError: It cannot.
+        """
+        registered, run = self._registered, self._run
+        failure: Exception | None = None
+        state: StateSnapshot | None = None
+        try:
+            state = await self._state(config)
+        except (FencedError, StoreUnavailableError):
+            raise
+        except Exception as exc:  # noqa: BLE001 -- of what a graph is made that does not fit
+            failure = exc
+        if state is not None and run.resume_from is None:
+            marks: Mapping[str, Any] = state.metadata or {}
+            is_empty = not state.config["configurable"].get("checkpoint_id")
+            if is_empty or marks.get(DIGEST) == registered.fingerprint.digest:
+                return state
+        has_begun = run.resume_from is not None or (
+            await is_begun(self._saver, run) if state is None else await self._is_begun(state)
+        )
+        verdict = await self._compatibility.judge(
+            run, is_begun=has_begun, state=state, checkpoint_id=run.resume_from
+        )
+        noted = settle(registered, run, verdict)
+        if run.fingerprint != registered.fingerprint.digest:
+            self._graph_changed = noted
+        if state is None:
+            assert failure is not None
+            raise failure
+        return state
+
+    async def _roll_back(self) -> None:
+        """Delete the checkpoints of runs of the thread that were rolled back."""
         if gone := self._claimed.rolled_back:
             await self._saver.adelete_for_runs(list(gone))
             await self._store.finish_rollback(self._held(), gone)
+
+    async def _prepare(self, config: RunnableConfig) -> bool:
+        """Bring the thread to where the run is to go on; say whether it did not stand there."""
         if (checkpoint_id := self._run.resume_from) is not None:
             place = {**config["configurable"], "checkpoint_id": checkpoint_id, "checkpoint_ns": ""}
             found = await self._saver.aget_tuple({"configurable": place})
@@ -272,6 +335,8 @@ class Attempt:
                 {**config, "configurable": place}, None, as_node="__copy__"
             )
             await self._flush()
+            return True
+        return False
 
     def _config(self, span: Span) -> RunnableConfig:
         stored = self._run.config
@@ -286,7 +351,11 @@ class Attempt:
                 # The second line of defence behind the checks made here.
                 _STRICT_RESUME: True,
             },
-            "metadata": {**self._run.metadata, "run_id": self._run.id},
+            "metadata": {
+                **self._run.metadata,
+                **marks_of(self._registered),
+                "run_id": self._run.id,
+            },
         }
         if "recursion_limit" in stored:
             config["recursion_limit"] = stored["recursion_limit"]
@@ -307,10 +376,7 @@ class Attempt:
             return True
         if not state.config["configurable"].get("checkpoint_id"):
             return False
-        # The head may be somebody's `update_state`, or an earlier run's last checkpoint.
-        of_thread: RunnableConfig = {"configurable": {"thread_id": self._run.thread_id}}
-        own = self._saver.alist(of_thread, filter={"run_id": self._run.id}, limit=1)
-        return [item async for item in own] != []
+        return await is_begun(self._saver, self._run)
 
     async def _start(self, state: StateSnapshot, questions: list[Question]) -> AttemptStart:
         self._begun_at = checkpoint_id = state.config["configurable"].get("checkpoint_id")
@@ -319,6 +385,7 @@ class Attempt:
         progress = f"{checkpoint_id}:{finished}:{answered}"
         if self._run.saga_cause is not None:
             progress += f":{await count_undone(self._store, self._run)}"
+        await store_fingerprint(self._store, self._run.tenant, self._registered)
         return await self._store.start_attempt(
             self._held(),
             progress=progress,
@@ -327,6 +394,8 @@ class Attempt:
             step=(state.metadata or {}).get("step"),
             traceparent=traceparent(),
             effect_shift=self._shift,
+            fingerprint=self._registered.fingerprint.digest,
+            graph_changed=self._graph_changed,
         )
 
     async def _waits(self, state: StateSnapshot) -> Waits:
@@ -431,6 +500,8 @@ class Attempt:
         fail_span(span, type(error).__name__)
         await self._flush_quietly()
         failed = await self._failed(span)
+        if isinstance(error, IncompatibleGraphError):
+            self.refused = error
         failure = failures.describe(error, failed.node, failed.attempt)
         await self._release_thread()
         verdict = self._judge(error, failed)
@@ -445,8 +516,8 @@ class Attempt:
             )
             span.set_attribute(RUN_STATUS, "queued")
             return
-        is_paused = verdict.reason == "exhausted" and (
-            self._policies.of(failed.node).on_exhausted == "pause"
+        is_paused = self.refused is not None or (
+            verdict.reason == "exhausted" and self._policies.of(failed.node).on_exhausted == "pause"
         )
         end = self._store.pause_failed_run if is_paused else self._store.fail_run
         await end(
@@ -459,6 +530,8 @@ class Attempt:
         span.set_attribute(RUN_STATUS, "queued" if is_paused else "failed")
 
     def _judge(self, error: Exception, failed: Failed) -> Retry | GiveUp:
+        if isinstance(error, IncompatibleGraphError):
+            return GiveUp("incompatible")
         if isinstance(error, _HOPELESS):
             return GiveUp("not_retryable")
         if isinstance(error, DeadlineExceededError):

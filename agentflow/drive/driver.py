@@ -18,7 +18,7 @@ from agentflow.checkpoint import Saver
 from agentflow.control import AttemptControl, entered
 from agentflow.drive.attempt import Attempt
 from agentflow.drive.graph import RegisteredGraph
-from agentflow.errors import FencedError, StoreUnavailableError
+from agentflow.errors import FencedError, IncompatibleGraphError, StoreUnavailableError
 from agentflow.lease import LeaseKeeper
 from agentflow.storage import RunStore
 from agentflow.telemetry import fail_span, segment_span
@@ -55,7 +55,7 @@ class Driver:
         control: AttemptControl,
         *,
         since: float,
-    ) -> None:
+    ) -> IncompatibleGraphError | None:
         """Drive a claimed run until it parks, ends, or has to be given up.
 
         Whatever happens is in the run store afterwards, unless the lease was lost or the store
@@ -67,6 +67,9 @@ class Driver:
             control: How to stop it; not used before.
             since: When the claim was asked for, by `monotonic`.
 
+        Returns:
+            Why the run is paused, if it cannot go on with the graph.
+
         Raises:
             asyncio.CancelledError: The caller was cancelled; the run was released first.
         """
@@ -74,13 +77,15 @@ class Driver:
         with segment_span(claimed) as span, entered(control):
             try:
                 self._keeper.hold(lease, control, since=since)
-                acquired = await _acquire(self._store, self._saver, lease)
+                acquired = await acquire(self._store, self._saver, lease)
                 if acquired != lease:
                     self._keeper.drop(lease)
                     lease = acquired
                     self._keeper.hold(lease, control, since=since)
                 held = replace(claimed, lease=lease)
-                await Attempt(self._store, self._saver, registered, held, control).run(span)
+                attempt = Attempt(self._store, self._saver, registered, held, control)
+                await attempt.run(span)
+                return attempt.refused
             except FencedError as exc:
                 fail_span(span, type(exc).__name__)
                 logger.warning("attempt was fenced", extra={"run_id": claimed.run.id})
@@ -91,6 +96,7 @@ class Driver:
                 self._keeper.drop(lease)
                 control.end()
                 self._threads.forsake(control)
+        return None
 
 
 @contextmanager
@@ -125,13 +131,13 @@ async def end_cancelled(
     store: RunStore, saver: BaseCheckpointSaver[Any], claimed: ClaimedRun
 ) -> None:
     """End a claimed run as cancelled, without driving it."""
-    lease = await _acquire(store, saver, claimed.lease)
+    lease = await acquire(store, saver, claimed.lease)
     if isinstance(saver, Saver):
         await saver.release(lease)
     await store.finish_cancel(lease)
 
 
-async def _acquire(store: RunStore, saver: BaseCheckpointSaver[Any], lease: Lease) -> Lease:
+async def acquire(store: RunStore, saver: BaseCheckpointSaver[Any], lease: Lease) -> Lease:
     """Raise the token in the checkpointer; from then on no earlier attempt can write."""
     if not isinstance(saver, Saver):
         return lease

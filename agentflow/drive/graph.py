@@ -15,6 +15,7 @@ from agentflow.checkpoint import Retention
 from agentflow.errors import InvalidInputError
 from agentflow.retry import RetryPolicies, RetryPolicy
 from agentflow.types import Duration, Run, to_timedelta
+from agentflow.versions import ChangePolicy, Fingerprint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +37,9 @@ class RegisteredGraph:
     """Called, and awaited, before a run that is being driven ends as cancelled."""
     node_timeouts: Mapping[str, float] = field(default_factory=dict)
     """Seconds that a call of a node may take, by the node's name."""
+    fingerprint: Fingerprint
+    on_change: ChangePolicy = field(default_factory=ChangePolicy)
+    """What is done about runs that began on what the graph was before."""
 
     @property
     def policies(self) -> RetryPolicies:
@@ -70,6 +74,7 @@ def check_nodes(
     *,
     node_retry: Mapping[str, Any],
     node_timeout: Mapping[str, Duration],
+    node_version: Mapping[str, str],
 ) -> None:
     """Check what is said of single nodes.
 
@@ -83,6 +88,15 @@ def check_nodes(
         for option, given in (("node_retry", node_retry), ("node_timeout", node_timeout))
         for name in given
         if name not in nodes
+    ]
+    paths = set(graph.nodes)
+    for ns, each in graph.get_subgraphs(recurse=True):
+        if isinstance(each, Pregel):
+            paths |= {f"{ns.replace('|', '/')}/{name}" for name in each.nodes}
+    found += [
+        f"node_version: the graph has no node {name!r}; one of a subgraph is 'outer/inner'"
+        for name in node_version
+        if name not in paths
     ]
     found += [
         f"node_timeout: must be above 0 for node {name!r}"

@@ -23,6 +23,7 @@ from agentflow.storage.pauses import reason_to_stop
 from agentflow.storage.questions import pack_question, redacted_question
 from agentflow.storage.rows import (
     CLEARED,
+    INCOMPATIBLE,
     RELEASED,
     Payloads,
     change_run,
@@ -57,6 +58,8 @@ def start_attempt(
     step: int | None,
     traceparent: str | None,
     effect_shift: int | None,
+    fingerprint: str | None = None,
+    graph_changed: Mapping[str, Any] | None = None,
 ) -> AttemptStart:
     """See `RunStore.start_attempt`."""
     row = get_held_run(connection, lease)
@@ -76,12 +79,15 @@ def start_attempt(
         event = NewEvent(type="run.started", data=facts)
     else:
         event = NewEvent(type="run.resumed", data={**facts, "reason": reason})
+    log = [event]
+    if graph_changed is not None:
+        log.insert(0, NewEvent(type="run.graph_changed", data=graph_changed))
     change_run(
         connection,
         row,
         payloads,
         now,
-        log=[event],
+        log=log,
         attempt=attempt,
         losses=losses,
         is_isolated=is_isolated,
@@ -94,6 +100,7 @@ def start_attempt(
         # Only a segment that is being traced becomes the origin of the next one.
         traceparent=traceparent or row.traceparent,
         effect_shift=row.effect_shift if effect_shift is None else effect_shift,
+        fingerprint=fingerprint or row.fingerprint,
     )
     return AttemptStart(
         attempt=attempt,
@@ -152,7 +159,7 @@ def park_run(
         for wait in list_of_run(connection, row.tenant, row.run_id, after=0, count=_ALL)
     }
     asked = {(q.ns, q.interrupt_id, q.checkpoint_id): q for q in questions}
-    log = _supersede(connection, [w for key, w in known.items() if key not in asked], now)
+    log = supersede(connection, [w for key, w in known.items() if key not in asked], now)
     new = [
         redacted_question(payloads, question, row)
         for key, question in asked.items()
@@ -183,9 +190,8 @@ def park_run(
     return not is_answered
 
 
-def _supersede(
-    connection: Connection, gone: Sequence[sa.Row[Any]], now: datetime
-) -> list[NewEvent]:
+def supersede(connection: Connection, gone: Sequence[sa.Row[Any]], now: datetime) -> list[NewEvent]:
+    """Close those of some waits that are pending, and return the events that say so."""
     pending = [wait.wait_id for wait in gone if wait.status == WaitStatus.PENDING]
     if pending:
         connection.execute(
@@ -351,7 +357,7 @@ def pause_failed_run(
         error=payloads.dump(failure, runs.c.error, row),
         checkpoint_id=checkpoint_id,
         step=step,
-        wake_reason="pause",
+        wake_reason=INCOMPATIBLE if reason == INCOMPATIBLE else "pause",
         available_at=payloads.time(now),
         paused_at=now,
         is_paused_by_failure=True,

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from agentflow.codec import Codec
 from agentflow.journal import Begun, Effect, NewEffect, Outcome, Resolution
+from agentflow.storage.evolution import VersionVerbs
 from agentflow.types import (
     Approval,
     ApprovalRequest,
@@ -52,7 +53,7 @@ ChangeKind = Literal["due", "settled", "stop"]
 being driven may have to stop."""
 
 
-class RunStore(ABC):
+class RunStore(VersionVerbs, ABC):
     """Runs, leases, waits, audit events and dead letters of all tenants in one database.
 
     A run whose cancellation was requested becomes `cancelled` by `park_run`, `retry_run`,
@@ -201,6 +202,8 @@ class RunStore(ABC):
         step: int | None,
         traceparent: str | None,
         effect_shift: int | None = None,
+        fingerprint: str | None = None,
+        graph_changed: Mapping[str, Any] | None = None,
     ) -> AttemptStart:
         """Note, before the first step, that an attempt begins and from where.
 
@@ -211,6 +214,10 @@ class RunStore(ABC):
         says by how many supersteps that has moved what follows. If the run is to be
         cancelled, is paused by itself or has passed its deadline, that is said. Event:
         `run.started` if `reason` is `start`, else one `run.resumed` with reason and checkpoint.
+
+        `fingerprint` is that of the graph that is going to be driven, and `graph_changed` what is
+        to be told of it if the thread was left by another one. Event, before the others:
+        `run.graph_changed`.
         """
 
     @abstractmethod
@@ -279,7 +286,8 @@ class RunStore(ABC):
     ) -> None:
         """Queue the run again, paused, instead of failing it; its lease ends.
 
-        Whoever resumes it gives it a new attempt budget. Event: `run.paused` with the reason.
+        Whoever resumes it gives it a new attempt budget. Event: `run.paused` with the reason. With
+        the reason `incompatible` it counts as such in a survey for as long as it is paused.
         """
 
     @abstractmethod
@@ -500,14 +508,20 @@ class RunStore(ABC):
 
     @abstractmethod
     async def beat_worker(self, tenant: str, report: WorkerReport) -> None:
-        """Note that a worker lives, and what it says about itself; no event.
+        """Note that a worker lives, and what it says about itself.
 
-        Workers that have been silent for a day are forgotten.
+        Workers that have been silent for a day are forgotten. With the first beat of an instance,
+        versions that have unfinished runs and no living worker are told. Event for each, in the
+        tenant's own log: `graph.stranded`.
         """
 
     @abstractmethod
     async def remove_worker(self, tenant: str, instance: str) -> None:
-        """Forget a worker that has stopped; no event."""
+        """Forget a worker that has stopped.
+
+        Event for each version of which it was the last worker, if it has unfinished runs, in the
+        tenant's own log: `graph.stranded`.
+        """
 
     @abstractmethod
     async def list_workers(self, tenant: str) -> tuple[WorkerRecord, ...]:

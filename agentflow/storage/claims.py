@@ -287,7 +287,7 @@ def claim_runs(
     """See `RunStore.claim_runs`."""
     found = _LOOK.all(connection, {"tenant": tenant})
     now, expiry = found[0].now, found[0].expiry
-    claimant = _Claimant(worker, instance or worker, lease)
+    claimant = Claimant(worker, instance or worker, lease)
     open_queues, open_graphs = paused_of(found).without(queues, graphs)
     if not open_queues or not open_graphs:
         return []
@@ -308,7 +308,7 @@ def claim_runs(
             for row in rows:
                 if is_suspect(row) and claimed:
                     continue  # to be claimed alone, as soon as it is the first
-                taken = _take(connection, payloads, row, now, claimant)
+                taken = take(connection, payloads, row, now, claimant)
                 if taken is not None:
                     claimed.append(taken)
                 if claimed and claimed[0].isolation is not None:
@@ -343,7 +343,7 @@ def next_due(
 
 
 @dataclass(frozen=True, slots=True)
-class _Claimant:
+class Claimant:
     """Who claims, and for how long."""
 
     worker: str
@@ -378,16 +378,16 @@ def claim_run(
         if status is RunStatus.QUEUED and (row.available_at > at or is_late):
             return None
         raise ThreadBusyError(row.thread_id, run_id if status is RunStatus.RUNNING else None)
-    claimant = _Claimant(worker, instance or worker, lease)
-    return _take(connection, payloads, row, now, claimant)
+    claimant = Claimant(worker, instance or worker, lease)
+    return take(connection, payloads, row, now, claimant)
 
 
-def _take(
+def take(
     connection: Connection,
     payloads: Payloads,
     row: sa.Row[Any],
     now: datetime,
-    claimant: _Claimant,
+    claimant: Claimant,
 ) -> ClaimedRun | None:
     """Give a due run to a worker; `None` if it turns out not to be due any more."""
     # Whoever asked for this run alone has locked its thread already.

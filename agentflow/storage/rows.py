@@ -21,7 +21,16 @@ from agentflow.codec import Codec, context_of, envelope_of_version_1
 from agentflow.database.engine import StoreNow
 from agentflow.database.prepared import On, Prepared
 from agentflow.database.statements import insert_new
-from agentflow.database.tables import dead_letters, effects, events, logs, pauses, runs, waits
+from agentflow.database.tables import (
+    dead_letters,
+    effects,
+    events,
+    fingerprints,
+    logs,
+    pauses,
+    runs,
+    waits,
+)
 from agentflow.errors import (
     IllegalTransitionError,
     LeaseLostError,
@@ -50,6 +59,7 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     dead_letters.name: ("tenant", "run_id"),
     pauses.name: ("tenant", "scope", "name"),
     effects.name: ("tenant", "effect_id"),
+    fingerprints.name: ("tenant", "digest"),
 }
 """By table, the columns that say whose a payload is; it opens nowhere else."""
 
@@ -63,6 +73,9 @@ Keyed = sa.Row[Any] | Mapping[str, Any]
 
 UNFINISHED = (RunStatus.QUEUED.value, RunStatus.RUNNING.value, RunStatus.WAITING.value)
 
+
+INCOMPATIBLE = "incompatible"
+"""Why a run is paused whose graph has changed, and why it is driven once it is resumed."""
 
 LOG = ""
 """What stands for the run in audit events that concern none."""
@@ -186,6 +199,7 @@ def to_run(row: sa.Row[Any], payloads: Payloads, *, strict: bool = False) -> Run
         effect_shift=row.effect_shift or 0,
         saga=row.saga,
         saga_cause=payloads.load(runs.c.saga_cause, row),
+        fingerprint=row.fingerprint,
     )
 
 

@@ -38,6 +38,7 @@ from agentflow.storage.rows import (
     to_event,
     to_run,
 )
+from agentflow.storage.sql_versions import SqlVersionVerbs
 from agentflow.storage.waits import get_wait, list_of_run, resolve_wait
 from agentflow.types import (
     Approval,
@@ -70,7 +71,7 @@ from agentflow.types import (
 T = TypeVar("T")
 
 
-class SqlRunStore(RunStore):
+class SqlRunStore(SqlVersionVerbs, RunStore):
     """Runs in a SQL database."""
 
     def __init__(
@@ -93,6 +94,7 @@ class SqlRunStore(RunStore):
         """
         self._database = database
         self._owns_database = owns_database
+        self._stored = set()
         self._payloads = Payloads(
             strict=codec, lenient=codec.readable_anywhere(), limit=max_payload, clock=clock
         )
@@ -230,6 +232,8 @@ class SqlRunStore(RunStore):
         step: int | None,
         traceparent: str | None,
         effect_shift: int | None = None,
+        fingerprint: str | None = None,
+        graph_changed: Mapping[str, Any] | None = None,
     ) -> AttemptStart:
         return await self._write(
             attempts.start_attempt,
@@ -240,6 +244,8 @@ class SqlRunStore(RunStore):
             step=step,
             traceparent=traceparent,
             effect_shift=effect_shift,
+            fingerprint=fingerprint,
+            graph_changed=graph_changed,
         )
 
     async def park_run(

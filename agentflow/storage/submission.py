@@ -53,6 +53,7 @@ def new_run(payloads: Payloads, tenant: str, spec: RunSpec) -> dict[str, Any]:
         "resume_from": spec.resume_from,
         "submitted_by": spec.submitted_by,
         "traceparent": spec.traceparent,
+        "fingerprint": spec.fingerprint,
         "event_seq": 0,
         "event_hash": GENESIS,
     }

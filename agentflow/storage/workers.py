@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import asdict
 from datetime import datetime, timedelta
 from typing import Any
@@ -15,7 +16,7 @@ from agentflow.database.statements import insert_new
 from agentflow.database.tables import EPOCH, dead_letters, epochs, leases, runs, workers
 from agentflow.storage.claims import is_expired
 from agentflow.storage.pauses import STORE, list_pauses, pause
-from agentflow.storage.rows import UNFINISHED, Payloads, append_to_log
+from agentflow.storage.rows import INCOMPATIBLE, UNFINISHED, Payloads, append_to_log
 from agentflow.types import (
     NewEvent,
     Restored,
@@ -27,13 +28,14 @@ from agentflow.types import (
 )
 
 _FORGET = timedelta(days=1)
+_SILENCE = timedelta(minutes=1)
+"""After which nobody counts on a worker any more."""
 
 
 def beat_worker(
     connection: Connection, payloads: Payloads, tenant: str, report: WorkerReport
 ) -> None:
     """See `RunStore.beat_worker`."""
-    del payloads
     now = database_now(connection)
     row = {
         "tenant": tenant,
@@ -48,13 +50,47 @@ def beat_worker(
         insert_new(connection, workers, [{**row, "started_at": now}])
         is_old = (workers.c.tenant == tenant, workers.c.beat_at < now - _FORGET)
         connection.execute(sa.delete(workers).where(*is_old))
+        _tell_stranded(connection, payloads, tenant, now)
 
 
 def remove_worker(connection: Connection, payloads: Payloads, tenant: str, instance: str) -> None:
     """See `RunStore.remove_worker`."""
-    del payloads
     is_own = (workers.c.tenant == tenant, workers.c.instance == instance)
+    gone = connection.execute(sa.select(workers).where(*is_own)).first()
     connection.execute(sa.delete(workers).where(*is_own))
+    if gone is not None and gone.report:
+        now = database_now(connection)
+        left = _to_record(gone, now).report.graphs
+        _tell_stranded(connection, payloads, tenant, now, among=left)
+
+
+def _tell_stranded(
+    connection: Connection,
+    payloads: Payloads,
+    tenant: str,
+    now: datetime,
+    among: Collection[tuple[str, str]] | None = None,
+) -> None:
+    """Note the versions, perhaps only some, of which there are runs and no living worker."""
+    alive = {
+        graph
+        for worker in list_workers(connection, payloads, tenant)
+        if worker.silence <= _SILENCE
+        for graph in worker.report.graphs
+    }
+    version = (runs.c.graph, runs.c.version)
+    query = (
+        sa.select(*version, sa.func.count())
+        .where(runs.c.tenant == tenant, runs.c.status.in_(UNFINISHED))
+        .group_by(*version)
+        .order_by(*version)
+    )
+    for graph, number, count in connection.execute(query).all():
+        if (graph, number) not in alive and (among is None or (graph, number) in among):
+            event = NewEvent(
+                type="graph.stranded", data={"graph": graph, "version": number, "runs": count}
+            )
+            append_to_log(connection, payloads, tenant, now, event)
 
 
 def list_workers(
@@ -121,6 +157,13 @@ def survey(connection: Connection, payloads: Payloads, tenant: str) -> Survey:
             for row in connection.execute(unfinished)
         ),
         paused=count(runs, of_tenant, is_unfinished, runs.c.paused_at.is_not(None)),
+        incompatible=count(
+            runs,
+            of_tenant,
+            is_unfinished,
+            runs.c.paused_at.is_not(None),
+            runs.c.wake_reason == INCOMPATIBLE,
+        ),
         expired_leases=count(runs, of_tenant, is_expired(now), runs.c.paused_at.is_(None)),
         overdue=count(runs, of_tenant, is_unfinished, is_overdue),
         dead_letters=count(dead_letters, dead_letters.c.tenant == tenant),

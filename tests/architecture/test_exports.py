@@ -74,6 +74,8 @@ ERRORS = {
         "EffectInDoubtError",
         "IllegalTransitionError",
         "NonDeterministicNodeError",
+        "IncompatibleGraphError",
+        "MigrationError",
         "ProposalUnstableError",
         "RunCancelledError",
         "RunFailedError",

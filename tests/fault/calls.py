@@ -80,6 +80,11 @@ async def resume_queue(app: AgentFlow, run_id: str) -> None:
     await app.resume(queue=run_id, by="alice")
 
 
+async def route(app: AgentFlow, run_id: str) -> None:
+    """Send new runs of a graph that there is not to its first version."""
+    await app.route(run_id, "1", 0.5, by="alice")
+
+
 async def fire_due(app: AgentFlow, run_id: str) -> None:
     """End the runs whose time is over."""
     await app._store.fire_due("", limit=100)
@@ -118,7 +123,7 @@ CALLS: Mapping[str, Callable[[AgentFlow, str], Awaitable[None]]] = {
         *(submit, drive, cancel, decide),
         *(resolve_effect, prune_effects),
         *(pause_run, resume_run, pause_queue, resume_queue),
-        *(fire_due, requeue, discard, restore),
+        *(fire_due, requeue, discard, restore, route),
         *(delete_thread, prune),
     )
 }

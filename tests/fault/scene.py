@@ -342,7 +342,7 @@ async def durable_tasks(app: AgentFlow, run: Run) -> list[PregelTask]:
 
     Those of subgraphs are among them.
     """
-    registered = app._find_graph(run.graph, run.version)
+    registered = app._registry.find(run.graph, run.version)
     graph = registered.graph.copy(update={"checkpointer": app._saver})
     of_thread: Any = {"configurable": {"thread_id": run.thread_id}}
     spaces = {

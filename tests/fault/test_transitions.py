@@ -191,6 +191,8 @@ def _call(name: str) -> Callable[[Scene, str], Awaitable[None]]:
 
 
 SCENARIOS: dict[str, Scenario] = {
+    "create_fingerprint": Scenario(graph="single", call="submit", prepare=nothing),
+    "route_graph": Scenario(call="route"),
     "create_run": Scenario(graph="single", call="submit", prepare=nothing),
     "claim_runs": Scenario(),
     "claim_run": Scenario(call="drive"),
@@ -234,6 +236,9 @@ ROW_SCENARIOS: dict[str, Scenario] = {
     "forget_retired": Scenario(call="delete_thread", prepare=driven, batch_rows=5),
 }
 ELSEWHERE = {
+    "claim_migration": "fault/test_deploys.py",
+    "migrate_run": "fault/test_deploys.py",
+    "import_run": "fault/test_deploys.py",
     "rotate_keys": "integration/test_key_rotation.py",
     "rewrite": "integration/test_key_rotation.py",
     "restore": "fault/test_transitions.py",

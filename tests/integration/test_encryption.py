@@ -171,7 +171,7 @@ async def test_without_the_right_key_nothing_is_read_changed_or_executed(
         for attempt in attempts:
             with pytest.raises(error, match=message):
                 await attempt()
-        graph = app._graphs["refund", "1"].graph.copy(update={"checkpointer": app._saver})
+        graph = app._registry.graphs["refund", "1"].graph.copy(update={"checkpointer": app._saver})
         with pytest.raises(error, match=message):
             await graph.ainvoke(None, {"configurable": {"thread_id": "waiting"}})
     assert (calls, payloads(database_url)) == ([], stored)

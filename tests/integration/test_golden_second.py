@@ -61,6 +61,7 @@ def url(form: str, tmp_path: Path) -> Iterator[str]:
 
 
 LATER = {
+    "agentflow_fingerprints.form",
     "agentflow_pauses.reason",
     "agentflow_runs.cancellation",
     "agentflow_runs.retry",

@@ -85,7 +85,7 @@ async def test_hook_sees_every_payload_of_a_run_as_what_it_is(
     redact = Redact()
     app = open_app(sqlite_url, None)
     other = AgentFlow(sqlite_url, redact=redact)
-    other._graphs = app._graphs
+    other._registry = app._registry
     await app.aclose()
     async with other:
         await fill(other)

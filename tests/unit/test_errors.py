@@ -21,6 +21,7 @@ SAMPLES: dict[str, Any] = {
     "int | None": 7,
     "Outcome": "not_written",
     "tuple[str, ...]": ("fact", "other"),
+    "tuple[tuple[ChangeKind, str], ...]": (("code_changed", "fact"),),
 }
 CLASSES = [
     cls for _, cls in inspect.getmembers(errors, inspect.isclass) if issubclass(cls, AgentflowError)

@@ -16,6 +16,7 @@ from agentflow import RetryPolicy
 from agentflow.drive import RegisteredGraph
 from agentflow.errors import InvalidInputError
 from agentflow.inputs import check_input, check_options
+from agentflow.versions import fingerprint_of
 
 
 class Inner(TypedDict):
@@ -54,8 +55,10 @@ def registered(schema: Any, input_schema: Any = None) -> RegisteredGraph:
     graph: Any = StateGraph(schema)
     graph.add_node("a", lambda _: None)
     graph.set_entry_point("a")
+    compiled = graph.compile()
     return RegisteredGraph(
-        graph=graph.compile(),
+        graph=compiled,
+        fingerprint=fingerprint_of(compiled),
         name="g",
         version="1",
         queue="default",

@@ -1,0 +1,130 @@
+"""Releases of one program, one after another, and processes that run them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import operator
+import os
+import signal
+from pathlib import Path
+from typing import Annotated, Any
+
+from langchain_core.runnables import RunnableConfig
+from langgraph.graph import END, START, StateGraph
+from langgraph.graph.state import CompiledStateGraph
+from typing_extensions import TypedDict
+
+from agentflow import AgentFlow, request_approval
+from agentflow.failpoints import arm
+from tests.fault.ledger import record
+from tests.fault.sabotage import Place, Sabotage
+
+WORKER = "tests.fault.deploys:worker_main"
+MOVER = "tests.fault.deploys:mover_main"
+
+
+class Refund(TypedDict, total=False):
+    """A refund, as of release 1."""
+
+    amount: float
+    log: Annotated[list[str], operator.add]
+
+
+class Payment(TypedDict, total=False):
+    """A refund, as of release 2."""
+
+    cents: int
+    currency: str
+    log: Annotated[list[str], operator.add]
+
+
+Node = Any
+"""Whatever `add_node` takes; its own annotation lists overloads that no alias can follow."""
+
+
+class Release:
+    """What one release of the program registers."""
+
+    def __init__(self, number: int, ledger: str) -> None:
+        """Report nodes to `ledger`."""
+        self._number = number
+        self._ledger = ledger
+
+    def register(self, app: AgentFlow) -> None:
+        """Register what this release has."""
+        if self._number == 1:
+            app.register(self._graph("approve", "pay", Refund), name="refund", version="1")
+            return
+        last = "pay" if self._number == 2 else "transfer"
+        app.register(self._graph("manager", last, Payment), name="refund", version="2")
+        app.migration(
+            "refund", from_="1", to="2", nodes={"approve": "manager"}, channels={"amount": "cents"}
+        )(in_cents)
+
+    def _graph(
+        self, approver: str, payer: str, schema: Any
+    ) -> CompiledStateGraph[Any, Any, Any, Any]:
+        graph: StateGraph[Any, None, Any, Any] = StateGraph(schema)
+        graph.add_node("check", self._reports("check"))
+        graph.add_node("notify", self._reports("notify"))
+        graph.add_node(approver, self._asks())
+        graph.add_node(payer, self._reports("pay"))
+        graph.add_edge(START, "check")
+        graph.add_edge("check", "notify")
+        graph.add_edge("check", approver)
+        graph.add_edge(["notify", approver], payer)
+        graph.add_edge(payer, END)
+        return graph.compile()
+
+    def _reports(self, step: str) -> Node:
+        def node(state: Any, config: RunnableConfig) -> dict[str, Any]:
+            del state
+            run = config["metadata"]["run_id"]
+            record(self._ledger, run=run, step=step, release=self._number)
+            return {"log": [step]}
+
+        return node
+
+    def _asks(self) -> Node:
+        def node(state: Any, config: RunnableConfig) -> dict[str, Any]:
+            del config
+            amount = state.get("cents") or state.get("amount")
+            answer = request_approval({"amount": amount}, title="Refund")
+            return {"log": [answer.type]}
+
+        return node
+
+
+def in_cents(values: dict[str, Any]) -> dict[str, Any]:
+    """Bring a refund of version 1 to version 2."""
+    return {**values, "cents": round(values["cents"] * 100), "currency": "EUR"}
+
+
+async def worker_main(url: str, ledger: str, release: int) -> None:
+    """Be a worker of a release; a victim's entry."""
+    async with AgentFlow(url) as app:
+        Release(release, ledger).register(app)
+        worker = app.worker(concurrency=2, name=f"release-{release}")
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, worker.stop)
+        await worker.run()
+
+
+async def mover_main(
+    url: str, ledger: str, run_id: str, file: str, at: dict[str, Any] | str
+) -> None:
+    """Migrate a run, or import it from a file, and be killed at a place; a victim's entry."""
+    if isinstance(at, str):
+        arm(at, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    else:
+        Sabotage(ledger, at=Place(**at)).arm()
+    async with AgentFlow(url) as app:
+        Release(2, ledger).register(app)
+        if file:
+            await app.import_run(_read(file))
+        else:
+            await app.migrate_run(run_id)
+
+
+def _read(file: str) -> Any:
+    return json.loads(Path(file).read_text())

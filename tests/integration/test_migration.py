@@ -1,0 +1,252 @@
+"""Migrations of waiting runs: what is carried over, and what is refused and left as it is."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import AsyncIterator, Callable
+from itertools import count
+from typing import Annotated, Any
+
+import pytest
+from langgraph.graph import START, StateGraph
+from langgraph.types import Send, interrupt
+from typing_extensions import TypedDict
+
+from agentflow import AgentFlow
+from agentflow.errors import InvalidInputError, MigrationError, ThreadBusyError
+from agentflow.types import RunStatus, WaitStatus
+from tests.integration.versions import Shape
+
+called: list[str] = []
+"""Nodes that have finished, in order."""
+
+
+class Old(TypedDict, total=False):
+    """The state of version 1."""
+
+    log: Annotated[list[str], operator.add]
+    amount: float
+
+
+class New(TypedDict, total=False):
+    """The state of versions 2 and 3."""
+
+    log: Annotated[list[str], operator.add]
+    cents: int
+
+
+def graph(asker: str = "ask", schema: Any = Old, *, sends: bool = False) -> Any:
+    """Build a graph: two that finish beside one that asks twice, then one that joins them."""
+
+    def does(name: str) -> Any:
+        def node(_: Any) -> Any:
+            called.append(name)
+            return {"log": [name]}
+
+        return node
+
+    def asks(state: Any) -> Any:
+        first, second = interrupt("sure?"), interrupt("really?")
+        called.append("ask")
+        return {"log": [first["type"], second["type"], str(state.get("cents", "old"))]}
+
+    builder: Any = StateGraph(schema)
+    builder.add_node("left", does("left"))
+    builder.add_node(asker, asks)
+    builder.add_node("join", does("join"))
+    if sends:
+        fan = [Send("left", {}), Send(asker, {"cents": 7}), Send("left", {})]
+        builder.add_conditional_edges(START, lambda _: fan, ["left", asker])
+    else:
+        builder.add_edge(START, "left")
+        builder.add_edge(START, asker)
+    builder.add_edge(["left", asker], "join")
+    return builder.compile()
+
+
+@pytest.fixture
+async def app() -> AsyncIterator[AgentFlow]:
+    """An app with version 1, and version 2 with its migration."""
+    called.clear()
+    async with AgentFlow("memory://") as opened:
+        opened.register(graph(), name="g")
+        yield opened
+
+
+def second(app: AgentFlow, function: Callable[[Any], Any] | None = None, **options: Any) -> None:
+    """Register version 2 and a migration to it."""
+    app.register(graph("manager", New), name="g", version="2")
+    options = {"nodes": {"ask": "manager"}, "channels": {"amount": "cents"}, **options}
+    app.migration("g", from_="1", to="2", **options)(function or to_cents)
+
+
+def to_cents(values: dict[str, Any]) -> dict[str, Any]:
+    """Migrate as it should be."""
+    return {**values, "cents": int(values["cents"] * 100)}
+
+
+async def waiting(app: AgentFlow, **options: Any) -> str:
+    """Drive a run to its first question."""
+    handle = await app.submit("g", {"log": [], "amount": 5.0}, **{"version": "1"} | options)
+    assert (await app.drive(handle.id)).status is RunStatus.WAITING
+    return handle.id
+
+
+async def answer(app: AgentFlow, run_id: str) -> str:
+    """Answer what the run asks, and return the approval's id."""
+    [approval] = await app.handle(run_id).approvals()
+    await app.approvals.decide(approval.id, {"type": "approve"}, by="ann")
+    return approval.id
+
+
+async def finish(app: AgentFlow, run_id: str) -> list[str]:
+    """Answer everything, and return the log of the run at its end."""
+    while (run := await app.drive(run_id)).status is RunStatus.WAITING:
+        await answer(app, run_id)
+    assert run.status is RunStatus.SUCCEEDED
+    log: list[str] = run.output["log"]
+    return log
+
+
+@pytest.mark.parametrize("answers", [0, 1])
+async def test_question_stays_and_what_has_finished_is_not_done_again(
+    app: AgentFlow, answers: int
+) -> None:
+    run_id = await waiting(app)
+    for _ in range(answers):
+        await answer(app, run_id)
+        await app.drive(run_id)
+    before = (await app.handle(run_id).approvals())[0]
+    second(app)
+    run = await app.migrate_run(run_id, by="ann")
+    assert (run.version, run.status) == ("2", RunStatus.WAITING)
+    [after] = await app.handle(run_id).approvals()
+    assert (after.id, after.request) == (before.id, before.request)
+    assert await finish(app, run_id) == ["left", "approve", "approve", "500", "join"]
+    assert called == ["left", "ask", "join"]
+
+
+async def test_decision_that_nobody_has_delivered_is_delivered_to_the_new_version(
+    app: AgentFlow,
+) -> None:
+    run_id = await waiting(app)
+    await answer(app, run_id)
+    second(app)
+    run = await app.migrate_run(run_id)
+    assert run.status is RunStatus.QUEUED
+    assert await finish(app, run_id) == ["left", "approve", "approve", "500", "join"]
+
+
+async def test_question_is_superseded_if_the_migration_says_so(app: AgentFlow) -> None:
+    run_id = await waiting(app)
+    [before] = await app.handle(run_id).approvals()
+    second(app, ask_again=True)
+    assert (await app.migrate_run(run_id)).status is RunStatus.QUEUED
+    assert (await app.approvals.get(before.id)).status is WaitStatus.SUPERSEDED
+    assert await finish(app, run_id) == ["left", "approve", "approve", "500", "join"]
+    assert called == ["left", "ask", "join"]
+
+
+async def test_what_was_sent_is_carried_over(app: AgentFlow) -> None:
+    app._registry.graphs.clear()
+    app.register(graph(sends=True), name="g")
+    run_id = await waiting(app)
+    app.register(graph("manager", New, sends=True), name="g", version="2")
+    app.migration("g", from_="1", to="2", nodes={"ask": "manager"}, channels={"amount": "cents"})(
+        to_cents
+    )
+    await app.migrate_run(run_id)
+    log = await finish(app, run_id)
+    assert log == ["left", "approve", "approve", "7", "left", "join"]
+    assert called == ["left", "left", "ask", "join"]
+
+
+async def test_migrations_follow_each_other_and_the_old_checkpoint_stays(app: AgentFlow) -> None:
+    run_id = await waiting(app)
+    second(app)
+    app.register(graph("boss", New), name="g", version="3")
+    app.migration("g", from_="2", to="3", nodes={"manager": "boss"})(
+        lambda values: {**values, "cents": values["cents"] + 1}
+    )
+    before = (await app.get_run(run_id)).checkpoint_id
+    run = await app.migrate_run(run_id)
+    assert run.version == "3"
+    config: Any = {"configurable": {"thread_id": run.thread_id}}
+    head, parent = [each async for each in app._saver.alist(config, limit=2)]
+    assert parent.checkpoint["id"] == before
+    assert parent.checkpoint["channel_values"]["amount"] == 5.0
+    assert head.parent_config is not None
+    assert head.parent_config["configurable"]["checkpoint_id"] == before
+    assert "amount" not in head.checkpoint["channel_values"]
+    assert "501" in await finish(app, run_id)
+
+
+async def test_run_that_has_not_begun_only_gets_the_version(app: AgentFlow) -> None:
+    handle = await app.submit("g", {"log": []}, version="1")
+    second(app)
+    assert (await app.migrate_run(handle.id)).version == "2"
+    assert (await app.drive(handle.id)).status is RunStatus.WAITING
+
+
+_numbers = count()
+REFUSED: dict[str, tuple[Callable[[Any], Any], dict[str, Any], str]] = {
+    "impure": (lambda v: {**v, "cents": next(_numbers)}, {}, "not pure.* at cents"),
+    "type": (lambda v: {**v, "cents": "many"}, {}, r"cents: Input should be a valid integer"),
+    "path": (lambda v: {**v, "log": ["a", 1], "cents": 1}, {}, r"log\.1: Input should be a valid"),
+    "channel": (lambda v: {**v, "cents": 1, "rate": 2}, {}, "rate: there is no such channel"),
+    "raises": (lambda v: v["nothing"], {}, "raised KeyError"),
+    "nothing": (lambda _: None, {}, "returned NoneType"),
+    "node": (to_cents, {"nodes": {}}, "node 'ask' is due, and the new version has none"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+async def test_migration_that_cannot_be_right_is_refused_and_changes_nothing(
+    app: AgentFlow, case: str
+) -> None:
+    function, options, reason = REFUSED[case]
+    run_id = await waiting(app)
+    second(app, function, **options)
+    before = await app.get_run(run_id), await app.list_events(run_id), await app.state(run_id)
+    with pytest.raises(MigrationError, match=reason):
+        await app.migrate_run(run_id)
+    report = await app.migrate_runs("g", dry_run=True)
+    assert [run.outcome for run in report.runs] == ["refused"]
+    after = await app.get_run(run_id), await app.list_events(run_id), await app.state(run_id)
+    assert after == before
+    assert "old" in await finish(app, run_id)
+
+
+async def test_run_inside_of_a_subgraph_and_one_without_a_way_are_refused(app: AgentFlow) -> None:
+    app.register(Shape().build(), name="nested", version="1")
+    handle = await app.submit("nested", {"stop": "second"})
+    await app.drive(handle.id)
+    app.register(Shape().build(), name="nested", version="2")
+    with pytest.raises(MigrationError, match="no migration leads there"):
+        await app.migrate_run(handle.id)
+    app.migration("nested", from_="1", to="2")(lambda values: values)
+    with pytest.raises(MigrationError, match="inside of the subgraph of node 'sub'"):
+        await app.migrate_run(handle.id)
+
+
+async def test_report_says_what_would_happen_and_a_driven_run_is_let_be(app: AgentFlow) -> None:
+    idle, held = await waiting(app), await waiting(app)
+    second(app)
+    await answer(app, held)
+    lease = app._settings.lease
+    assert await app._store.claim_run("", held, worker="w", lease=lease) is not None
+    dry = await app.migrate_runs("g", dry_run=True)
+    assert {run.run_id: run.outcome for run in dry.runs} == {idle: "would_migrate", held: "busy"}
+    assert (await app.get_run(idle)).version == "1"
+    with pytest.raises(ThreadBusyError):
+        await app.migrate_run(held)
+    done = await app.migrate_runs("g", from_="1")
+    assert {run.run_id: run.outcome for run in done.runs} == {idle: "migrated", held: "busy"}
+    assert (await app.migrate_run(idle)).version == "2", "again it changes nothing"
+
+
+def test_migration_to_nowhere_or_twice_is_refused(app: AgentFlow) -> None:
+    second(app)
+    for way in (("1", "2"), ("2", "2")):
+        with pytest.raises(InvalidInputError, match="migration"):
+            app.migration("g", from_=way[0], to=way[1])

@@ -1,0 +1,178 @@
+"""Runs as files: from one database to another of another kind, and what is not let in."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agentflow import AgentFlow
+from agentflow.errors import (
+    AgentflowError,
+    ConflictError,
+    HashMismatchError,
+    InvalidInputError,
+    NotFoundError,
+    UnknownKeyError,
+    UnknownVersionError,
+)
+from agentflow.keys import KeyRing
+from agentflow.testing import replay_stored
+from agentflow.types import RunStatus
+from tests.golden import run_v1
+from tests.integration.versions import CHANGES, Shape
+
+SECRET = "the wire goes to Panama"
+
+
+def opened(url: str = "memory://", **options: Any) -> AgentFlow:
+    """Open an app with the graph."""
+    app = AgentFlow(url, **options)
+    app.register(Shape().build(), name="g")
+    return app
+
+
+async def exported(app: AgentFlow, **options: Any) -> dict[str, Any]:
+    """Drive a run to a question inside of a subgraph, and export it."""
+    handle = await app.submit("g", {"stop": "second", "log": [SECRET]}, run_id="r", **options)
+    await app.drive(handle.id)
+    # As a file has it.
+    found: dict[str, Any] = json.loads(json.dumps(await app.export_run("r")))
+    return found
+
+
+async def test_run_goes_on_in_another_database_of_another_kind(database_url: str) -> None:
+    async with opened() as source:
+        file = await exported(source, metadata={"team": "a"}, timeout=900)
+        original, events = await source.get_run("r"), await source.list_events("r")
+    async with opened(database_url) as target:
+        imported = await target.import_run(file, by="ann")
+        assert imported == original
+        log = await target.list_events("r")
+        assert log[:-1] == events, "the chain of hashes is the same"
+        assert log[-1].type == "run.imported"
+        assert log[-1].data == {"by": "ann", "origin": file["sha256"]}
+        [approval] = await target.handle("r").approvals()
+        await target.approvals.decide(approval.id, {"type": "approve"}, by="bob")
+        run = await target.drive("r")
+        assert run.status is RunStatus.SUCCEEDED
+        assert run.output["log"][0] == SECRET
+        assert run.output["log"][-1] == "last"
+        with pytest.raises(ConflictError, match="there already"):
+            await target.import_run(file)
+
+
+async def test_run_that_has_not_begun_and_one_that_has_ended_are_moved_too() -> None:
+    async with opened() as source, opened() as target:
+        await source.submit("g", {}, run_id="new")
+        await source.submit("g", {}, run_id="old")
+        await source.drive("old")
+        for run_id in ("new", "old"):
+            await target.import_run(await source.export_run(run_id))
+        assert (await target.get_run("old")).output == (await source.get_run("old")).output
+        assert (await target.drive("new")).status is RunStatus.SUCCEEDED
+
+
+def _resealed(change: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]], None]:
+    """Change the content, and the hash as whoever changed it on purpose would."""
+
+    def apply(file: dict[str, Any]) -> None:
+        change(file["content"])
+        text = json.dumps(file["content"], sort_keys=True, separators=(",", ":"))
+        file["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+
+    return apply
+
+
+DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], Any], type[AgentflowError]]] = {
+    "content": (lambda f: f["content"].update(graph="other"), HashMismatchError),
+    "format": (lambda f: f.update(format="other"), InvalidInputError),
+    "version": (lambda f: f.update(version=2), UnknownVersionError),
+    "tenant": (_resealed(lambda c: c.update(tenant="other")), InvalidInputError),
+    "event gone": (_resealed(lambda c: c["rows"]["events"].pop()), HashMismatchError),
+    "event changed": (
+        _resealed(lambda c: c["rows"]["events"][1].update(type="run.other")),
+        HashMismatchError,
+    ),
+    "thread": (
+        _resealed(lambda c: c["objects"].update(dict.fromkeys(c["objects"], "AAAA"))),
+        HashMismatchError,
+    ),
+    "column": (_resealed(lambda c: c["rows"]["run"][0].update(x=1)), InvalidInputError),
+    "no run": (_resealed(lambda c: c["rows"]["run"].pop()), HashMismatchError),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+async def test_file_that_was_changed_is_refused_and_nothing_is_left(damage: str) -> None:
+    change, error = DAMAGES[damage]
+    async with opened() as source:
+        file = await exported(source)
+    broken = copy.deepcopy(file)
+    change(broken)
+    async with opened() as target:
+        with pytest.raises(error):
+            await target.import_run(broken)
+        with pytest.raises(NotFoundError):
+            await target.get_run("r")
+        await target.import_run(file)
+
+
+async def test_encrypted_run_needs_its_key_and_shows_nothing() -> None:
+    keys = KeyRing({"a": b"k" * 32})
+    async with opened(keys=keys) as source:
+        file = await exported(source)
+    assert file["content"]["is_encrypted"]
+    assert SECRET not in json.dumps(file)
+    async with opened(keys=KeyRing({"b": b"o" * 32})) as stranger:
+        with pytest.raises(UnknownKeyError):
+            await stranger.import_run(file)
+    async with opened(keys=keys) as target:
+        await target.import_run(file)
+        assert (await target.state("r")).values["log"][0] == SECRET
+
+
+async def test_run_that_is_being_driven_and_a_foreign_thread_are_refused() -> None:
+    async with opened() as source, opened() as target:
+        file = await exported(source)
+        await target.submit("g", {}, run_id="other", thread_id="r")
+        await target.drive("other")
+        with pytest.raises(ConflictError, match="there already"):
+            await target.import_run(file)
+        await source.submit("g", {}, run_id="driven")
+        await source._store.claim_run("", "driven", worker="w", lease=source._settings.lease)
+        with pytest.raises(ConflictError, match="being driven"):
+            await source.export_run("driven")
+
+
+async def test_stored_runs_are_held_against_todays_code(tmp_path: Path) -> None:
+    async with opened() as app:
+        file = await exported(app)
+        (tmp_path / "r.json").write_text(json.dumps(file))
+        [checked] = await replay_stored(app, tmp_path)
+        assert checked.verdict == "same"
+        app._registry.graphs.clear()
+        app.register(CHANGES["code of first"][0].build(), name="g")
+        checked, _ = await replay_stored(app, tmp_path / "r.json", file)
+        assert checked.verdict == "behind"
+        app._registry.graphs.clear()
+        app.register(CHANGES["code of second"][0].build(), name="g")
+        with pytest.raises(AssertionError, match="node 'sub/second' has other code"):
+            await replay_stored(app, file)
+        with pytest.raises(AssertionError, match="nothing stored"):
+            await replay_stored(app)
+
+
+async def test_run_that_the_first_version_exported_goes_on() -> None:
+    async with AgentFlow("memory://") as app:
+        run_v1.register(app)
+        run = await app.import_run(json.loads(run_v1.FILE.read_text()))
+        assert run.metadata == {"team": "a"}
+        assert (await app.check_run(run.id)).verdict == "same"
+        run = await run_v1.answer(app)
+        assert run.output["log"] == ["begun", "approve", "approve", "3 before"]
