@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from datetime import datetime
 from functools import partial
@@ -175,6 +176,20 @@ class AgentFlow:
         other = AgentFlow(url, tenant=self.tenant, **cast(Any, self._options))
         other._graphs = dict(self._graphs)
         return other
+
+    def without_graphs(self) -> AgentFlow:
+        """Return the same app, on the same connections, without its graphs.
+
+        What is registered there is not known here, and the reverse. Close this one only.
+        """
+        other = copy.copy(self)
+        other._graphs = {}
+        return other
+
+    @property
+    def checkpointer(self) -> BaseCheckpointSaver[Any]:
+        """Where the checkpoints of all runs are: to be read, for runs write under their leases."""
+        return self._saver
 
     def register(
         self,

@@ -34,6 +34,7 @@ The tree::
     ├── InputError
     │   ├── InvalidInputError
     │   ├── InvalidDecisionError
+    │   ├── MissingContextError
     │   └── SupersededError
     └── RunError
         ├── RunFailedError
@@ -562,6 +563,23 @@ class InvalidDecisionError(InputError):
         return (
             f"invalid decision for approval {self.approval_id!r}: {'; '.join(self.problems)}; "
             "nothing was recorded, decide again"
+        )
+
+
+class MissingContextError(InputError):
+    """A task needs something that its runner was not given."""
+
+    def __init__(self, task: str, key: str) -> None:
+        """Name the task and the key."""
+        super().__init__(task, key)
+        self.task = task
+        self.key = key
+
+    def __str__(self) -> str:
+        """Say where to give it."""
+        return (
+            f"task {self.task!r} needs {self.key!r} in its context, which is not stored with a "
+            f"run; give it to execute(context={{{self.key!r}: ...}})"
         )
 
 

@@ -19,6 +19,17 @@ EXPORTS = {
         "open_checkpointer",
     },
     "agentflow.nodes": {"approval_node", "llm_node", "tool_node"},
+    "agentflow.tasks": {
+        "StaleResultWarning",
+        "Task",
+        "TaskCall",
+        "TaskError",
+        "TaskResult",
+        "TaskRunner",
+        "TaskStatus",
+        "UnknownTaskWarning",
+        "read_snapshot",
+    },
 }
 
 ERRORS = {
@@ -56,7 +67,12 @@ ERRORS = {
         "UnknownKeyError",
         "UnknownVersionError",
     },
-    "InputError": {"InvalidDecisionError", "InvalidInputError", "SupersededError"},
+    "InputError": {
+        "InvalidDecisionError",
+        "InvalidInputError",
+        "MissingContextError",
+        "SupersededError",
+    },
     "RunError": {
         "AttemptsExhaustedError",
         "DeadlineExceededError",
