@@ -32,6 +32,7 @@ The tree::
     │   ├── PayloadTooLargeError
     │   └── BlockedTypeError
     ├── InputError
+    │   ├── ApprovalMismatchError
     │   ├── InvalidInputError
     │   ├── InvalidDecisionError
     │   ├── MissingContextError
@@ -563,6 +564,24 @@ class InvalidDecisionError(InputError):
         return (
             f"invalid decision for approval {self.approval_id!r}: {'; '.join(self.problems)}; "
             "nothing was recorded, decide again"
+        )
+
+
+class ApprovalMismatchError(InputError):
+    """A tool call is not the one that was approved; it was not made."""
+
+    def __init__(self, tool: str, call_id: str) -> None:
+        """Name the tool and the call; not its arguments."""
+        super().__init__(tool, call_id)
+        self.tool = tool
+        self.call_id = call_id
+
+    def __str__(self) -> str:
+        """Say what may have changed it."""
+        return (
+            f"the call {self.call_id!r} of tool {self.tool!r} is not what was approved, and was "
+            "not made; ask a model in another node than the one that runs its tools, so that what "
+            "it has said is stored before anybody is asked"
         )
 
 

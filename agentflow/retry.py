@@ -15,6 +15,7 @@ from agentflow.errors import (
     InputError,
     InvalidInputError,
 )
+from agentflow.responses import is_refused, retry_after
 from agentflow.types import Duration, to_timedelta
 
 RetryOn = type[Exception] | Sequence[type[Exception]] | Callable[[Exception], bool]
@@ -62,7 +63,8 @@ def retry_on_default(error: Exception) -> bool:
     """Retry everything but what cannot become better by itself.
 
     Errors of configuration, input and encoding, and those that point at a defect in the code
-    (`TypeError`, `AttributeError`, `NameError`, `SyntaxError`, `NotImplementedError`), give up.
+    (`TypeError`, `AttributeError`, `NameError`, `SyntaxError`, `NotImplementedError`), give up. So
+    do errors of HTTP clients that have the `status_code` of a request which is wrong in itself.
     """
     hopeless = (
         ConfigError,
@@ -74,7 +76,7 @@ def retry_on_default(error: Exception) -> bool:
         SyntaxError,
         NotImplementedError,
     )
-    return not isinstance(error, hopeless)
+    return not isinstance(error, hopeless) and not is_refused(error)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,7 +232,8 @@ def decide(
         return GiveUp("not_retryable")
     if attempt >= policy.max_attempts:
         return GiveUp("exhausted")
-    return Retry(backoff(policy, attempt, rand=rand))
+    wait = backoff(policy, attempt, rand=rand)
+    return Retry(max(wait, retry_after(error) or wait))
 
 
 def backoff(

@@ -18,7 +18,7 @@ EXPORTS = {
         "SweptThread",
         "open_checkpointer",
     },
-    "agentflow.nodes": {"approval_node", "llm_node", "tool_node"},
+    "agentflow.nodes": {"ToolPolicy", "approval_node", "llm_node", "tool_node"},
     "agentflow.tasks": {
         "StaleResultWarning",
         "Task",
@@ -68,6 +68,7 @@ ERRORS = {
         "UnknownVersionError",
     },
     "InputError": {
+        "ApprovalMismatchError",
         "InvalidDecisionError",
         "InvalidInputError",
         "MissingContextError",

@@ -307,7 +307,7 @@ async def test_paused_run_goes_on_by_its_id(sqlite_url: str) -> None:
             await app.pause_run("r", by="alice")
             attempt = current_attempt()
             assert attempt is not None
-            while not attempt.is_paused:  # until whoever keeps the lease has heard of it
+            while not attempt.is_paused:  # noqa: ASYNC110 -- nothing else tells of it
                 await asyncio.sleep(0.001)
             return work(call)
 
