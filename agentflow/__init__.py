@@ -8,15 +8,25 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from agentflow.app import AgentFlow
     from agentflow.control import shield
+    from agentflow.effects import effect, effect_context
     from agentflow.interrupts import request_approval
     from agentflow.retry import RetryPolicy
 
-__all__ = ["AgentFlow", "RetryPolicy", "request_approval", "shield"]
+__all__ = [
+    "AgentFlow",
+    "RetryPolicy",
+    "effect",
+    "effect_context",
+    "request_approval",
+    "shield",
+]
 __version__ = "0.1.0"
 
 _HOMES = {
     "AgentFlow": "agentflow.app",
     "RetryPolicy": "agentflow.retry",
+    "effect": "agentflow.effects",
+    "effect_context": "agentflow.effects",
     "request_approval": "agentflow.interrupts",
     "shield": "agentflow.control",
 }

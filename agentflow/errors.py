@@ -15,6 +15,7 @@ The tree::
     │   │   ├── ThreadBusyError
     │   │   ├── AlreadyResolvedError
     │   │   ├── IdempotencyConflictError
+    │   │   ├── EffectConflictError
     │   │   └── VersionChangedError
     │   ├── FencedError
     │   │   └── LeaseLostError
@@ -44,6 +45,8 @@ The tree::
         ├── DeadlineExceededError
         ├── IllegalTransitionError
         │   └── NotDeadLetterError
+        ├── EffectFailedError
+        ├── EffectInDoubtError
         └── ProposalUnstableError
 
 A message says what happened, to which id, and what to do about it. It never holds a payload or a
@@ -245,6 +248,25 @@ class IdempotencyConflictError(ConflictError):
         return (
             f"run {self.run_id!r} exists with another {self.differs}; "
             "use a new run_id, or submit exactly what was submitted before"
+        )
+
+
+class EffectConflictError(ConflictError):
+    """A key that names one effect was used for another one."""
+
+    def __init__(self, name: str, scope: str, differs: tuple[str, ...]) -> None:
+        """Name the effect, the scope of its key, and what differs by its path, not its value."""
+        AgentflowError.__init__(self, name, scope, differs)
+        self.name = name
+        self.scope = scope
+        self.differs = differs
+
+    def __str__(self) -> str:
+        """Say what differs."""
+        return (
+            f"the key of effect {self.name!r} was used before, in its {self.scope or 'tenant'}, "
+            f"with another {', '.join(self.differs)}; nothing was called: let the key differ "
+            "wherever the effect does, or call it with the same arguments"
         )
 
 
@@ -721,6 +743,42 @@ class NotDeadLetterError(IllegalTransitionError):
         )
 
 
+class EffectFailedError(RunError):
+    """An effect failed in an earlier attempt, with an exception that cannot be raised again."""
+
+    def __init__(self, effect_id: str, name: str, error_type: str) -> None:
+        """Name the effect, and the type of the exception; not its message."""
+        super().__init__(effect_id, name, error_type)
+        self.effect_id = effect_id
+        self.name = name
+        self.error_type = error_type
+
+    def __str__(self) -> str:
+        """Say where to read more and how to have it called again."""
+        return (
+            f"effect {self.name!r} ({self.effect_id}) failed before with {self.error_type}, and is "
+            f"not called again; see 'agentflow effect show {self.effect_id}', or let its retry "
+            "policy name this exception"
+        )
+
+
+class EffectInDoubtError(RunError):
+    """Whether an effect happened is not known, and it was declared to fail then."""
+
+    def __init__(self, effect_id: str, name: str) -> None:
+        """Name the effect."""
+        super().__init__(effect_id, name)
+        self.effect_id = effect_id
+        self.name = name
+
+    def __str__(self) -> str:
+        """Say how to go on."""
+        return (
+            f"whether effect {self.name!r} ({self.effect_id}) happened is not known; find out, "
+            f"say so by 'agentflow effect resolve {self.effect_id}', and requeue the run"
+        )
+
+
 class ProposalUnstableError(RunError):
     """A node keeps proposing something else each time it runs, so nothing can be approved."""
 
@@ -760,6 +818,7 @@ _MEANINGS: dict[type[AgentflowError], Meaning] = {
     AlreadyResolvedError: Meaning("already_resolved", 409, 4),
     IdempotencyConflictError: Meaning("key_reused", 422, 4),
     VersionChangedError: Meaning("version_changed", 412, 4),
+    EffectConflictError: Meaning("effect_key_reused", 422, 4),
     FencedError: Meaning("fenced", 409, 4),
     PausedError: Meaning("paused", 409, 4),
     StoreUnavailableError: Meaning("store_unavailable", 503, 1),

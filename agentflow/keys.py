@@ -174,6 +174,11 @@ class KeyRing:
         """Show the names only."""
         return f"KeyRing({', '.join(self._keys)})"
 
+    def known(self) -> list[Key]:
+        """Return the keys that are here, the current one first."""
+        others = [key for key in self._keys.values() if key is not self.current]
+        return [self.current, *others]
+
     def find(self, name: str) -> Key | None:
         """Return the key of a name, if it is here or the lookup has it."""
         key = self._keys.get(name)

@@ -12,6 +12,8 @@ from agentflow.errors import (
     AttemptsExhaustedError,
     CodecError,
     ConfigError,
+    EffectConflictError,
+    EffectInDoubtError,
     InputError,
     InvalidInputError,
 )
@@ -23,6 +25,8 @@ RetryOn = type[Exception] | Sequence[type[Exception]] | Callable[[Exception], bo
 OnExhausted = Literal["dead_letter", "pause"]
 
 _LIMIT = timedelta(seconds=60)
+_SETTLED = (AttemptsExhaustedError, EffectConflictError, EffectInDoubtError)
+"""Errors that another attempt would only raise again."""
 
 
 class LangGraphRetryPolicy(Protocol):
@@ -147,7 +151,7 @@ class RetryPolicy:
 
     def is_retryable(self, error: Exception) -> bool:
         """Whether another attempt may help against this error."""
-        if isinstance(error, (AttemptsExhaustedError, *self.non_retryable)):
+        if isinstance(error, (*_SETTLED, *self.non_retryable)):
             return False
         if isinstance(self.retry_on, type):
             return isinstance(error, self.retry_on)

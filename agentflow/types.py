@@ -161,6 +161,11 @@ class Run:
     cancel_requested_at: datetime | None = None
     cancel_reason: str | None = None
     submitted_by: str | None = None
+    root_id: str | None = None
+    """The run whose effects are not repeated, if this one is a fork."""
+    saga: str | None = None
+    """`compensating` while effects are being undone; then `compensated`, or
+    `partially_compensated` if not all could be."""
 
     def _repr_html_(self) -> str:
         return _html_table(
@@ -276,7 +281,8 @@ class NewWait:
     """A question found in a parked thread, on its way into the run store."""
 
     wait_id: str
-    kind: Literal["approval"]
+    kind: Literal["approval", "effect"]
+    """`effect`: whether an effect in doubt happened; its `interrupt_id` names that call."""
     ns: str
     task_id: str
     interrupt_id: str

@@ -21,7 +21,7 @@ from agentflow.errors import MigrationRequiredError
 if TYPE_CHECKING:
     from alembic.config import Config
 
-HEAD = "0003"
+HEAD = "0005"
 """The revision that this program needs; a test holds it against the migrations."""
 
 _VERSION_TABLE = "agentflow_schema"

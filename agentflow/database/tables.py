@@ -249,6 +249,12 @@ runs = _table(
     # Why and by whom the run was cancelled.
     Column("cancellation", LargeBinary),
     Column("retry", LargeBinary),
+    # The run whose effects are this one's too, if it is a fork that does not repeat them.
+    Column("root", _ID),
+    # Whether its effects are being undone, or were: compensating, compensated or
+    # partially_compensated; and how it ends then.
+    Column("saga", _NAME),
+    Column("saga_cause", LargeBinary),
     UniqueConstraint("tenant", "run_id", name="agentflow_runs_id"),
     Index("agentflow_runs_thread", "tenant", "thread_id", "status", "seq"),
     Index("agentflow_runs_graph", "tenant", "graph", "seq"),
@@ -380,6 +386,46 @@ workers = _table(
     Column("lost", Integer),
     Column("lost_at", Timestamp),
     PrimaryKeyConstraint("tenant", "instance"),
+)
+
+effects = _table(
+    "effects",
+    Column("seq", _AUTO, primary_key=True, autoincrement=True),
+    Column("tenant", _ID, nullable=False),
+    Column("effect_id", _ID, nullable=False),
+    # Where the key is unique: a run and its forks, or, if empty, the tenant.
+    Column("scope", _ID, nullable=False),
+    Column("key_hash", _NAME, nullable=False),
+    Column("run_id", _ID, nullable=False),
+    Column("thread_id", _ID, nullable=False),
+    Column("graph", _NAME, nullable=False),
+    Column("kind", _NAME, nullable=False),
+    Column("name", _NAME, nullable=False),
+    Column("compensate", _NAME),
+    Column("ns", _ID, nullable=False),
+    Column("task_id", _ID, nullable=False),
+    Column("node", _NAME, nullable=False),
+    Column("status", _NAME, nullable=False),
+    Column("on_in_doubt", _NAME, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("token", BigInteger, nullable=False),
+    Column("worker", _ID, nullable=False),
+    Column("intended_at", Timestamp, nullable=False),
+    Column("timeout", Length),
+    Column("ended_at", Timestamp),
+    # The number of the event with which it ended.
+    Column("ended_seq", BigInteger),
+    Column("resolved_by", _NAME),
+    # Its key and its arguments.
+    Column("request", LargeBinary, nullable=False),
+    # What it returned or raised, or what somebody said of it.
+    Column("outcome", LargeBinary),
+    Column("comment", LargeBinary),
+    # Outcomes that arrived when something else had been decided.
+    Column("late", LargeBinary),
+    UniqueConstraint("tenant", "effect_id", name="agentflow_effects_id"),
+    UniqueConstraint("tenant", "scope", "key_hash", name="agentflow_effects_key"),
+    Index("agentflow_effects_run", "tenant", "run_id", "seq"),
 )
 
 # The ends of the chains of those audit events that concern no single run.

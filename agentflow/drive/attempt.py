@@ -30,11 +30,12 @@ from opentelemetry.trace import Span
 
 from agentflow.checkpoint import Saver
 from agentflow.control import AttemptControl
-from agentflow.drive import failures
+from agentflow.drive import doubts, failures
 from agentflow.drive.failures import Failed
 from agentflow.drive.gate import Gate
 from agentflow.drive.graph import RegisteredGraph
 from agentflow.drive.questions import Key, Question, Waits, open_questions, owed
+from agentflow.effects import InDoubt, Journal, recording
 from agentflow.errors import (
     AttemptsExhaustedError,
     DeadlineExceededError,
@@ -98,7 +99,15 @@ class Attempt:
                 "interrupt_after_nodes": [],
             }
         )
-        self._gate = Gate(control, registered.time_limits())
+        self._journal = Journal(
+            store,
+            self._flush,
+            claimed.lease,
+            control,
+            root=claimed.run.root_id or claimed.run.id,
+            is_fresh=claimed.run.root_id is None and claimed.run.claims <= 1,
+        )
+        self._gate = Gate(control, registered.time_limits(), self._journal.places)
         self._started: AttemptStart | None = None
         self._begun_at: str | None = None
         self._is_released = False
@@ -108,9 +117,10 @@ class Attempt:
     async def run(self, span: Span) -> None:
         """Work, and settle the outcome."""
         try:
-            async with asyncio.TaskGroup() as group:
-                task = group.create_task(self._work(span))
-                self._control.attach(task)
+            with recording(self._journal):
+                async with asyncio.TaskGroup() as group:
+                    task = group.create_task(self._work(span))
+                    self._control.attach(task)
             if task.cancelled():
                 await self._settle_stop(span)
         except ExceptionGroup as raised:
@@ -169,6 +179,8 @@ class Attempt:
             await self._flush()
             await self._settle_stop(span)
             return
+        except InDoubt:
+            pass  # its journal has all of them
         await self._flush()
         await self._conclude(await self._state(config), span)
 
@@ -178,7 +190,7 @@ class Attempt:
         questions = await open_questions(self._saver, after, await self._waits(after))
         if any(question.key in self._answered for question in questions):
             raise RunError("the graph asks again what was answered; it did not take the answer")
-        if questions:
+        if questions or self._journal.doubts:
             await self._park(after, questions, span)
         elif after.next:
             raise RunError(f"graph stopped before {', '.join(after.next)} without an interrupt")
@@ -194,10 +206,13 @@ class Attempt:
             durability="sync",
             control=self._control.run_control,
         )
-        async for _ in stream:
-            if self._control.is_isolated and self._gate.has_progressed:
-                await self._store.end_isolation(self._held())
-                self._control.is_isolated = False
+        try:
+            async for _ in stream:
+                if self._control.is_isolated and self._gate.has_progressed:
+                    await self._store.end_isolation(self._held())
+                    self._control.is_isolated = False
+        finally:
+            await self._journal.settle()
 
     async def _prepare(self, config: RunnableConfig) -> None:
         """Bring the thread to where the run is to go on, if that is not where it stands."""
@@ -285,6 +300,7 @@ class Attempt:
 
     async def _park(self, state: StateSnapshot, questions: list[Question], span: Span) -> None:
         waits = [question.to_wait() for question in questions]
+        waits += [doubts.to_wait(each, self._lease) for each in self._journal.doubts.values()]
         await self._release_thread()
         await self._store.park_run(
             self._held_to_the_end(),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from langgraph.types import StateSnapshot
 
+from agentflow.drive.doubts import is_doubt
 from agentflow.types import RunFailure
 
 
@@ -43,7 +44,7 @@ def count(
     checkpoint_id = state.config["configurable"].get("checkpoint_id")
     has_moved = checkpoint_id != begun_at
     before = {} if has_moved else failures
-    tasks = [task for task in state.tasks if task.error is not None]
+    tasks = [task for task in state.tasks if task.error is not None and not is_doubt(task.error)]
     if timed_out is not None and not tasks:
         unfinished = [task for task in state.tasks if task.result is None and not task.interrupts]
         # A node of a subgraph is not among the tasks; the one that called the subgraph is.

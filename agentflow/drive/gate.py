@@ -9,6 +9,7 @@ from uuid import UUID
 from langchain_core.callbacks import BaseCallbackHandler
 
 from agentflow.control import AttemptControl
+from agentflow.effects import Places
 from agentflow.telemetry import node_of
 
 
@@ -19,9 +20,12 @@ class Gate(BaseCallbackHandler):
     raise_error = True
     """A call before which this raises is not made."""
 
-    def __init__(self, control: AttemptControl, limits: Mapping[str, float]) -> None:
-        """Guard an attempt; `limits` are seconds by the names of nodes."""
+    def __init__(
+        self, control: AttemptControl, limits: Mapping[str, float], places: Places
+    ) -> None:
+        """Guard an attempt; `limits` are seconds by the names of nodes, `places` hears of calls."""
         self._control = control
+        self._places = places
         self._limits = limits
         self._first_step: int | None = None
         self.has_progressed = False
@@ -44,6 +48,7 @@ class Gate(BaseCallbackHandler):
         node = node_of(tags, metadata, kwargs.get("name"))
         if node is None or metadata is None:
             return
+        self._places.enter(metadata)
         if "|" not in metadata.get("langgraph_checkpoint_ns", ""):
             self._note_step(metadata.get("langgraph_step", 0))
         if (limit := self._limits.get(node)) is not None:

@@ -157,7 +157,7 @@ def _messages(
 ) -> list[BaseMessage]:
     made = prompt(state) if callable(prompt) else prompt
     is_system = made is None or isinstance(made, str)
-    conversation: list[BaseMessage] = list(read(state, messages_key) if is_system else made or ())
+    conversation: list[Any] = list(read(state, messages_key) if is_system else made or ())
     if trim is not None:
         conversation = list(trim(conversation))
     return [SystemMessage(made), *conversation] if isinstance(made, str) and made else conversation

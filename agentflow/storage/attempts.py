@@ -157,13 +157,13 @@ def park_run(
         if key not in known
     ]
     _insert_waits(connection, payloads, row, new, now)
-    log += [
-        NewEvent(
-            type="approval.requested",
-            data={"approval": q.wait_id, "proposal_hash": q.proposal_hash, "task": q.task_id},
-        )
-        for q in new
-    ]
+    for q in new:
+        if q.kind == "effect":
+            log.append(
+                NewEvent(type="effect.in_doubt", data={"effect": q.interrupt_id.rpartition(":")[0]})
+            )
+        facts = {"approval": q.wait_id, "proposal_hash": q.proposal_hash, "task": q.task_id}
+        log.append(NewEvent(type="approval.requested", data=facts))
     is_answered = any(known[key].status == WaitStatus.RESOLVED for key in asked if key in known)
     log.append(NewEvent(type="run.parked", data={"waits": len(asked), "checkpoint": checkpoint_id}))
     changes = {**RELEASED, **CLEARED, "checkpoint_id": checkpoint_id, "step": step}

@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Literal
 
+from agentflow.journal import Begun, Effect, NewEffect, Outcome, Resolution
 from agentflow.types import (
     Approval,
     ApprovalRequest,
@@ -218,7 +219,8 @@ class RunStore(ABC):
         A wait that exists for the same question is kept; a pending one that is not asked any more
         becomes `superseded`. The run becomes `waiting`, or `queued` if a wait was resolved
         meanwhile and not delivered. The lease ends; attempts and losses are cleared.
-        Events: `approval.requested` for each new wait, `run.parked`.
+        Events: `approval.requested` for each new wait, before it `effect.in_doubt` if it is about
+        an effect, `run.parked`.
         """
 
     @abstractmethod
@@ -433,6 +435,64 @@ class RunStore(ABC):
         under the same idempotency key by the same decision gives the stored result; any other
         resolved one is `AlreadyResolvedError`, and one that is gone `SupersededError`. Event:
         `approval.resolved`.
+
+        What is said of an effect in doubt is written to its record together with that, as by
+        `resolve_effect`; a `reject` cancels the run instead, as by `cancel_run`.
+        """
+
+    @abstractmethod
+    async def begin_effect(
+        self, lease: Lease, new: NewEffect, *, retake: int | None = None
+    ) -> Begun:
+        """Make the intent of a call durable, or return what is known of one under the same key.
+
+        It is due, and then the caller's to make, if nothing is known under the key, if somebody
+        said that it did not happen, or if it was not called. `retake` is the attempt after which
+        the caller wants it called again: it is due if it has not gone beyond that, has not
+        succeeded, and no living attempt of another run is at it. An attempt is counted whenever it
+        becomes due. Another function, or other arguments, under a known key are
+        `EffectConflictError`. Event, if it is due: `effect.intended`.
+        """
+
+    @abstractmethod
+    async def finish_effect(self, lease: Lease, effect_id: str, outcome: Outcome) -> bool:
+        """Record what came of a call that became due under this lease, and say whether it counts.
+
+        It does as long as nobody has said otherwise, whether the lease still holds or not; a
+        pending question about it becomes `superseded` and a waiting run is queued. Otherwise it is
+        kept as a late one, the run is paused, and the event is `effect.late_outcome`. Events:
+        `effect.succeeded`, `effect.failed`, `effect.not_called`.
+
+        An outcome that cannot be stored, or is too large (`PayloadTooLargeError`), changes nothing.
+        """
+
+    @abstractmethod
+    async def resolve_effect(self, tenant: str, effect_id: str, resolution: Resolution) -> Effect:
+        """Record what somebody says of an effect that is in doubt or failed.
+
+        Pending questions about it become `superseded`, and a waiting run is queued. One that is
+        under way, or of which the outcome is known, is `ConflictError`. Event: `effect.resolved`.
+        """
+
+    @abstractmethod
+    async def get_effect(self, tenant: str, effect_id: str) -> Effect:
+        """Return an effect; `NotFoundError` if there is none."""
+
+    @abstractmethod
+    async def list_effects(
+        self,
+        tenant: str,
+        *,
+        run_id: str | None = None,
+        scope: str | None = None,
+        limit: int = 100,
+        cursor: str | None = None,
+        strict: bool = False,
+    ) -> Page[Effect]:
+        """Return a page of effects, the first intended first.
+
+        `run_id` names the run that intended them last, `scope` where their keys are unique;
+        `strict` refuses outcomes of classes that are not known here.
         """
 
     @abstractmethod

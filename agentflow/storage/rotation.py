@@ -10,8 +10,9 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from agentflow.database import Database
-from agentflow.database.tables import metadata, waits
+from agentflow.database.tables import effects, metadata, waits
 from agentflow.failpoints import failpoint
+from agentflow.storage.effects import repack_request
 from agentflow.storage.questions import repack_question
 from agentflow.storage.rows import KEYS, Column, Payloads
 
@@ -78,6 +79,8 @@ def _changes(payloads: Payloads, table: sa.Table, row: Mapping[str, Any]) -> lis
         after: Mapping[str, Any] | None = None
         if column is waits.c.request:
             after = repack_question(payloads, row)
+        elif column is effects.c.request:
+            after = repack_request(payloads, row)
         elif not payloads.strict.is_current(before):
             body = payloads.unseal(column, row)
             after = {column.name: payloads.seal(body, column, row)}

@@ -18,7 +18,7 @@ from sqlalchemy.engine import Connection
 
 from agentflow.codec import Codec, context_of, envelope_of_version_1
 from agentflow.database.statements import insert_new
-from agentflow.database.tables import dead_letters, events, logs, pauses, runs, waits
+from agentflow.database.tables import dead_letters, effects, events, logs, pauses, runs, waits
 from agentflow.errors import (
     IllegalTransitionError,
     LeaseLostError,
@@ -46,6 +46,7 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     events.name: ("tenant", "run_id", "seq"),
     dead_letters.name: ("tenant", "run_id"),
     pauses.name: ("tenant", "scope", "name"),
+    effects.name: ("tenant", "effect_id"),
 }
 """By table, the columns that say whose a payload is; it opens nowhere else."""
 
@@ -176,6 +177,8 @@ def to_run(row: sa.Row[Any], payloads: Payloads, *, strict: bool = False) -> Run
         cancel_requested_at=row.cancel_requested_at,
         cancel_reason=cancellation.get("reason"),
         submitted_by=row.submitted_by,
+        root_id=row.root,
+        saga=row.saga,
     )
 
 

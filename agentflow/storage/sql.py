@@ -16,7 +16,17 @@ from agentflow.codec import Codec
 from agentflow.database import Database
 from agentflow.database.tables import dead_letters, events, runs, waits
 from agentflow.errors import InvalidInputError
-from agentflow.storage import attempts, claims, endings, letters, pauses, submission, workers
+from agentflow.journal import Begun, Effect, NewEffect, Outcome, Resolution
+from agentflow.storage import (
+    attempts,
+    claims,
+    effects,
+    endings,
+    letters,
+    pauses,
+    submission,
+    workers,
+)
 from agentflow.storage.base import ChangeKind, OnBusy, OnExisting, RunStore
 from agentflow.storage.questions import to_approval
 from agentflow.storage.rotation import rotate_payloads
@@ -379,6 +389,52 @@ class SqlRunStore(RunStore):
         )
         self._tell("due")
         return resolved
+
+    async def begin_effect(
+        self, lease: Lease, new: NewEffect, *, retake: int | None = None
+    ) -> Begun:
+        row = effects.new_row(self._payloads, lease.tenant, new)
+        begin = partial(self._write, effects.begin_effect, lease, new, row, retake=retake)
+        try:
+            return await begin()
+        except sa.exc.IntegrityError:
+            # Another process was first with a key of the whole tenant; now it can be compared.
+            return await begin()
+
+    async def finish_effect(self, lease: Lease, effect_id: str, outcome: Outcome) -> bool:
+        # Here, so that an outcome that cannot be stored costs the batch nothing.
+        sealed, plain = effects.seal_outcome(self._payloads, lease.tenant, effect_id, outcome)
+        return await self._write(
+            effects.finish_effect, lease, effect_id, outcome.status, sealed, plain
+        )
+
+    async def resolve_effect(self, tenant: str, effect_id: str, resolution: Resolution) -> Effect:
+        resolved = await self._write(effects.resolve_effect, tenant, effect_id, resolution)
+        self._tell("due")
+        return resolved
+
+    async def get_effect(self, tenant: str, effect_id: str) -> Effect:
+        def read(connection: Connection) -> Effect:
+            return effects.to_effect(
+                effects.get_effect(connection, tenant, effect_id), self._payloads
+            )
+
+        return await self._database.read(read)
+
+    async def list_effects(
+        self,
+        tenant: str,
+        *,
+        run_id: str | None = None,
+        scope: str | None = None,
+        limit: int = 100,
+        cursor: str | None = None,
+        strict: bool = False,
+    ) -> Page[Effect]:
+        query = effects.listed(tenant, run_id=run_id, scope=scope)
+        if cursor is not None:
+            query = query.where(effects.table.c.seq > _parse_cursor(cursor))
+        return await self._page(query, limit, partial(effects.to_effect, strict=strict))
 
     async def pause_run(
         self, tenant: str, run_id: str, *, reason: str | None, by: str | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any
 
 import sqlalchemy as sa
@@ -16,6 +17,9 @@ from agentflow.errors import (
     SupersededError,
     VersionChangedError,
 )
+from agentflow.journal import Resolution
+from agentflow.storage.effects import get_effect, resolve
+from agentflow.storage.endings import cancel_or_ask
 from agentflow.storage.questions import to_approval
 from agentflow.storage.rows import Payloads, change_run, get_run
 from agentflow.types import (
@@ -93,17 +97,45 @@ def resolve_wait(
             "proposal_hash": stored.proposal_hash,
         },
     )
+    log = [resolved]
+    if row.kind == "effect":
+        change_run(connection, run, payloads, now, log=log)
+        log = []
+        run = get_run(connection, tenant, run_id, lock=True)
+        _answer_doubt(connection, payloads, run, row, decision, now, by=by, comment=comment)
+        run = get_run(connection, tenant, run_id, lock=True)
+    wake: dict[str, Any] = {}
     if run.status == RunStatus.WAITING:
-        change_run(
-            connection,
-            run,
-            payloads,
-            now,
-            status=RunStatus.QUEUED,
-            log=[resolved],
-            wake_reason="approval",
-            available_at=payloads.time(now),
-        )
-    else:
-        change_run(connection, run, payloads, now, log=[resolved])
+        wake = {
+            "status": RunStatus.QUEUED,
+            "wake_reason": "approval",
+            "available_at": payloads.time(now),
+        }
+    change_run(connection, run, payloads, now, log=log, **wake)
     return to_approval(get_wait(connection, tenant, wait_id), payloads)
+
+
+def _answer_doubt(
+    connection: Connection,
+    payloads: Payloads,
+    run: sa.Row[Any],
+    wait: sa.Row[Any],
+    decision: Decision,
+    now: datetime,
+    *,
+    by: str,
+    comment: str | None,
+) -> None:
+    """Write what is said of an effect in doubt to its record, or cancel the run."""
+    if decision.type == "reject":
+        cancel_or_ask(connection, payloads, run, now, {"reason": "effect in doubt", "by": by})
+        return
+    effect_id = wait.interrupt_id.rpartition(":")[0]
+    said = Resolution(
+        happened=decision.value["happened"],
+        outcome=decision.value.get("outcome"),
+        by=by,
+        comment=comment,
+        facts={"approval": wait.wait_id},
+    )
+    resolve(connection, payloads, run, get_effect(connection, run.tenant, effect_id), now, said)

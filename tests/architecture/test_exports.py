@@ -8,7 +8,14 @@ import pytest
 from agentflow import errors
 
 EXPORTS = {
-    "agentflow": {"AgentFlow", "RetryPolicy", "request_approval", "shield"},
+    "agentflow": {
+        "AgentFlow",
+        "RetryPolicy",
+        "effect",
+        "effect_context",
+        "request_approval",
+        "shield",
+    },
     "agentflow.checkpoint": {
         "Archived",
         "Retention",
@@ -51,6 +58,7 @@ ERRORS = {
     },
     "ConflictError": {
         "AlreadyResolvedError",
+        "EffectConflictError",
         "IdempotencyConflictError",
         "ThreadBusyError",
         "VersionChangedError",
@@ -77,6 +85,8 @@ ERRORS = {
     "RunError": {
         "AttemptsExhaustedError",
         "DeadlineExceededError",
+        "EffectFailedError",
+        "EffectInDoubtError",
         "IllegalTransitionError",
         "ProposalUnstableError",
         "RunCancelledError",

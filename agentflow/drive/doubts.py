@@ -1,0 +1,87 @@
+"""What is asked about effects in doubt: whether they happened, with all that is known of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from agentflow.interrupts import proposal_hash
+from agentflow.interrupts.plain import to_plain
+from agentflow.journal import Effect
+from agentflow.storage.effects import question_id
+from agentflow.types import ApprovalRequest, Lease, NewWait, new_id
+
+_SHAPE = "effect"
+_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "happened": {"type": "boolean", "description": "Whether the call has happened."},
+        "outcome": {"description": "What it returned, if it has happened."},
+    },
+    "required": ["happened"],
+    "additionalProperties": False,
+}
+_ERROR = "InDoubt("
+"""How the text begins that a checkpoint has of the exception that stops an attempt."""
+
+
+def to_wait(effect: Effect, lease: Lease) -> NewWait:
+    """Return the question whether a call has happened, asked by the attempt under `lease`."""
+    request = _request(effect, is_over=effect.token == lease.token)
+    return NewWait(
+        wait_id=new_id(),
+        kind="effect",
+        ns=effect.ns,
+        task_id=effect.task_id,
+        interrupt_id=question_id(effect.id, effect.attempt),
+        checkpoint_id="",
+        answers_recorded=0,
+        request=request,
+        proposal_hash=proposal_hash(request),
+    )
+
+
+def is_doubt(error: Any) -> bool:
+    """Whether what a checkpoint has as the error of a task is no failure but a doubt."""
+    return str(error).startswith(_ERROR)
+
+
+def _request(effect: Effect, *, is_over: bool) -> ApprovalRequest:
+    facts = {
+        "effect": effect.id,
+        "name": effect.name,
+        "key": effect.key,
+        "arguments": effect.arguments,
+        "node": effect.node,
+        "attempt": effect.attempt,
+        "worker": effect.worker,
+        "intended_at": effect.intended_at,
+        "safe_at": effect.intended_at if is_over else effect.safe_at,
+    }
+    return ApprovalRequest(
+        shape=_SHAPE,
+        title=f"Did {effect.name} happen?",
+        proposal=to_plain(facts, lenient=True),
+        allowed=("respond", "reject"),
+        response_schema=_SCHEMA,
+        description=_advice(effect, is_over=is_over),
+    )
+
+
+def _advice(effect: Effect, *, is_over: bool) -> str:
+    """Say how to find out, and from when on the answer holds."""
+    how = (
+        "It was about to be called, and nothing is known of what came of it. Look into the system "
+        'that it calls; then respond with {"happened": true, "outcome": ...}, or with '
+        '{"happened": false} to have it called. A reject cancels the run.'
+    )
+    if is_over:
+        return how
+    if effect.safe_at is None:
+        return (
+            f"{how} It has no timeout: make sure first that worker {effect.worker!r} is gone, or "
+            "the call may still be under way."
+        )
+    return (
+        f"{how} Do not answer before {effect.safe_at.isoformat()}: until then worker "
+        f"{effect.worker!r} may still be at it, unless you know that it is gone."
+    )

@@ -1,0 +1,490 @@
+"""`Journal`: what one attempt does once.
+
+The intent is durable before the call, with every checkpoint before it; the outcome before the call
+returns. In between the call runs in a task of its own, so that a node that is cancelled leaves no
+doubt about it. What stands in the journal already is returned without a call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from typing import Any, NoReturn
+
+from agentflow.control import AttemptControl
+from agentflow.effects.callers import Aside, Caller, running_loop
+from agentflow.effects.failures import describe, find_class, rebuild
+from agentflow.effects.places import Places
+from agentflow.errors import (
+    CodecError,
+    EffectConflictError,
+    EffectInDoubtError,
+    FencedError,
+    LeaseLostError,
+    RunError,
+    StoreUnavailableError,
+)
+from agentflow.journal import (
+    Begun,
+    Effect,
+    EffectStatus,
+    NewEffect,
+    Outcome,
+    Resolution,
+)
+from agentflow.retry import Retry, RetryPolicy, decide
+from agentflow.storage import RunStore
+from agentflow.storage.effects import CHECK, differences
+from agentflow.types import Lease
+
+_KNOWN = 1000
+"""How many records of earlier attempts are read at once; others are looked up one by one."""
+_GRACE = 30.0
+"""Seconds for which a node that is cancelled waits for a call without a timeout."""
+_LOOK = 0.2
+"""Seconds between two looks at a call that an attempt of another run is at."""
+
+
+@dataclass(frozen=True, slots=True)
+class Happened:
+    """What the `check` function of an effect returns if the call has happened."""
+
+    outcome: Any = None
+    """What the call would have returned."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """How an effect is called, and what follows if it fails or is in doubt."""
+
+    retry: RetryPolicy | None = None
+    """Which exceptions are worth another call; without it, an exception stands."""
+    check: Callable[[], Awaitable[Happened | None]] | None = None
+    """Asks the outside system whether the call has happened."""
+    can_be_stopped: bool = True
+    """Whether a call that takes too long can be cancelled; what is not async cannot."""
+    restore: Callable[[Any], Any] = field(default=lambda plain: plain)
+    """Builds an outcome that a person gave as plain data."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EffectContext:
+    """What a call can know about itself."""
+
+    effect_id: str
+    key: str
+    idempotency_key: str
+    """The same for each call of this effect and for no other: to send along."""
+    attempt: int
+    """How often the effect was intended, this time included."""
+    call: int
+    """Which call of this attempt it is; more than 1 after a failure that was worth another."""
+    may_have_run: bool
+    """Whether an earlier call may have happened."""
+
+
+class InDoubt(BaseException):
+    """Stops the attempt: whether an effect happened is not known, and a person is to say so.
+
+    It is no interrupt of LangGraph's, which matches answers by their position in a node.
+    """
+
+    def __init__(self, effect: Effect) -> None:
+        """Name the effect."""
+        super().__init__(effect.id)
+        self.effect = effect
+
+
+Call = Callable[[EffectContext], Awaitable[Any]]
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A call that is being made, or about to."""
+
+    new: NewEffect
+    loop: asyncio.AbstractEventLoop
+    limit: float
+    ended: Future[Any] = field(default_factory=Future)
+    is_stopping: bool = False
+    """The node was cancelled: what has not been called is not called."""
+
+
+class Journal:
+    """The effects of one attempt; safe to use from any thread."""
+
+    def __init__(
+        self,
+        store: RunStore,
+        flush: Callable[[], Awaitable[None]],
+        lease: Lease,
+        control: AttemptControl,
+        *,
+        root: str,
+        is_fresh: bool,
+    ) -> None:
+        """Work for one attempt.
+
+        Args:
+            store: Where the records are.
+            flush: Makes every checkpoint durable that the attempt has put so far.
+            lease: What the attempt works under.
+            control: Says whether the lease holds.
+            root: The run that shares its keys.
+            is_fresh: Whether nothing can be known yet of the run's effects.
+        """
+        self.places = Places()
+        self.root = root
+        self.doubts: dict[str, Effect] = {}
+        """The effects about which a person is to be asked, by their ids."""
+        self.loop = asyncio.get_running_loop()
+        self._store = store
+        self._flush = flush
+        self._lease = lease
+        self._control = control
+        self._known: dict[tuple[str, str], Effect] | None = {} if is_fresh else None
+        self._flights: dict[tuple[str, str], _Flight] = {}
+        self._lock = threading.Lock()
+        self._aside: Aside | None = None
+
+    # A call, from the loop of the one who makes it.
+
+    async def run(self, new: NewEffect, policy: Policy, call: Call) -> Any:
+        """Return the outcome of an effect: the recorded one, or that of a call.
+
+        Raises:
+            EffectConflictError: The key names another effect.
+            EffectInDoubtError: It is in doubt, and was declared to fail then.
+            InDoubt: It is in doubt, and a person is to be asked.
+            LeaseLostError: The attempt is over; nothing was called.
+        """
+        identity = (new.scope, new.key)
+        flight, is_first = self._board(identity, new)
+        if not is_first:
+            return await asyncio.shield(asyncio.wrap_future(flight.ended))
+        task = asyncio.get_running_loop().create_task(self._fly(identity, flight, policy, call))
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if not task.done():
+                await self._outlast(task, flight)
+            raise
+
+    def _board(self, identity: tuple[str, str], new: NewEffect) -> tuple[_Flight, bool]:
+        with self._lock:
+            flight = self._flights.get(identity)
+            if flight is None:
+                limit = _GRACE if new.timeout is None else new.timeout.total_seconds()
+                flight = _Flight(new, asyncio.get_running_loop(), limit)
+                flight.ended.set_running_or_notify_cancel()  # who waits cannot cancel it
+                self._flights[identity] = flight
+                return flight, True
+        _check_same(flight.new.name, flight.new.arguments, new)
+        return flight, False
+
+    async def _fly(
+        self, identity: tuple[str, str], flight: _Flight, policy: Policy, call: Call
+    ) -> Any:
+        try:
+            outcome = await self._perform(flight, policy, call)
+        except BaseException as exc:
+            self._land(identity)
+            is_cancelled = isinstance(exc, asyncio.CancelledError)
+            lost = LeaseLostError(self._lease.run_id, self._lease.token)
+            flight.ended.set_exception(lost if is_cancelled else exc)
+            raise
+        self._land(identity)
+        flight.ended.set_result(outcome)
+        return outcome
+
+    def _land(self, identity: tuple[str, str]) -> None:
+        with self._lock:
+            del self._flights[identity]
+
+    async def _outlast(self, task: asyncio.Task[Any], flight: _Flight) -> None:
+        """Wait for a call although its node was cancelled, so that its outcome is known."""
+        flight.is_stopping = True
+        if not self._control.is_over and not self._control.is_given_up:
+            await asyncio.wait([task], timeout=flight.limit)
+        if not task.done() and not self._control.is_over:
+            task.cancel()
+        task.add_done_callback(_forget)
+
+    async def settle(self) -> None:
+        """Wait for the calls that are under way, in whichever threads, as long as each may take."""
+        with self._lock:
+            flights = list(self._flights.values())
+        if flights and not self._control.is_over and not self._control.is_given_up:
+            for flight in flights:
+                flight.is_stopping = True
+            ends = [asyncio.wrap_future(flight.ended) for flight in flights]
+            for end in ends:
+                end.add_done_callback(_forget)
+            await asyncio.wait(ends, timeout=max(flight.limit for flight in flights))
+
+    # What is known, what is in doubt, and the call.
+
+    async def _perform(self, flight: _Flight, policy: Policy, call: Call) -> Any:
+        self._control.check()
+        begun = await self._recall(flight.new)
+        if begun is None:
+            await self._flush()
+            begun = await self._begin(flight.new)
+        while not begun.is_due:
+            effect = begun.effect
+            if begun.is_held:
+                await asyncio.sleep(_LOOK)
+                self._control.check()
+                begun = await self._begin(flight.new)
+                continue
+            if effect.status is EffectStatus.SUCCEEDED:
+                is_plain = effect.resolved_by not in {None, CHECK}
+                return policy.restore(effect.outcome) if is_plain else effect.outcome
+            if effect.status is EffectStatus.FAILED and not _is_worth(effect, policy):
+                raise rebuild(effect)
+            if effect.status is EffectStatus.INTENDED:
+                found = await self._clear_up(effect, policy)
+                if found is not None:
+                    return found.outcome
+            await self._flush()
+            begun = await self._begin(flight.new, retake=effect.attempt)
+        return await self._call(flight, begun.effect, policy, call)
+
+    async def _call(self, flight: _Flight, effect: Effect, policy: Policy, call: Call) -> Any:
+        number = 0
+        while True:
+            number += 1
+            if flight.is_stopping or self._control.is_over:
+                await self._take_back(effect, number)
+            try:
+                outcome = await self._timed(call(_context(effect, number)), effect, policy)
+            except (FencedError, StoreUnavailableError):
+                raise  # of a call inside this one: nothing more is known of it
+            except _Late as late:
+                return await self._after_timeout(effect, policy, str(late))
+            except Exception as exc:  # noqa: BLE001 -- recorded, and raised again
+                error = exc
+            else:
+                return await self._finish(effect, outcome)
+            pause = _pause(policy, number, error)
+            if pause is None:
+                await self._fail(effect, error)
+                raise error
+            await asyncio.sleep(pause.total_seconds())
+
+    async def _timed(self, calling: Awaitable[Any], effect: Effect, policy: Policy) -> Any:
+        if effect.timeout is None or not policy.can_be_stopped:
+            return await calling
+        limit = asyncio.timeout(effect.timeout.total_seconds())
+        try:
+            async with limit:
+                return await calling
+        except TimeoutError as exc:
+            if not limit.expired():
+                raise
+            text = f"effect {effect.name!r} took longer than its timeout"
+            raise (TimeoutError if effect.on_in_doubt == "retry" else _Late)(text) from exc
+
+    async def _after_timeout(self, effect: Effect, policy: Policy, text: str) -> Any:
+        """Decide about a call that was stopped because it took too long."""
+        found = await self._clear_up(effect, policy)
+        if found is not None:
+            return found.outcome
+        # Its function says that it has not happened: another attempt may call it.
+        await self._record(effect, Outcome(status=EffectStatus.NOT_CALLED))
+        self._keep(replace(effect, status=EffectStatus.NOT_CALLED))
+        raise TimeoutError(text)
+
+    async def _clear_up(self, effect: Effect, policy: Policy) -> Happened | None:
+        """Decide about an effect in doubt: its outcome, or `None` if it is to be called."""
+        if effect.on_in_doubt == "retry":
+            return None
+        if effect.on_in_doubt == "fail":
+            raise EffectInDoubtError(effect.id, effect.name)
+        if effect.on_in_doubt == "check" and policy.check is not None:
+            found = await policy.check()
+            self._control.check()
+            if found is None:
+                return None
+            said = Resolution(happened=True, by=CHECK, outcome=found.outcome)
+            self._keep(await self._store.resolve_effect(self._lease.tenant, effect.id, said))
+            return found
+        self.doubts[effect.id] = effect
+        raise InDoubt(effect)
+
+    async def _take_back(self, effect: Effect, number: int) -> NoReturn:
+        """Leave an effect uncalled, and say so if nothing of it can have happened."""
+        if number == 1:
+            await self._store.finish_effect(
+                self._lease, effect.id, Outcome(status=EffectStatus.NOT_CALLED)
+            )
+            self._keep(replace(effect, status=EffectStatus.NOT_CALLED))
+        self._control.check()
+        raise asyncio.CancelledError
+
+    async def _finish(self, effect: Effect, value: Any) -> Any:
+        outcome = Outcome(status=EffectStatus.SUCCEEDED, value=value)
+        try:
+            await self._record(effect, outcome)
+        except CodecError as exc:
+            # It has happened, so it is not to be called again, whatever the policy says.
+            await self._fail(effect, exc, is_final=True)
+            raise
+        self._keep(replace(effect, status=EffectStatus.SUCCEEDED, outcome=value))
+        return value
+
+    async def _fail(self, effect: Effect, error: Exception, *, is_final: bool = False) -> None:
+        failure = describe(error, is_final=is_final)
+        await self._record(effect, Outcome(status=EffectStatus.FAILED, failure=failure))
+        self._keep(replace(effect, status=EffectStatus.FAILED, failure=failure))
+
+    async def _record(self, effect: Effect, outcome: Outcome) -> None:
+        if not await self._store.finish_effect(self._lease, effect.id, outcome):
+            # Somebody has decided about it meanwhile; this attempt is not the current one.
+            raise LeaseLostError(self._lease.run_id, self._lease.token)
+
+    # What is known already.
+
+    async def _begin(self, new: NewEffect, *, retake: int | None = None) -> Begun:
+        self._control.check()
+        begun = await self._store.begin_effect(self._lease, new, retake=retake)
+        if not begun.is_held:
+            self._keep(begun.effect)
+        return begun
+
+    async def _recall(self, new: NewEffect) -> Begun | None:
+        """Return what is known of a key without asking the store."""
+        if new.scope != self.root:
+            return None
+        if self._known is None:
+            page = await self._store.list_effects(
+                self._lease.tenant, scope=self.root, limit=_KNOWN, strict=True
+            )
+            self._known = {(each.scope, each.key): each for each in page.items}
+        effect = self._known.get((new.scope, new.key))
+        if effect is None or effect.status in {EffectStatus.NOT_HAPPENED, EffectStatus.NOT_CALLED}:
+            return None
+        _check_same(effect.name, effect.arguments, new)
+        return Begun(effect=effect, is_due=False)
+
+    def _keep(self, effect: Effect) -> None:
+        if self._known is not None and effect.scope == self.root:
+            self._known[effect.scope, effect.key] = effect
+
+    # Callers that are not async.
+
+    def run_here(self, new: NewEffect, policy: Policy, call: Callable[[EffectContext], Any]) -> Any:
+        """Do the same for a caller that is not async; the call is made in the calling thread.
+
+        The rest happens on the attempt's event loop, or, if the caller blocks that, on another.
+        """
+        with self._lock:
+            flight = self._flights.get((new.scope, new.key))
+        running = running_loop()
+        if flight is not None and running is not None and flight.loop is running:
+            raise RunError(
+                f"effect {new.name!r} is under way on this event loop, which a caller that is not "
+                "async would block; make the effect async, or the keys differ"
+            )
+        caller = Caller(call)
+        loop = self.loop if running is None else self._aside_loop()
+        try:
+            ended = asyncio.run_coroutine_threadsafe(self.run(new, policy, caller.ask), loop)
+        except RuntimeError as exc:  # the loop is closed
+            raise LeaseLostError(self._lease.run_id, self._lease.token) from exc
+        ended.add_done_callback(lambda _: caller.dismiss())
+        caller.serve()
+        return ended.result()
+
+    def _aside_loop(self) -> asyncio.AbstractEventLoop:
+        with self._lock:
+            if self._aside is None:
+                self._aside = Aside()
+            return self._aside.loop
+
+    def close(self) -> None:
+        """End the thread for callers that block the attempt's loop, if there is one."""
+        if self._aside is not None:
+            self._aside.close()
+
+
+class _Late(Exception):  # noqa: N818 -- seen by nobody
+    """A call was cancelled because it took too long."""
+
+
+_current: ContextVar[Journal | None] = ContextVar("agentflow_journal", default=None)
+
+
+@contextmanager
+def recording(journal: Journal) -> Iterator[None]:
+    """Make a journal the current one, for everything that is called from here."""
+    token = _current.set(journal)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+        journal.close()
+
+
+def current_journal() -> Journal | None:
+    """Return the journal of the attempt that the caller runs in; `None` outside of one."""
+    return _current.get()
+
+
+def idempotency_key(effect: Effect) -> str:
+    """Return what to send along with each call of an effect."""
+    whole = f"{effect.tenant}\x1f{effect.scope}\x1f{effect.key}"
+    return hashlib.sha256(whole.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _context(effect: Effect, number: int) -> EffectContext:
+    return EffectContext(
+        effect_id=effect.id,
+        key=effect.key,
+        idempotency_key=idempotency_key(effect),
+        attempt=effect.attempt,
+        call=number,
+        may_have_run=effect.attempt > 1 or number > 1,
+    )
+
+
+def _check_same(name: str, arguments: Any, new: NewEffect) -> None:
+    differs = differences(arguments, new.arguments, "")
+    if name != new.name:
+        differs = ["function", *differs]
+    if differs:
+        raise EffectConflictError(new.name, "run" if new.scope else "", tuple(differs[:5]))
+
+
+def _is_worth(effect: Effect, policy: Policy) -> bool:
+    """Whether an effect that failed in an earlier attempt may be called again."""
+    failure = effect.failure
+    if failure is None or failure.is_final:
+        return False
+    if effect.on_in_doubt == "retry":
+        return True
+    if policy.retry is None or (cls := find_class(failure)) is None:
+        return False
+    error = rebuild(effect)
+    return isinstance(error, cls) and policy.retry.is_retryable(error)
+
+
+def _pause(policy: Policy, number: int, error: Exception) -> timedelta | None:
+    """Return how long to wait until the next call; `None` if there is none."""
+    if policy.retry is None:
+        return None
+    verdict = decide(policy.retry, number, error)
+    return verdict.delay if isinstance(verdict, Retry) else None
+
+
+def _forget(ended: asyncio.Future[Any]) -> None:
+    """Take note of an exception of which nobody else hears."""
+    if not ended.cancelled():
+        ended.exception()
