@@ -18,6 +18,8 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, NoReturn
 
+from langgraph.errors import GraphBubbleUp
+
 from agentflow.control import AttemptControl
 from agentflow.effects.callers import Aside, Caller, running_loop
 from agentflow.effects.failures import describe, find_class, rebuild
@@ -267,6 +269,11 @@ class Journal:
                 outcome = await self._timed(call(_context(effect, number)), effect, policy)
             except (FencedError, StoreUnavailableError):
                 raise  # of a call inside this one: nothing more is known of it
+            except GraphBubbleUp:
+                # The call asks somebody: with the answer it starts from its top, as a node does.
+                await self._record(effect, Outcome(status=EffectStatus.NOT_CALLED))
+                self._keep(replace(effect, status=EffectStatus.NOT_CALLED))
+                raise
             except _Late as late:
                 return await self._after_timeout(effect, policy, str(late))
             except Exception as exc:  # noqa: BLE001 -- recorded, and raised again

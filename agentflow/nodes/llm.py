@@ -13,8 +13,9 @@ from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.tools import BaseTool
 from langgraph.errors import GraphBubbleUp
 
+from agentflow.effects import EffectContext, run_effect
 from agentflow.errors import AgentflowError, InvalidInputError, MissingDriverError
-from agentflow.interrupts.plain import to_plain
+from agentflow.interrupts.plain import digest, to_plain
 from agentflow.nodes.history import repaired
 from agentflow.nodes.state import read
 
@@ -46,6 +47,9 @@ def llm_node(
     into: str = "structured_response",
 ) -> AsyncNode:
     """Make a node that calls a chat model with the conversation and appends its answer.
+
+    In a run the answer is kept in the journal before the node returns: a crash after it does not
+    pay for it again, if what is sent is the same then (a prompt that tells the time is not).
 
     An exception of the model fails the attempt, and the run is driven again as its retry policy
     says: after an overload not before the time that the provider has named (`Retry-After`), without
@@ -87,7 +91,7 @@ def llm_node(
         messages, odd = repaired(_messages(state, prompt, messages_key, trim))
         if odd:
             logger.warning("tool calls without result", extra={"tool_calls": list(odd)})
-        answer, parsed = await _first(models, messages, config)
+        answer, parsed = await _journaled(models, messages, config)
         if odd:
             note = {"repaired": list(odd)}
             answer.response_metadata = {**answer.response_metadata, "agentflow": note}
@@ -104,6 +108,14 @@ class _Model:
         self._model = model
         self._tools = tools
         self._format = response_format
+
+    @property
+    def name(self) -> str:
+        """What the model is called in the journal."""
+        if isinstance(self._model, str):
+            return self._model
+        params = self._model._identifying_params
+        return str(params.get("model_name") or params.get("model") or self._model._llm_type)
 
     @cached_property
     def _bound(self) -> Runnable[Any, Any]:
@@ -122,6 +134,29 @@ class _Model:
         if (error := answer["parsing_error"]) is not None:
             raise error
         return answer["raw"], to_plain(answer["parsed"])
+
+
+async def _journaled(
+    models: Sequence[_Model], messages: Sequence[BaseMessage], config: RunnableConfig
+) -> tuple[AIMessage, Any]:
+    """Return the answer that the journal holds, or ask and have it kept.
+
+    All models are one entry: what was answered by a fallback is not asked of the first one again.
+    """
+
+    async def ask(_: EffectContext) -> dict[str, Any]:
+        answer, parsed = await _first(models, messages, config)
+        return {"answer": answer, "parsed": parsed}
+
+    asked = digest([message.model_dump(mode="json") for message in messages])
+    kept = await run_effect(
+        ask,
+        name="agentflow:model",
+        # Not the messages themselves: each step would store the whole conversation once more.
+        arguments={"models": [model.name for model in models], "messages": asked},
+        on_in_doubt="retry",
+    )
+    return kept["answer"], kept["parsed"]
 
 
 async def _first(

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from agentflow.errors import InvalidInputError
 from agentflow.interrupts.shapes import DECISION_TYPES
+from agentflow.retry import LangGraphRetryPolicy, RetryPolicy
 from agentflow.types import DecisionType, Duration, to_timedelta
 
 Approval = Literal["always", "never"] | Callable[[Mapping[str, Any], Any], bool]
@@ -37,9 +38,14 @@ class ToolPolicy:
     reviewers: Mapping[str, Any] | None = None
     """Who may decide, and until when: the `policy` of `request_approval`."""
     timeout: Duration | None = None
-    """How long a call may take. What is not async cannot be stopped, and goes on unheard."""
+    """How long a call may take; then it is not known whether it has happened. What is not async
+    cannot be stopped, and goes on unheard."""
     idempotent: bool = False
-    """Whether a call may be repeated when it is not known whether it has happened."""
+    """Whether a call may be made again: when it is not known whether it has happened, and when it
+    has raised. So it is for tools that only read, and for those whose own effects are each in the
+    journal. For other tools a person is asked what has happened, and what was raised stands."""
+    retry: RetryPolicy | LangGraphRetryPolicy | None = None
+    """Which exceptions are worth another call, at once and in later attempts."""
     on_error: OnError = "raise"
     """Whether an exception of the tool fails the attempt, or is a message to the model."""
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn, cast
 
-from langchain_core.messages import ToolCall, ToolMessage
+from langchain_core.messages import AIMessage, ToolCall, ToolMessage
 from langchain_core.runnables import RunnableConfig
 from langchain_core.tools import BaseTool
 from langgraph.errors import GraphBubbleUp
@@ -26,11 +27,14 @@ from langgraph.runtime import Runtime
 from langgraph.types import Command
 from pydantic import ValidationError
 
+from agentflow.effects import EffectContext, Policy, run_effect
 from agentflow.errors import ApprovalMismatchError, InvalidInputError, StoreError
 from agentflow.interrupts import request_approval
 from agentflow.interrupts.schemas import problems, to_schema
+from agentflow.nodes.outcomes import from_stored, to_stored
 from agentflow.nodes.policy import ToolPolicy
-from agentflow.types import to_timedelta
+from agentflow.nodes.state import read
+from agentflow.retry import RetryPolicy
 
 Tools = Sequence[BaseTool | Callable[..., Any]]
 Result = ToolMessage | Command[Any]
@@ -169,12 +173,14 @@ class PolicyToolNode(ToolNode):
 
     def _rule(self, call: ToolCall, state: Any, asked: set[str]) -> _Ruling:
         tool, policy = self.tools_by_name[call["name"]], self._policy_of(call["name"])
-        if (problem := _argument_problem(tool, call["args"])) is not None:
+        injected = self._injected_args[call["name"]]
+        check = partial(_argument_problem, tool, injected=injected.all_injected_keys)
+        if (problem := check(call["args"])) is not None:
             return _refused(call, problem)
         # Who was asked about it has the last word, although the state may say otherwise by now.
         if call["id"] not in asked and not policy.asks(call["args"], state):
             return _Ruling(call)
-        return _decided(call, tool, policy)
+        return _decided(call, tool, policy, check)
 
     def _policy_of(self, name: str) -> ToolPolicy:
         return self._policies.get(name, self._policy)
@@ -184,7 +190,7 @@ class PolicyToolNode(ToolNode):
     def _carry_out(self, request: ToolCallRequest, execute: Callable[..., Any]) -> Any:
         ruling = _ruling(request)
         if ruling.instead is not None:
-            return ruling.instead
+            return ruling.instead.model_copy()
         try:
             result = execute(request.override(tool_call=ruling.call))
         except Exception as error:  # noqa: BLE001 -- a tool may raise anything
@@ -196,7 +202,7 @@ class PolicyToolNode(ToolNode):
     ) -> Any:
         ruling = _ruling(request)
         if ruling.instead is not None:
-            return ruling.instead
+            return ruling.instead.model_copy()
         turn = _turn.get()
         if turn is None or turn.turns is None:
             return await self._call(request, ruling, execute)
@@ -209,17 +215,32 @@ class PolicyToolNode(ToolNode):
         ruling: _Ruling,
         execute: Callable[[ToolCallRequest], Awaitable[Any]],
     ) -> Any:
-        timeout = self._policy_of(ruling.call["name"]).timeout
-        limit = None if timeout is None else to_timedelta(timeout).total_seconds()
+        """Make a call, unless the journal has what came of it."""
+        call, policy = ruling.call, self._policy_of(ruling.call["name"])
+
+        async def make(_: EffectContext) -> Any:
+            try:
+                result = await execute(request.override(tool_call=call))
+            except Exception as error:  # noqa: BLE001 -- a tool may raise anything
+                result = self._failed(call, error)
+            return to_stored(_told(result, ruling))
+
         try:
-            async with asyncio.timeout(limit) as within:
-                result = await execute(request.override(tool_call=ruling.call))
+            stored = await run_effect(
+                make,
+                name=f"agentflow:tool:{call['name']}",
+                key=_key(request, self._messages_key),
+                arguments={"args": call["args"]},
+                on_in_doubt="retry" if policy.idempotent else "ask",
+                timeout=policy.timeout,
+                policy=Policy(
+                    retry=None if policy.retry is None else RetryPolicy.of(policy.retry),
+                    restore=lambda said: to_stored(_said(call, said)),
+                ),
+            )
         except TimeoutError as error:
-            text = f"tool {ruling.call['name']!r} took longer than {limit} s"
-            return self._failed(ruling.call, TimeoutError(text) if within.expired() else error)
-        except Exception as error:  # noqa: BLE001 -- a tool may raise anything
-            return self._failed(ruling.call, error)
-        return _told(result, ruling)
+            return self._failed(call, error)
+        return from_stored(stored)
 
     def _failed(self, call: ToolCall, error: Exception) -> ToolMessage:
         """Return what the model is told of an error, if it is to be told."""
@@ -236,6 +257,23 @@ def _ruling(request: ToolCallRequest) -> _Ruling:
     return _Ruling(call) if turn is None else turn.rulings.get(call["id"], _Ruling(call))
 
 
+def _key(request: ToolCallRequest, messages_key: str) -> str | None:
+    """Return what names a call in the journal, in every attempt.
+
+    Not all models give ids that differ from one answer to the next, so the answer is part of it.
+    """
+    call_id = request.tool_call["id"]
+    if not call_id:
+        return None
+    state = request.state
+    messages = state if isinstance(state, list) else read(state, messages_key)
+    for message in reversed(messages):
+        calls = message.tool_calls if isinstance(message, AIMessage) else ()
+        if any(call["id"] == call_id for call in calls):
+            return f"tool:{message.id or ''}:{call_id}"
+    return f"tool::{call_id}"
+
+
 def _asked_before(config: RunnableConfig) -> set[str]:
     """Return the ids of the calls about which this node has asked in earlier attempts."""
     scratchpad = config.get("configurable", {}).get("__pregel_scratchpad")
@@ -244,7 +282,9 @@ def _asked_before(config: RunnableConfig) -> set[str]:
     return {each["id"] for each in proposals if isinstance(each, Mapping) and "id" in each}
 
 
-def _decided(call: ToolCall, tool: BaseTool, policy: ToolPolicy) -> _Ruling:
+def _decided(
+    call: ToolCall, tool: BaseTool, policy: ToolPolicy, check: Callable[[Any], str | None]
+) -> _Ruling:
     """Ask about a call, and return what was decided."""
     shown = {"name": call["name"], "args": call["args"], "id": call["id"]}
     answer = request_approval(
@@ -259,9 +299,7 @@ def _decided(call: ToolCall, tool: BaseTool, policy: ToolPolicy) -> _Ruling:
             return _refused(call, answer.message or _REJECTED)
         case "respond":
             said = answer.value if answer.value is not None else answer.message
-            text = said if isinstance(said, str) else json.dumps(said, ensure_ascii=False)
-            message = ToolMessage(text, name=call["name"], tool_call_id=call["id"])
-            return _Ruling(call, instead=message)
+            return _Ruling(call, instead=_said(call, said))
     approved = answer.proposal
     fits = isinstance(approved, Mapping) and approved.keys() == shown.keys()
     if not fits or {**approved, "args": None} != {**shown, "args": None}:
@@ -269,7 +307,7 @@ def _decided(call: ToolCall, tool: BaseTool, policy: ToolPolicy) -> _Ruling:
     if answer.type == "approve" and approved != shown:
         _refuse_mismatch(call)
     made: ToolCall = {**call, "args": approved["args"]}
-    if (problem := _argument_problem(tool, approved["args"])) is not None:
+    if (problem := check(approved["args"])) is not None:
         return _refused(call, f"The reviewer's arguments do not fit. {problem}")
     return _Ruling(made, is_edited=approved["args"] != call["args"])
 
@@ -300,21 +338,33 @@ def _args_schema(tool: BaseTool) -> dict[str, Any]:
     return schema if isinstance(schema, dict) else to_schema(schema) or {}
 
 
-def _argument_problem(tool: BaseTool, args: Any) -> str | None:
+def _argument_problem(tool: BaseTool, args: Any, injected: Collection[str]) -> str | None:
     """Return what the model is told about arguments that do not fit."""
-    schema = tool.tool_call_schema
+    if not isinstance(args, dict):
+        return "Invalid arguments: they must be an object"
+    # Not `tool_call_schema`, in which validators of the user's own are missing.
+    schema = tool.args_schema if tool.args_schema is not None else tool.tool_call_schema
     if isinstance(schema, dict):
         found = problems(schema, args, "args")
         return f"Invalid arguments: {'; '.join(found)}" if found else None
+    given = {name: value for name, value in args.items() if name not in injected}
     try:
-        cast("Any", schema).model_validate(args)
+        cast("Any", schema).model_validate(given)
     except ValidationError as error:
-        return ToolInvocationError(tool.name, error, args).message
+        # What is injected is not there yet.
+        told = [each for each in error.errors() if each["loc"][:1] not in {(k,) for k in injected}]
+        return ToolInvocationError(tool.name, error, args, told).message if told else None
     return None
 
 
 def _refused(call: ToolCall, text: str) -> _Ruling:
     return _Ruling(call, instead=_error(call, text))
+
+
+def _said(call: ToolCall, said: Any) -> ToolMessage:
+    """Return what a person says in the tool's place."""
+    text = said if isinstance(said, str) else json.dumps(said, ensure_ascii=False)
+    return ToolMessage(text, name=call["name"], tool_call_id=call["id"])
 
 
 def _error(call: ToolCall, text: str) -> ToolMessage:
