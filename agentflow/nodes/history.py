@@ -6,7 +6,7 @@ a call and speaks on, or when it is trimmed in between. Pure.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from langchain_core.messages import AIMessage, BaseMessage, ToolMessage
 
@@ -20,29 +20,37 @@ def repaired(messages: Sequence[BaseMessage]) -> tuple[list[BaseMessage], tuple[
     A call without a result gets one that says that it was abandoned; results come right behind
     their calls; a result of which there is no call is left out.
     """
-    results = {
-        message.tool_call_id: message for message in messages if isinstance(message, ToolMessage)
-    }
+    open_calls: dict[str, tuple[int, str]] = {}
+    """The newest call of each id, by the place of its result: some models use ids once more."""
+    results: dict[tuple[int, str], ToolMessage] = {}
+    stray: list[str] = []
+    for index, message in enumerate(messages):
+        for call_id, _ in _calls(message):
+            open_calls[call_id] = (index, call_id)
+        if isinstance(message, ToolMessage):
+            place = open_calls.get(message.tool_call_id)
+            if place is None or place in results:
+                stray.append(message.tool_call_id)
+            else:
+                results[place] = message
     made: list[BaseMessage] = []
-    odd: list[str] = []
-    used: set[str] = set()
-    for message in messages:
+    abandoned: list[str] = []
+    for index, message in enumerate(messages):
         if isinstance(message, ToolMessage):
             continue
         made.append(message)
-        if not isinstance(message, AIMessage):
-            continue
-        for call in [*message.tool_calls, *message.invalid_tool_calls]:
-            call_id = call["id"]
-            if call_id is None:
-                continue
-            result = None if call_id in used else results.get(call_id)
+        for call_id, name in _calls(message):
+            result = results.get((index, call_id))
             if result is None:
-                odd.append(call_id)
-                result = ToolMessage(
-                    ABANDONED, name=call["name"], tool_call_id=call_id, status="error"
-                )
-            used.add(call_id)
+                abandoned.append(call_id)
+                result = ToolMessage(ABANDONED, name=name, tool_call_id=call_id, status="error")
             made.append(result)
-    odd += [call_id for call_id in results if call_id not in used]
-    return made, tuple(odd)
+    return made, (*abandoned, *stray)
+
+
+def _calls(message: BaseMessage) -> Iterator[tuple[str, str | None]]:
+    """Yield the ids and tools of a message's calls."""
+    if isinstance(message, AIMessage):
+        for call in (*message.tool_calls, *message.invalid_tool_calls):
+            if call["id"] is not None:
+                yield call["id"], call["name"]
