@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from agentflow.app import AgentFlow
     from agentflow.control import shield
     from agentflow.effects import effect, effect_context
+    from agentflow.effects.transaction import transaction
     from agentflow.interrupts import request_approval
     from agentflow.retry import RetryPolicy
 
@@ -19,6 +20,7 @@ __all__ = [
     "effect_context",
     "request_approval",
     "shield",
+    "transaction",
 ]
 __version__ = "0.1.0"
 
@@ -29,6 +31,7 @@ _HOMES = {
     "effect_context": "agentflow.effects",
     "request_approval": "agentflow.interrupts",
     "shield": "agentflow.control",
+    "transaction": "agentflow.effects.transaction",
 }
 
 

@@ -29,6 +29,7 @@ from agentflow.drive import (
     drained_by_interrupt,
     end_cancelled,
 )
+from agentflow.effect_records import EffectRecords
 from agentflow.errors import (
     InvalidInputError,
     RunCancelledError,
@@ -169,6 +170,7 @@ class AgentFlow:
             self._saver = checkpoints
         self._graphs: dict[tuple[str, str], RegisteredGraph] = {}
         self.approvals = Approvals(self._store, tenant)
+        self.effects = EffectRecords(self._store, tenant)
         self.dead_letters = DeadLetters(self._store, self._saver, tenant)
 
     def with_url(self, url: str) -> AgentFlow:

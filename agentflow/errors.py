@@ -9,6 +9,7 @@ The tree::
     │   ├── AppReferenceError
     │   ├── UnknownGraphError
     │   └── MigrationRequiredError
+    │       └── JournalMissingError
     ├── StoreError
     │   ├── NotFoundError
     │   ├── ConflictError
@@ -170,6 +171,22 @@ class MigrationRequiredError(ConfigError):
         return (
             f"the database has schema revision {self.found or 'none'!r}, this program needs "
             f"{self.expected!r}; run 'agentflow migrate up' with the newer of the two programs"
+        )
+
+
+class JournalMissingError(MigrationRequiredError):
+    """A database of the user's has no table for the journal of transactions."""
+
+    def __init__(self, database: str) -> None:
+        """Name the database, without its password."""
+        AgentflowError.__init__(self, database)
+        self.database = database
+
+    def __str__(self) -> str:
+        """Say how to make it."""
+        return (
+            f"the database {self.database} has no table effect_journal; run "
+            "'agentflow migrate journal --url <the database>' to make it"
         )
 
 
@@ -775,7 +792,7 @@ class EffectInDoubtError(RunError):
         """Say how to go on."""
         return (
             f"whether effect {self.name!r} ({self.effect_id}) happened is not known; find out, "
-            f"say so by 'agentflow effect resolve {self.effect_id}', and requeue the run"
+            f"run 'agentflow effect resolve {self.effect_id}' to say so, and requeue the run"
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -30,6 +30,18 @@ def status(call: Call) -> None:
     from agentflow.database import migrate
 
     _report(call, migrate.status(call.open_app().url))
+
+
+@command(group, "journal")
+def journal(
+    call: Call,
+    url: Annotated[str, typer.Option("--url", metavar="URL", help="A database of your own.")],
+) -> None:
+    """Make the table with which transactions commit once, in a database of your own."""
+    from agentflow.effects import outside
+
+    is_new = outside.create(url)
+    call.output.message("effect_journal was made" if is_new else "effect_journal is there already")
 
 
 def _report(call: Call, found: MigrationStatus) -> None:

@@ -106,6 +106,7 @@ class Attempt:
             control,
             root=claimed.run.root_id or claimed.run.id,
             is_fresh=claimed.run.root_id is None and claimed.run.claims <= 1,
+            codec=store.codec,
         )
         self._gate = Gate(control, registered.time_limits(), self._journal.places)
         self._started: AttemptStart | None = None
@@ -188,6 +189,10 @@ class Attempt:
         """Park or finish a run whose graph has nothing more to do."""
         _show(span, after)
         questions = await open_questions(self._saver, after, await self._waits(after))
+        if self._journal.doubts:
+            # A node that has its answer, and an effect in doubt after that, still shows the
+            # question.
+            questions = [each for each in questions if each.key not in self._answered]
         if any(question.key in self._answered for question in questions):
             raise RunError("the graph asks again what was answered; it did not take the answer")
         if questions or self._journal.doubts:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 from langgraph.errors import GraphBubbleUp
 
+from agentflow.codec import Codec
 from agentflow.control import AttemptControl
 from agentflow.effects.callers import Aside, Caller, running_loop
 from agentflow.effects.failures import describe, find_class, rebuild
@@ -131,6 +132,7 @@ class Journal:
         *,
         root: str,
         is_fresh: bool,
+        codec: Codec,
     ) -> None:
         """Work for one attempt.
 
@@ -141,7 +143,10 @@ class Journal:
             control: Says whether the lease holds.
             root: The run that shares its keys.
             is_fresh: Whether nothing can be known yet of the run's effects.
+            codec: Encodes what is kept in databases of the user's.
         """
+        self.codec = codec
+        self.tenant = lease.tenant
         self.places = Places()
         self.root = root
         self.doubts: dict[str, Effect] = {}
@@ -385,7 +390,21 @@ class Journal:
         if self._known is not None and effect.scope == self.root:
             self._known[effect.scope, effect.key] = effect
 
+    # What transactions need.
+
+    async def flush(self) -> None:
+        """Make every checkpoint durable that the attempt has put so far."""
+        await self._flush()
+
+    def check(self) -> None:
+        """Raise `LeaseLostError` if what is done now would be in vain."""
+        self._control.check()
+
     # Callers that are not async.
+
+    def flush_here(self) -> None:
+        """Do as `flush` does, for a caller that is not async."""
+        self._started_here(self.flush()).result()
 
     def run_here(self, new: NewEffect, policy: Policy, call: Callable[[EffectContext], Any]) -> Any:
         """Do the same for a caller that is not async; the call is made in the calling thread.
@@ -401,14 +420,19 @@ class Journal:
                 "async would block; make the effect async, or the keys differ"
             )
         caller = Caller(call)
-        loop = self.loop if running is None else self._aside_loop()
-        try:
-            ended = asyncio.run_coroutine_threadsafe(self.run(new, policy, caller.ask), loop)
-        except RuntimeError as exc:  # the loop is closed
-            raise LeaseLostError(self._lease.run_id, self._lease.token) from exc
+        ended = self._started_here(self.run(new, policy, caller.ask))
         ended.add_done_callback(lambda _: caller.dismiss())
         caller.serve()
         return ended.result()
+
+    def _started_here(self, doing: Coroutine[Any, Any, Any]) -> Future[Any]:
+        """Start what an event loop is to do for the calling thread, which will wait for it."""
+        loop = self.loop if running_loop() is None else self._aside_loop()
+        try:
+            return asyncio.run_coroutine_threadsafe(doing, loop)
+        except RuntimeError as exc:  # the loop is closed
+            doing.close()
+            raise LeaseLostError(self._lease.run_id, self._lease.token) from exc
 
     def _aside_loop(self) -> asyncio.AbstractEventLoop:
         with self._lock:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Literal
 
+from agentflow.codec import Codec
 from agentflow.journal import Begun, Effect, NewEffect, Outcome, Resolution
 from agentflow.types import (
     Approval,
@@ -523,6 +524,11 @@ class RunStore(ABC):
         claimed until the pause of scope `store` is ended. Event, in the log of the tenant `""`:
         `store.restored`.
         """
+
+    @property
+    @abstractmethod
+    def codec(self) -> Codec:
+        """What encodes payloads: for those of a run that are kept elsewhere."""
 
     @property
     @abstractmethod

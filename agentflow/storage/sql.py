@@ -523,6 +523,10 @@ class SqlRunStore(RunStore):
         return await self._write(workers.restore, reason=reason, by=by)
 
     @property
+    def codec(self) -> Codec:
+        return self._payloads.strict
+
+    @property
     def hears_others(self) -> bool:
         return self._database.notices.hears_others
 

@@ -15,6 +15,7 @@ EXPORTS = {
         "effect_context",
         "request_approval",
         "shield",
+        "transaction",
     },
     "agentflow.checkpoint": {
         "Archived",
@@ -56,6 +57,7 @@ ERRORS = {
         "ObjectStoreError",
         "StoreUnavailableError",
     },
+    "MigrationRequiredError": {"JournalMissingError"},
     "ConflictError": {
         "AlreadyResolvedError",
         "EffectConflictError",

@@ -11,6 +11,7 @@ from typing import Any
 
 from agentflow import AgentFlow
 from agentflow.errors import NotDeadLetterError
+from agentflow.journal import EffectStatus
 
 INPUTS: dict[str, dict[str, Any]] = {
     "linear": {"input": "x"},
@@ -43,6 +44,13 @@ async def decide(app: AgentFlow, run_id: str) -> None:
         await app.approvals.decide(
             approval.id, "approve", by="alice", idempotency_key=f"{approval.id}-alice"
         )
+
+
+async def resolve_effect(app: AgentFlow, run_id: str) -> None:
+    """Say that a payment in doubt did not happen."""
+    for effect in (await app.effects.list(run_id=run_id)).items:
+        if effect.status is EffectStatus.INTENDED:
+            await app.effects.resolve(effect.id, happened=False, by="alice")
 
 
 async def pause_run(app: AgentFlow, run_id: str) -> None:
@@ -100,7 +108,7 @@ async def prune(app: AgentFlow, run_id: str) -> None:
 CALLS: Mapping[str, Callable[[AgentFlow, str], Awaitable[None]]] = {
     call.__name__: call
     for call in (
-        *(submit, drive, cancel, decide),
+        *(submit, drive, cancel, decide, resolve_effect),
         *(pause_run, resume_run, pause_queue, resume_queue),
         *(fire_due, requeue, discard, restore),
         *(delete_thread, prune),

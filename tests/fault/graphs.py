@@ -16,7 +16,7 @@ from typing import Annotated, Any, NotRequired, Protocol, TypedDict
 from langchain_core.runnables import RunnableConfig
 from langgraph.graph import END, START, StateGraph
 
-from agentflow import AgentFlow
+from agentflow import AgentFlow, effect, effect_context
 from agentflow.checkpoint import pruning
 from agentflow.interrupts import request_approval
 from agentflow.lease import LeaseKeeper
@@ -25,7 +25,7 @@ from examples.refunds.client import ServiceClient
 from examples.refunds.graph import build_graph
 from examples.refunds.observer import Observer
 from examples.refunds.script import chat_model
-from tests.fault.ledger import find, record
+from tests.fault.ledger import arecord, find, record
 from tests.fault.sabotage import Place, Sabotage
 
 WORKER = "tests.fault.graphs:worker_main"
@@ -35,7 +35,7 @@ LINEAR = ("a", "b", "c", "d")
 BRANCHES = ("left", "middle", "right")
 GRAPHS = (
     *("linear", "single", "fan_out", "nested", "loop", "questions", "interview"),
-    *("poison", "flaky", "broken", "stubborn"),
+    *("poison", "flaky", "broken", "stubborn", "payments"),
 )
 """Every graph of this module, by the name of its method."""
 
@@ -161,6 +161,38 @@ class Nodes:
         graph.add_node("balk", self._balk)
         graph.add_edge(START, "balk")
         return graph
+
+    def payments(self) -> Graph:
+        """Return a node that pays, asks, and pays again, and one beside it that notifies."""
+        graph: Graph = StateGraph(Trace)
+        graph.add_node("pay", self._pay)
+        graph.add_node("notify", self._notify)
+        graph.add_edge(START, "pay")
+        graph.add_edge(START, "notify")
+        return graph
+
+    def _pay(self, state: Trace, config: RunnableConfig) -> dict[str, Any]:
+        run = config["metadata"]["run_id"]
+        pay = effect(key=lambda _, what: f"pay-{what}", timeout=60)(self._charge)
+        first = pay(run, "deposit")
+        answer = request_approval({"of": run}, title="Pay the rest?")
+        return {"log": [first, answer.type, pay(run, "rest")]}
+
+    async def _notify(self, state: Trace, config: RunnableConfig) -> dict[str, Any]:
+        run = config["metadata"]["run_id"]
+        notify = effect(on_in_doubt="retry")(self._tell)
+        return {"log": [await notify(run)]}
+
+    def _charge(self, run: str, what: str) -> str:
+        record(self._ledger, event="paid", run=run, key=what, pid=os.getpid())
+        if self._sabotage is not None:
+            self._sabotage.meet("node", "after")
+        return what
+
+    async def _tell(self, run: str) -> str:
+        key = effect_context().idempotency_key
+        await arecord(self._ledger, event="told", run=run, key=key, pid=os.getpid())
+        return "told"
 
     def _loop(self, name: str, node: Callable[..., dict[str, Any]]) -> Graph:
         graph = StateGraph(Count)

@@ -241,6 +241,9 @@ ELSEWHERE = {
     "refer": "fault/test_object_kills.py",
     "abandon": "fault/test_object_kills.py",
     "forget_objects": "fault/test_object_kills.py",
+    "begin_effect": "fault/test_effects.py",
+    "finish_effect": "fault/test_effects.py",
+    "resolve_effect": "fault/test_effects.py",
 }
 """Verbs that have tests of their own, in which a process is killed there."""
 EVERYTHING: dict[str, Any] = {

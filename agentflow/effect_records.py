@@ -1,0 +1,63 @@
+"""The records of effects, and what people say of those in doubt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from agentflow.interrupts.plain import to_plain
+from agentflow.journal import Effect, Resolution
+from agentflow.storage import RunStore
+from agentflow.types import Page
+
+
+class EffectRecords:
+    """The effects of a tenant; `app.effects`."""
+
+    def __init__(self, store: RunStore, tenant: str) -> None:
+        """Work on the records of `tenant` in `store`."""
+        self._store = store
+        self._tenant = tenant
+
+    async def list(
+        self, *, run_id: str | None = None, limit: int = 100, cursor: str | None = None
+    ) -> Page[Effect]:
+        """Return a page of effects, the first intended first; give `run_id` for those of a run."""
+        return await self._store.list_effects(
+            self._tenant, run_id=run_id, limit=limit, cursor=cursor
+        )
+
+    async def get(self, effect_id: str) -> Effect:
+        """Return an effect as it stands; `NotFoundError` if there is none."""
+        return await self._store.get_effect(self._tenant, effect_id)
+
+    async def resolve(
+        self,
+        effect_id: str,
+        *,
+        happened: bool,
+        outcome: Any = None,
+        by: str,
+        comment: str | None = None,
+    ) -> Effect:
+        """Say what came of an effect that is in doubt, or that failed.
+
+        Its run goes on if it waits for that. Of one that did not happen, the next attempt makes the
+        call.
+
+        Args:
+            effect_id: Which effect.
+            happened: Whether the call has happened.
+            outcome: What it returned, as plain data; a dataclass or pydantic model is built from
+                it where the function says that it returns one.
+            by: Who says so.
+            comment: Kept with the record.
+
+        Raises:
+            NotFoundError: There is no such effect.
+            ConflictError: It is under way, or its outcome is known.
+            SerializationError: The outcome is not plain data.
+        """
+        said = Resolution(
+            happened=happened, outcome=to_plain(outcome, "outcome"), by=by, comment=comment
+        )
+        return await self._store.resolve_effect(self._tenant, effect_id, said)

@@ -1,0 +1,186 @@
+"""Effects of killed and stopped workers, counted outside: none twice, none lost.
+
+What a person is asked about an effect in doubt is answered by what the ledger has. A payment, which
+is not idempotent, happens once; a notification, which is, may be repeated under the same key. A
+question of the graph's own stands between two payments in the same node.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from agentflow.errors import AlreadyResolvedError, SupersededError
+from agentflow.types import Approval, RunStatus
+from tests.fault.conftest import Sampler, Tally
+from tests.fault.sabotage import MOMENTS, Place
+from tests.fault.scene import LONG, Scene, assert_sound, logged
+
+LOG = ["told", "deposit", "approve", "rest"]
+
+
+class Witness:
+    """Approves what a graph asks, and says of effects in doubt what the ledger knows."""
+
+    def __init__(self, scene: Scene) -> None:
+        self._scene = scene
+        self.asked: list[Approval] = []
+
+    async def __call__(self) -> None:
+        for approval in (await self._scene.app.approvals.list()).items:
+            decision: Any = "approve"
+            if approval.kind == "effect":
+                self.asked.append(approval)
+                arguments = approval.request.proposal["arguments"]
+                paid = self._scene.ledger.entries(
+                    event="paid", run=arguments["run"], key=arguments["what"]
+                )
+                said = {"happened": bool(paid), "outcome": arguments["what"]}
+                decision = {"type": "respond", "value": said}
+            with contextlib.suppress(AlreadyResolvedError, SupersededError):
+                await self._scene.app.approvals.decide(approval.id, decision, by="witness")
+
+
+async def submit(scene: Scene, name: str) -> None:
+    await scene.app.submit("payments", {"input": "x"}, run_id=name, queue=name)
+
+
+def payments(scene: Scene, run: str) -> Counter[str]:
+    return Counter(e["key"] for e in scene.ledger.entries(event="paid", run=run))
+
+
+async def test_worker_killed_around_an_effect_pays_once(
+    scene: Scene, sampler: Sampler, tally: Tally
+) -> None:
+    witness = Witness(scene)
+    scene.deciders.append(witness)
+    every = [
+        Place(f"RunStore.{verb}", number, moment)
+        for verb in ("begin_effect", "finish_effect")
+        for number in (1, 2, 3)
+        for moment in MOMENTS
+    ]
+    tried = {str(place): place for place in sampler.some(every, 4)}
+    kills = await scene.kill_each(tried, lambda name: submit(scene, name))
+    successor = scene.worker(lease=LONG, queues=list(tried), concurrency=5)
+    for run in await scene.ended(tried):
+        assert run.status is RunStatus.SUCCEEDED, (run.id, run.error)
+        assert sorted(run.output["log"]) == sorted(LOG), run.id
+        assert payments(scene, run.id) == {"deposit": 1, "rest": 1}, run.id
+        told = scene.ledger.entries(event="told", run=run.id)
+        assert len({entry["key"] for entry in told}) == 1, run.id
+    assert kills == len(tried)
+    assert_sound(scene.url, tried)
+    successor.kill()
+    tally(kills=kills, doubts=len({each.id for each in witness.asked}))
+
+
+async def test_call_that_happened_unheard_of_is_not_repeated(scene: Scene) -> None:
+    witness = Witness(scene)
+    scene.deciders.append(witness)
+    scene.ledger.hold(event="paid", run="unheard", key="deposit")
+    await submit(scene, "unheard")
+    victim = scene.worker(lease=LONG, queues=["unheard"])
+    await logged(scene, event="paid", run="unheard")
+    victim.kill(signal.SIGKILL)
+    await scene.gone(victim)
+    scene.expire(["unheard"])
+    scene.worker(lease=LONG, queues=["unheard"])
+    (run,) = await scene.ended(["unheard"])
+    assert run.status is RunStatus.SUCCEEDED, run.error
+    assert payments(scene, "unheard") == {"deposit": 1, "rest": 1}
+    assert {each.request.proposal["name"] for each in witness.asked}
+    assert_sound(scene.url, ["unheard"])
+
+
+async def test_worker_stopped_before_the_call_does_not_call_when_it_goes_on(scene: Scene) -> None:
+    scene.deciders.append(Witness(scene))
+    await submit(scene, "stopped")
+    place = Place("RunStore.begin_effect", 3, "after")
+    victim = scene.worker(queues=["stopped"], at=place.plain(), how="SIGSTOP")
+    await scene.stopped(victim)
+    await scene.expired("stopped")
+    scene.worker(lease=LONG, queues=["stopped"])
+    (run,) = await scene.ended(["stopped"])
+    before = scene.ledger.entries(pid=victim.pid)
+    canary = await scene.app.submit("single", {"input": "x"}, queue=f"canary-{victim.pid}")
+    victim.kill(signal.SIGCONT)
+    await scene.ended([canary.id])
+    assert run.status is RunStatus.SUCCEEDED, run.error
+    assert payments(scene, "stopped") == {"deposit": 1, "rest": 1}
+    own = [e for e in scene.ledger.entries(pid=victim.pid) if e.get("run") == "stopped"]
+    assert own == [e for e in before if e.get("run") == "stopped"]
+    victim.kill(signal.SIGKILL)
+
+
+async def test_outcome_of_a_call_that_somebody_denied_raises_the_alarm(scene: Scene) -> None:
+    """What cannot be prevented: the worker was stopped inside of the call, past its last check."""
+    scene.ledger.hold(event="paid", run="denied", key="deposit")
+    await submit(scene, "denied")
+    # Nothing else of it writes when it stops: who is stopped inside a transaction keeps the file.
+    inside = Place("node", 1, "after").plain()
+    victim = scene.worker(queues=["denied"], at=inside, how="SIGSTOP", deaf=True)
+    await scene.until(lambda: notified(scene, "denied"), "the notification")
+    scene.ledger.release(event="paid", run="denied", key="deposit")
+    await scene.stopped(victim)
+    await scene.expired("denied")
+    second = scene.worker(lease=LONG, queues=["denied"])
+    await scene.parked("denied")
+    (asked,) = (await scene.app.approvals.list(run_id="denied")).items
+    assert asked.kind == "effect"
+    assert asked.request.proposal["safe_at"] is not None
+    assert "Do not answer before" in (asked.request.description or "")
+    no = {"type": "respond", "value": {"happened": False}}
+    await scene.app.approvals.decide(asked.id, no, by="hasty")
+    await logged_twice(scene)
+    victim.kill(signal.SIGCONT)
+
+    async def alarmed() -> bool | None:
+        events = await scene.app.list_events("denied")
+        return any(event.type == "effect.late_outcome" for event in events) or None
+
+    await scene.until(alarmed, "the late outcome")
+    effects = (await scene.app.effects.list(run_id="denied")).items
+    assert any(each.late and each.late[0]["value"] == "deposit" for each in effects)
+    run = await scene.app.get_run("denied")
+    assert run.paused_at is not None
+    second.kill(signal.SIGKILL)
+    victim.kill(signal.SIGKILL)
+
+
+async def notified(scene: Scene, run_id: str) -> bool | None:
+    effects = (await scene.app.effects.list(run_id=run_id)).items
+    return any(e.on_in_doubt == "retry" and e.ended_at for e in effects) or None
+
+
+async def logged_twice(scene: Scene) -> None:
+    async def look() -> bool | None:
+        return len(scene.ledger.entries(event="paid", run="denied")) == 2 or None
+
+    await scene.until(look, "the second payment")
+
+
+@pytest.mark.parametrize("moment", ["uncommitted", "committed"])
+async def test_process_killed_while_it_resolves_an_effect_has_done_so_or_not(
+    scene: Scene, moment: str, sampler: Sampler
+) -> None:
+    witness = Witness(scene)
+    scene.deciders.append(witness)
+    await submit(scene, moment)
+    place = Place("RunStore.begin_effect", 3, "after")
+    await scene.died(scene.worker(lease=LONG, queues=[moment], at=place.plain()))
+    scene.deciders.clear()
+    scene.expire([moment])
+    worker = scene.worker(lease=LONG, queues=[moment])
+    await scene.parked(moment)
+    at = Place("RunStore.resolve_effect", 1, moment)  # type: ignore[arg-type]  # one of its moments
+    await scene.died(scene.caller("resolve_effect", moment, at=at.plain()))
+    scene.deciders.append(witness)
+    (run,) = await scene.ended([moment])
+    assert run.status is RunStatus.SUCCEEDED
+    assert payments(scene, moment) == {"deposit": 1, "rest": 1}
+    worker.kill(signal.SIGKILL)

@@ -1,0 +1,199 @@
+"""Transactions: what a function writes to the user's database commits once, with its record."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import create_async_engine
+from typer.testing import CliRunner
+
+from agentflow import AgentFlow, RetryPolicy, transaction
+from agentflow.cli.program import program
+from agentflow.effects import outside
+from agentflow.errors import InvalidInputError
+from agentflow.types import Run
+from tests.integration.graphs import State, chain
+
+AGAIN = RetryPolicy(initial_interval=0, jitter=False, max_attempts=4)
+METADATA = sa.MetaData()
+BOOKED = sa.Table("booked", METADATA, sa.Column("what", sa.Text()))
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
+def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[sa.Engine]:
+    """A database of the user's."""
+    url = f"sqlite:///{tmp_path / 'shop.db'}"
+    if request.param == "postgres":
+        url = request.getfixturevalue("postgres_url").replace(
+            "postgresql://", "postgresql+psycopg://"
+        )
+    made = sa.create_engine(url)
+    METADATA.create_all(made)
+    outside.create(made.url.render_as_string(hide_password=False))
+    yield made
+    made.dispose()
+
+
+@pytest.fixture
+async def app() -> AsyncIterator[AgentFlow]:
+    async with AgentFlow("memory://") as opened:
+        yield opened
+
+
+def booked(engine: sa.Engine) -> list[str]:
+    with engine.connect() as connection:
+        return list(connection.execute(sa.select(BOOKED.c.what)).scalars())
+
+
+async def drive(app: AgentFlow, node: Any, *others: Any) -> Run:
+    nodes = [(f"n{i}", each) for i, each in enumerate((node, *others))]
+    app.register(chain(*nodes), name="g", retry=AGAIN)
+    await app.submit("g", {"log": []}, run_id="r")
+    return await app.drive("r")
+
+
+async def test_what_is_written_is_written_once_whatever_runs_again(
+    app: AgentFlow, engine: sa.Engine
+) -> None:
+    failures = [OSError("after"), OSError("inside")]
+
+    @transaction(engine, key=lambda what: f"book-{what}")
+    def book(connection: sa.Connection, what: str) -> str:
+        connection.execute(sa.insert(BOOKED).values(what=what))
+        if len(failures) == 2:
+            raise failures.pop()  # rolls back
+        return f"booked {what}"
+
+    def node(state: State) -> State:
+        made = book("seat")
+        if failures:
+            raise failures.pop()
+        return {"log": [made]}
+
+    run = await drive(app, node)
+    assert run.output == {"log": ["booked seat"]}, run.error
+    assert booked(engine) == ["seat"]
+
+
+async def test_of_two_at_once_one_commits_and_the_other_gets_its_outcome(
+    app: AgentFlow, engine: sa.Engine
+) -> None:
+    barrier = threading.Barrier(2)
+    calls: list[int] = []
+
+    @transaction(engine, key="only", scope="global")
+    def book(connection: sa.Connection) -> int:
+        calls.append(1)
+        connection.execute(sa.insert(BOOKED).values(what="seat"))
+        return len(calls)
+
+    def meet() -> int:
+        barrier.wait(10)
+        return int(book())
+
+    async def node(state: State) -> State:
+        return {"log": list(await asyncio.gather(*(asyncio.to_thread(meet) for _ in range(2))))}
+
+    run = await drive(app, node)
+    assert run.status == "succeeded", run.error
+    assert len(set(run.output["log"])) == 1
+    assert booked(engine) == ["seat"]
+
+
+async def test_transaction_that_others_are_in_the_way_of_is_tried_again(
+    app: AgentFlow, engine: sa.Engine
+) -> None:
+    calls: list[int] = []
+
+    class SerializationFailureError(Exception):
+        sqlstate = "40001"
+
+    @transaction(engine)
+    def book(connection: sa.Connection, what: str) -> None:
+        connection.execute(sa.insert(BOOKED).values(what=what))
+        calls.append(1)
+        if len(calls) < 3:
+            raise sa.exc.OperationalError("", {}, SerializationFailureError())
+
+    def node(state: State) -> State:
+        book("seat")
+        return {"log": ["ok"]}
+
+    run = await drive(app, node)
+    assert (run.status, run.attempt, len(calls)) == ("succeeded", 1, 3), run.error
+    assert booked(engine) == ["seat"]
+
+
+async def test_other_arguments_under_a_key_are_refused(app: AgentFlow, engine: sa.Engine) -> None:
+    @transaction(engine, key="k")
+    def book(connection: sa.Connection, what: str) -> None:
+        connection.execute(sa.insert(BOOKED).values(what=what))
+
+    def node(state: State) -> State:
+        book("one")
+        book("two")
+        return {}
+
+    run = await drive(app, node)
+    assert run.error is not None
+    assert "EffectConflictError" in run.error.type
+    assert "what" in run.error.message
+    assert booked(engine) == ["one"]
+
+
+@pytest.mark.postgres
+async def test_async_function_goes_with_an_async_engine(app: AgentFlow, postgres_url: str) -> None:
+    url = postgres_url.replace("postgresql://", "postgresql+psycopg://")
+    engine = create_async_engine(url)
+    fails = [OSError("after")]
+    outside.create(url)
+    async with engine.begin() as connection:
+        await connection.run_sync(METADATA.create_all)
+
+    @transaction(engine)
+    async def book(connection: Any, what: str) -> str:
+        await connection.execute(sa.insert(BOOKED).values(what=what))
+        return what
+
+    async def node(state: State) -> State:
+        made = await book("seat")
+        if fails:
+            raise fails.pop()
+        return {"log": [made]}
+
+    run = await drive(app, node)
+    assert run.output == {"log": ["seat"]}, run.error
+    async with engine.connect() as connection:
+        assert list((await connection.execute(sa.select(BOOKED))).scalars()) == ["seat"]
+    await engine.dispose()
+    with pytest.raises(InvalidInputError, match="async"):
+        transaction(engine)(lambda _: None)
+
+
+async def test_database_without_the_table_says_how_to_make_it(
+    app: AgentFlow, tmp_path: Path
+) -> None:
+    url = f"sqlite:///{tmp_path / 'bare.db'}"
+    engine = sa.create_engine(url)
+
+    @transaction(engine)
+    def book(connection: sa.Connection) -> None: ...
+
+    def node(state: State) -> State:
+        book()
+        return {"log": ["ok"]}
+
+    run = await drive(app, node)
+    assert run.error is not None
+    assert "agentflow migrate journal" in run.error.message
+    made = CliRunner().invoke(program, ["migrate", "journal", "--url", url])
+    assert made.exit_code == 0, made.output
+    await app.dead_letters.requeue("r")
+    assert (await app.drive("r")).status == "succeeded"
+    engine.dispose()
