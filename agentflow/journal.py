@@ -34,6 +34,8 @@ class EffectStatus(StrEnum):
     """Somebody who looked outside says so; it may be called."""
     NOT_CALLED = "not_called"
     """The attempt was stopped before the call; it may be called."""
+    COMPENSATED = "compensated"
+    """It was undone; it may be called."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +67,7 @@ class NewEffect:
     """What it is called with, as plain data."""
     ns: str
     task_id: str
+    """The task that calls it; of a compensation, the effect that it undoes."""
     node: str
     on_in_doubt: OnInDoubt
     timeout: timedelta | None = None

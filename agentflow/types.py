@@ -166,6 +166,8 @@ class Run:
     saga: str | None = None
     """`compensating` while effects are being undone; then `compensated`, or
     `partially_compensated` if not all could be."""
+    saga_cause: Mapping[str, Any] | None = None
+    """How it ends after that: `kind` is `failed` or `cancelled`."""
 
     def _repr_html_(self) -> str:
         return _html_table(

@@ -12,6 +12,7 @@ import typer
 from agentflow.cli import (
     approvals,
     checkpoints,
+    effects,
     keys,
     letters,
     migrations,
@@ -40,6 +41,7 @@ program = typer.Typer(
 program.add_typer(runs.group, name="run")
 program.add_typer(approvals.group, name="approval")
 program.add_typer(letters.group, name="dead-letter")
+program.add_typer(effects.group, name="effect")
 program.add_typer(checkpoints.group, name="checkpoint")
 program.add_typer(migrations.group, name="migrate")
 program.add_typer(keys.group, name="keys")

@@ -35,7 +35,7 @@ from agentflow.drive.failures import Failed
 from agentflow.drive.gate import Gate
 from agentflow.drive.graph import RegisteredGraph
 from agentflow.drive.questions import Key, Question, Waits, open_questions, owed
-from agentflow.effects import InDoubt, Journal, recording
+from agentflow.effects import InDoubt, Journal, compensate, recording
 from agentflow.errors import (
     AttemptsExhaustedError,
     DeadlineExceededError,
@@ -161,6 +161,9 @@ class Attempt:
         most = self._policies.most_attempts(before.next)
         if started.attempt > most or started.losses > most * _LOSSES:
             raise AttemptsExhaustedError(self._run.id, max(started.attempt - 1, started.losses))
+        if self._run.saga_cause is not None:
+            await self._undo(before, self._run.saga_cause, span)
+            return
         is_begun = await self._is_begun(before)
         # Not `next`, which leaves out tasks whose writes are durable but not applied yet.
         if is_begun and not before.tasks:
@@ -184,6 +187,27 @@ class Attempt:
             pass  # its journal has all of them
         await self._flush()
         await self._conclude(await self._state(config), span)
+
+    async def _undo(self, before: StateSnapshot, cause: Mapping[str, Any], span: Span) -> None:
+        """Undo the run's effects, and then end it as it was to end before that."""
+        try:
+            await compensate(self._journal, self._store, self._run)
+        except InDoubt:
+            await self._park(before, [], span)
+            return
+        await self._release_thread()
+        if cause["kind"] == "cancelled":
+            await self._store.finish_cancel(self._held_to_the_end())
+            span.set_attribute(RUN_STATUS, "cancelled")
+            return
+        await self._store.fail_run(
+            self._held_to_the_end(),
+            cause["failure"],
+            reason=cause["reason"],
+            checkpoint_id=cause["checkpoint_id"],
+            step=cause["step"],
+        )
+        span.set_attribute(RUN_STATUS, "failed")
 
     async def _conclude(self, after: StateSnapshot, span: Span) -> None:
         """Park or finish a run whose graph has nothing more to do."""

@@ -1,8 +1,9 @@
 """Effects: calls to the outside world that happen once, or are known to be in doubt.
 
 `definition.py` has the decorator, `journal.py` what it does in an attempt, `places.py` the keys of
-calls that have none of their own, `failures.py` exceptions on record. A node of our own that calls
-something uses `run_effect`, which needs no decorated function:
+calls that have none of their own, `failures.py` exceptions on record, `sagas.py` what undoes them
+again, `transaction.py` and `outside.py` those that commit in the user's own database. A node of our
+own that calls something uses `run_effect`, which needs no decorated function:
 
     answer = await run_effect(
         call, name="agentflow:llm", arguments={"messages": plain}, on_in_doubt="retry"
@@ -26,6 +27,7 @@ from agentflow.effects.journal import (
     recording,
 )
 from agentflow.effects.places import SHIFT, Places
+from agentflow.effects.sagas import compensate
 
 __all__ = [
     "SHIFT",
@@ -35,6 +37,7 @@ __all__ = [
     "Journal",
     "Places",
     "Policy",
+    "compensate",
     "current_journal",
     "effect",
     "effect_context",

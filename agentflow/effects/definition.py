@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import is_dataclass
 from typing import Any, ParamSpec, TypeVar, get_args, get_type_hints, overload
+from weakref import WeakValueDictionary
 
 from pydantic import BaseModel, TypeAdapter
 
@@ -24,12 +25,16 @@ from agentflow.effects.journal import (
 )
 from agentflow.errors import InvalidInputError, RunError
 from agentflow.interrupts.plain import to_plain
-from agentflow.journal import GLOBAL, NewEffect, OnInDoubt, Scope
+from agentflow.journal import GLOBAL, Effect, NewEffect, OnInDoubt, Scope
 from agentflow.retry import LangGraphRetryPolicy, RetryPolicy
+from agentflow.storage.effects import CHECK
 from agentflow.types import Duration, new_id, to_timedelta
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+_definitions: WeakValueDictionary[str, Definition] = WeakValueDictionary()
+"""Every function with effects that is alive, by name: what has to be undone is found here."""
 
 _context: ContextVar[EffectContext | None] = ContextVar("agentflow_effect", default=None)
 
@@ -117,8 +122,9 @@ def effect(
         retry: Which exceptions are worth another call, how often, and after how long.
         timeout: How long a call may take; longer, and it is in doubt. What is not async cannot be
             stopped, and goes on.
-        compensate: Undoes it: called with the outcome and the same arguments if the run fails or is
-            cancelled.
+        compensate: Undoes it, if the run fails for good or is cancelled: called with the outcome
+            and, by name, those of the arguments that it has parameters for. If it is an effect
+            itself, its options hold; otherwise exceptions are worth five calls.
         name: What it is called in the journal; by default `module:qualname`.
 
     Raises:
@@ -183,10 +189,10 @@ class Definition:
         self.compensate = compensate
         self._key = key
         self._scope: Scope = scope
-        self._on_in_doubt: OnInDoubt = on_in_doubt
+        self.on_in_doubt: OnInDoubt = on_in_doubt
         self._check = check
-        self._retry = retry
-        self._timeout = None if timeout is None else to_timedelta(timeout)
+        self.retry = retry
+        self.timeout = None if timeout is None else to_timedelta(timeout)
         self._signature = inspect.signature(function)
         self._is_async = inspect.iscoroutinefunction(function)
         self._warned = False
@@ -227,6 +233,7 @@ class Definition:
 
             made = called
         made.__agentflow_effect__ = self  # type: ignore[attr-defined]
+        _definitions[self.name] = self
         return made
 
     def _journal(self) -> Journal | None:
@@ -254,12 +261,12 @@ class Definition:
             key=key,
             arguments=arguments,
             scope=self._scope,
-            on_in_doubt=self._on_in_doubt,
-            timeout=self._timeout,
+            on_in_doubt=self.on_in_doubt,
+            timeout=self.timeout,
             compensate=None if self.compensate is None else name_of(self.compensate),
         )
         return new, Policy(
-            retry=self._retry,
+            retry=self.retry,
             check=None if self._check is None else self._checking(args, named),
             can_be_stopped=self._is_async,
             restore=self._restore,
@@ -282,6 +289,11 @@ class Definition:
 
         return ask
 
+    def restored(self, effect: Effect) -> Any:
+        """Return the outcome of an effect, as its function would have returned it."""
+        is_plain = effect.resolved_by not in {None, CHECK}
+        return self._restore(effect.outcome) if is_plain else effect.outcome
+
     def _restore(self, plain: Any) -> Any:
         """Build an outcome of the function's own type from what a person gave."""
         try:
@@ -292,6 +304,11 @@ class Definition:
             issubclass(returned, BaseModel) or is_dataclass(returned)
         )
         return TypeAdapter(returned).validate_python(plain) if is_typed else plain
+
+
+def find_definition(name: str) -> Definition | None:
+    """Return the function of an effect, if it was decorated in this process."""
+    return _definitions.get(name)
 
 
 def name_of(function: Callable[..., Any]) -> str:

@@ -44,7 +44,7 @@ from agentflow.journal import (
 )
 from agentflow.retry import Retry, RetryPolicy, decide
 from agentflow.storage import RunStore
-from agentflow.storage.effects import CHECK, differences
+from agentflow.storage.effects import CALLABLE, CHECK, differences
 from agentflow.types import Lease
 
 _KNOWN = 1000
@@ -381,7 +381,7 @@ class Journal:
             )
             self._known = {(each.scope, each.key): each for each in page.items}
         effect = self._known.get((new.scope, new.key))
-        if effect is None or effect.status in {EffectStatus.NOT_HAPPENED, EffectStatus.NOT_CALLED}:
+        if effect is None or effect.status in CALLABLE:
             return None
         _check_same(effect.name, effect.arguments, new)
         return Begun(effect=effect, is_due=False)

@@ -37,7 +37,7 @@ from agentflow.storage.rows import (
 )
 from agentflow.types import Lease, NewEvent, RunStatus, WaitStatus
 
-_CALLABLE = {EffectStatus.NOT_HAPPENED, EffectStatus.NOT_CALLED}
+CALLABLE = {EffectStatus.NOT_HAPPENED, EffectStatus.NOT_CALLED, EffectStatus.COMPENSATED}
 """Statuses after which a call may be made without asking anybody."""
 
 CHECK = "check"
@@ -108,7 +108,7 @@ def begin_effect(
     is_held_elsewhere = status is EffectStatus.INTENDED and _is_under_way(
         connection, found, lease, now
     )
-    is_free = status in _CALLABLE or (
+    is_free = status in CALLABLE or (
         retake == found.attempt and status is not EffectStatus.SUCCEEDED and not is_held_elsewhere
     )
     if not is_free:
@@ -160,6 +160,7 @@ def finish_effect(
         "ended_seq": seq,
     }
     _update(connection, row, changes)
+    _note_undone(connection, row, status)
     if not is_held(run, lease, now):
         _settle_waits(connection, payloads, row, now)
     return True
@@ -196,7 +197,7 @@ def resolve(
         ConflictError: What came of it is known, or it is under way.
     """
     status = EffectStatus(row.status)
-    is_known = status in {EffectStatus.SUCCEEDED, *_CALLABLE}
+    is_known = status in {EffectStatus.SUCCEEDED, *CALLABLE}
     is_running = status is EffectStatus.INTENDED and _has_living_owner(run, row, now)
     if is_known or (is_running and resolution.by != CHECK):
         state = "under way" if is_running else status.value
@@ -219,6 +220,7 @@ def resolve(
         "comment": None if comment is None else payloads.dump(comment, effects.c.comment, key),
     }
     _update(connection, row, changes)
+    _note_undone(connection, row, told)
 
 
 def get_effect(connection: Connection, tenant: str, effect_id: str) -> sa.Row[Any]:
@@ -433,6 +435,51 @@ def _settle_waits(
         )
     else:
         change_run(connection, run, payloads, now, log=log)
+
+
+def give_up(
+    connection: Connection,
+    payloads: Payloads,
+    run: sa.Row[Any],
+    row: sa.Row[Any],
+    now: datetime,
+    by: str,
+) -> None:
+    """Leave an effect in doubt as it is, whose run is being undone: nobody will know."""
+    seq = _log(connection, payloads, run, now, "given_up", _columns(row), {"by": by})
+    changes = {"status": EffectStatus.FAILED.value, "ended_at": now, "ended_seq": seq}
+    _update(connection, row, {**changes, "resolved_by": by})
+
+
+def has_any_to_undo(connection: Connection, run: sa.Row[Any]) -> bool:
+    """Whether a run has effects that can be undone and are not, or of which nobody knows."""
+    return _exists(connection, run, _UNDOABLE)
+
+
+def is_all_undone(connection: Connection, run: sa.Row[Any]) -> bool:
+    """Whether every effect of a run that can be undone is."""
+    return not _exists(connection, run, _UNDOABLE)
+
+
+_UNDOABLE = {EffectStatus.SUCCEEDED.value, EffectStatus.INTENDED.value}
+
+
+def _exists(connection: Connection, run: sa.Row[Any], statuses: set[str]) -> bool:
+    query = sa.select(effects.c.seq).where(
+        effects.c.tenant == run.tenant,
+        effects.c.run_id == run.run_id,
+        effects.c.compensate.is_not(None),
+        effects.c.status.in_(sorted(statuses)),
+    )
+    return connection.execute(query.limit(1)).first() is not None
+
+
+def _note_undone(connection: Connection, row: sa.Row[Any], status: EffectStatus) -> None:
+    """Note on an effect, which a compensation names, that it is undone."""
+    if row.kind != "compensation" or status is not EffectStatus.SUCCEEDED:
+        return
+    named = {"of_tenant": row.tenant, "named": row.task_id}
+    connection.execute(_UPDATE, {**named, "status": EffectStatus.COMPENSATED.value})
 
 
 def question_id(effect_id: str, attempt: int) -> str:

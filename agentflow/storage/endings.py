@@ -14,7 +14,9 @@ from agentflow.database.engine import now as database_now
 from agentflow.database.statements import replace as replace_row
 from agentflow.database.tables import dead_letters, runs
 from agentflow.errors import DeadlineExceededError
+from agentflow.storage.effects import has_any_to_undo, is_all_undone
 from agentflow.storage.rows import (
+    CLEARED,
     RELEASED,
     Payloads,
     change_run,
@@ -23,6 +25,8 @@ from agentflow.storage.rows import (
 )
 from agentflow.types import NewEvent, RunFailure, RunStatus, WaitStatus
 
+COMPENSATING = "compensating"
+"""What `runs.saga` says of a run whose effects are being undone."""
 _MESSAGE, _TRACEBACK = 16_000, 64_000
 """Characters that are kept; a message may hold what the node could not store."""
 
@@ -42,6 +46,11 @@ def fail(
     """End a locked run as `failed`, with a dead letter; its pending waits become `waits`."""
     failure = clipped(failure)
     log = withdraw_waits(connection, row, now, status=waits)
+    changes = {"error": payloads.dump(failure, runs.c.error, row)}
+    place = {"checkpoint_id": checkpoint_id, "step": step}
+    cause = {"kind": "failed", "failure": failure, "reason": reason, **place}
+    if _begin_saga(connection, payloads, row, now, log, cause, **changes, **place):
+        return
     log.append(NewEvent(type="run.failed", data={**facts_of(failure), "reason": reason}))
     letter = {
         "tenant": row.tenant,
@@ -65,12 +74,52 @@ def fail(
         now,
         status=RunStatus.FAILED,
         log=log,
-        error=payloads.dump(failure, runs.c.error, row),
         is_dead_letter=True,
-        checkpoint_id=checkpoint_id,
-        step=step,
+        **_end_of_saga(connection, row),
+        **changes,
+        **place,
         **RELEASED,
     )
+
+
+def _begin_saga(
+    connection: Connection,
+    payloads: Payloads,
+    row: sa.Row[Any],
+    now: datetime,
+    log: list[NewEvent],
+    cause: Mapping[str, Any],
+    **changes: Any,
+) -> bool:
+    """Queue a locked run to have its effects undone, if it has any; it ends after that.
+
+    Neither its deadlines nor its cancellation are to stop that.
+    """
+    if row.saga is not None or not has_any_to_undo(connection, row):
+        return False
+    log.append(NewEvent(type="run.compensating", data={"cause": cause["kind"]}))
+    is_queued = row.status == RunStatus.QUEUED
+    changes |= {
+        **RELEASED,
+        **CLEARED,
+        "saga": COMPENSATING,
+        "saga_cause": payloads.dump(dict(cause), runs.c.saga_cause, row),
+        "wake_reason": "compensation",
+        "available_at": payloads.time(now),
+        "deadline_at": None,
+        "start_deadline_at": None,
+        "cancel_requested_at": None,
+    }
+    status = None if is_queued else RunStatus.QUEUED
+    change_run(connection, row, payloads, now, status=status, log=log, **changes)
+    return True
+
+
+def _end_of_saga(connection: Connection, row: sa.Row[Any]) -> dict[str, str]:
+    if row.saga != COMPENSATING:
+        return {}
+    is_whole = is_all_undone(connection, row)
+    return {"saga": "compensated" if is_whole else "partially_compensated"}
 
 
 def clipped(failure: RunFailure) -> RunFailure:
@@ -97,10 +146,10 @@ def cancel(
     **changes: Any,
 ) -> None:
     """End a locked run as `cancelled`; its pending waits become `withdrawn`."""
-    log = [
-        *withdraw_waits(connection, row, now, status=WaitStatus.WITHDRAWN),
-        NewEvent(type="run.cancelled", data=facts),
-    ]
+    log = withdraw_waits(connection, row, now, status=WaitStatus.WITHDRAWN)
+    if _begin_saga(connection, payloads, row, now, log, {"kind": "cancelled"}, **changes):
+        return
+    log.append(NewEvent(type="run.cancelled", data=facts))
     change_run(
         connection,
         row,
@@ -108,7 +157,7 @@ def cancel(
         now,
         status=RunStatus.CANCELLED,
         log=log,
-        **{**RELEASED, **changes},
+        **{**RELEASED, **_end_of_saga(connection, row), **changes},
     )
 
 
@@ -125,6 +174,8 @@ def cancel_or_ask(
     Whoever holds such a run, or recovers it, ends it: only under its lease can the thread be given
     back.
     """
+    if row.saga == COMPENSATING:
+        return  # it is about to end, and not before all is undone
     if row.cancel_requested_at is None:
         changes["cancellation"] = payloads.dump(dict(facts), runs.c.cancellation, row)
     if row.status != RunStatus.RUNNING:

@@ -131,6 +131,8 @@ def requeue(
         deadline_at=None if timeout is None else at + timeout,
         failures=None,
         resume_from=checkpoint_id,
+        saga=None,
+        saga_cause=None,
         is_dead_letter=False,
         ended_at=None,
         **CLEARED,

@@ -179,6 +179,7 @@ def to_run(row: sa.Row[Any], payloads: Payloads, *, strict: bool = False) -> Run
         submitted_by=row.submitted_by,
         root_id=row.root,
         saga=row.saga,
+        saga_cause=payloads.load(runs.c.saga_cause, row),
     )
 
 

@@ -18,8 +18,8 @@ from agentflow.errors import (
     VersionChangedError,
 )
 from agentflow.journal import Resolution
-from agentflow.storage.effects import get_effect, resolve
-from agentflow.storage.endings import cancel_or_ask
+from agentflow.storage.effects import get_effect, give_up, resolve
+from agentflow.storage.endings import COMPENSATING, cancel_or_ask
 from agentflow.storage.questions import to_approval
 from agentflow.storage.rows import Payloads, change_run, get_run
 from agentflow.types import (
@@ -127,10 +127,14 @@ def _answer_doubt(
     comment: str | None,
 ) -> None:
     """Write what is said of an effect in doubt to its record, or cancel the run."""
+    effect_id = wait.interrupt_id.rpartition(":")[0]
+    if decision.type == "reject" and run.saga == COMPENSATING:
+        effect = get_effect(connection, run.tenant, effect_id)
+        give_up(connection, payloads, run, effect, now, by)
+        return
     if decision.type == "reject":
         cancel_or_ask(connection, payloads, run, now, {"reason": "effect in doubt", "by": by})
         return
-    effect_id = wait.interrupt_id.rpartition(":")[0]
     said = Resolution(
         happened=decision.value["happened"],
         outcome=decision.value.get("outcome"),
