@@ -17,6 +17,7 @@ from langgraph.types import StateSnapshot
 
 from agentflow import upkeep
 from agentflow.approvals import Approvals
+from agentflow.budgets import Budget
 from agentflow.checkpoint import Retention, Saver, SweepReport, open_checkpointer
 from agentflow.config import Settings, load_settings
 from agentflow.control import AttemptControl, monotonic
@@ -207,6 +208,7 @@ class AgentFlow:
         input_schema: Any = None,
         retention: Retention | None = None,
         on_cancel: Callable[[Run], Any] | None = None,
+        budget: Budget | Sequence[Budget] = (),
     ) -> None:
         """Make a graph known under a name and version.
 
@@ -229,6 +231,8 @@ class AgentFlow:
             retention: How long `sweep` keeps the threads whose newest run is one of this graph's.
             on_cancel: Called, and awaited, when a run that is being driven is cancelled, before it
                 becomes `cancelled`; once more if the process dies in between.
+            budget: What each run, or all runs of a thread together, may use. It is not stored with
+                runs: a requeued run goes on under the budget that is registered then.
 
         Raises:
             InvalidInputError: The name and version are taken by another graph.
@@ -255,6 +259,7 @@ class AgentFlow:
                 for node, each in (node_timeout or {}).items()
             },
             on_cancel=on_cancel,
+            budgets=(budget,) if isinstance(budget, Budget) else tuple(budget),
             context=context,
             input_schema=input_schema,
             retention=retention,

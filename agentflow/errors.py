@@ -8,6 +8,7 @@ The tree::
     │   ├── MissingDriverError
     │   ├── AppReferenceError
     │   ├── UnknownGraphError
+    │   ├── UnknownPriceError
     │   └── MigrationRequiredError
     │       └── JournalMissingError
     ├── StoreError
@@ -43,6 +44,7 @@ The tree::
         ├── RunFailedError
         ├── RunCancelledError
         ├── AttemptsExhaustedError
+        ├── BudgetExceededError
         ├── DeadlineExceededError
         ├── IllegalTransitionError
         │   └── NotDeadLetterError
@@ -154,6 +156,22 @@ class UnknownGraphError(ConfigError):
         return (
             f"no graph {asked!r} is registered here (registered: {known}); "
             "call app.register(graph, name=..., version=...) before using it"
+        )
+
+
+class UnknownPriceError(ConfigError):
+    """What a run may cost is limited, and what a model costs is not known."""
+
+    def __init__(self, model: str) -> None:
+        """Name the model."""
+        super().__init__(model)
+        self.model = model
+
+    def __str__(self) -> str:
+        """Say where to name the price."""
+        return (
+            f"there is no price of model {self.model!r}, which was not called; name it: "
+            f"Budget(prices={{{self.model!r}: Price(input=..., output=...)}})"
         )
 
 
@@ -707,6 +725,27 @@ class AttemptsExhaustedError(RunError):
         return (
             f"run {self.run_id!r} made no durable progress in {self.attempts} attempts; "
             "its worker probably dies in the same node each time"
+        )
+
+
+class BudgetExceededError(RunError):
+    """A run, or its thread, has used what it may; the next call was not made."""
+
+    def __init__(self, run_id: str, scope: str, limit: str, used: float, allowed: float) -> None:
+        """Name the run, whose budget it is, what is limited, and how much of it was used."""
+        super().__init__(run_id, scope, limit, used, allowed)
+        self.run_id = run_id
+        self.scope = scope
+        self.limit = limit
+        self.used = used
+        self.allowed = allowed
+
+    def __str__(self) -> str:
+        """Say how much, and how to go on."""
+        return (
+            f"run {self.run_id!r} is stopped: its {self.scope} has used {self.used:g} of "
+            f"{self.allowed:g} {self.limit}; raise the budget where the graph is registered and "
+            'requeue the run, or let it ask for more with on_exceeded="ask"'
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol, get_args
 
 from agentflow.errors import (
     AttemptsExhaustedError,
+    BudgetExceededError,
     CodecError,
     ConfigError,
     EffectConflictError,
@@ -25,7 +26,7 @@ RetryOn = type[Exception] | Sequence[type[Exception]] | Callable[[Exception], bo
 OnExhausted = Literal["dead_letter", "pause"]
 
 _LIMIT = timedelta(seconds=60)
-_SETTLED = (AttemptsExhaustedError, EffectConflictError, EffectInDoubtError)
+_SETTLED = (AttemptsExhaustedError, BudgetExceededError, EffectConflictError, EffectInDoubtError)
 """Errors that another attempt would only raise again."""
 
 

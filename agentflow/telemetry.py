@@ -51,6 +51,10 @@ APPROVAL_ID = "agentflow.approval.id"
 APPROVAL_OUTCOME = "agentflow.approval.outcome"
 APPROVAL_WAIT = "agentflow.approval.wait_s"
 LINK_TYPE = "agentflow.link.type"
+EVENT_BUDGET = "agentflow.budget.warning"
+BUDGET_SCOPE = "agentflow.budget.scope"
+BUDGET_LIMIT = "agentflow.budget.limit"
+BUDGET_SHARE = "agentflow.budget.share"
 
 _USED = {"input_tokens": GEN_AI_INPUT_TOKENS, "output_tokens": GEN_AI_OUTPUT_TOKENS}
 """What LangChain calls it, and what OpenTelemetry does."""
@@ -99,6 +103,13 @@ def segment_span(claimed: ClaimedRun) -> Iterator[Span]:
         set_status_on_exception=False,
     ) as span:
         yield span
+
+
+def note_budget(scope: str, limit: str, share: float) -> None:
+    """Note on the current span that a budget is nearly used up."""
+    trace.get_current_span().add_event(
+        EVENT_BUDGET, {BUDGET_SCOPE: scope, BUDGET_LIMIT: limit, BUDGET_SHARE: share}
+    )
 
 
 def fail_span(span: Span, error_type: str) -> None:

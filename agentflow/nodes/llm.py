@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -13,7 +14,8 @@ from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.tools import BaseTool
 from langgraph.errors import GraphBubbleUp
 
-from agentflow.effects import EffectContext, run_effect
+from agentflow.budgets import MODEL, Meter, Usage, current_meter, price_of, read_prices
+from agentflow.effects import EffectContext, Policy, run_effect
 from agentflow.errors import AgentflowError, InvalidInputError, MissingDriverError
 from agentflow.interrupts.plain import digest, to_plain
 from agentflow.nodes.history import repaired
@@ -56,6 +58,9 @@ def llm_node(
     a worker that waits for it. Give the model's client no retries of its own to have all of them
     there; a model that is given by name gets none.
 
+    What the answer has cost, if its model has a price, stands in the answer as
+    `response_metadata["agentflow"]["cost"]`.
+
     Tool calls in the history that were abandoned are told to the model as such, and listed in the
     answer under `response_metadata["agentflow"]["repaired"]`.
 
@@ -93,8 +98,7 @@ def llm_node(
             logger.warning("tool calls without result", extra={"tool_calls": list(odd)})
         answer, parsed = await _journaled(models, messages, config)
         if odd:
-            note = {"repaired": list(odd)}
-            answer.response_metadata = {**answer.response_metadata, "agentflow": note}
+            answer.response_metadata["agentflow"]["repaired"] = list(odd)
         update: dict[str, Any] = {messages_key: [answer]}
         return update if response_format is None else {**update, into: parsed}
 
@@ -143,36 +147,70 @@ async def _journaled(
 
     All models are one entry: what was answered by a fallback is not asked of the first one again.
     """
+    meter = current_meter()
+
+    async def admit() -> None:
+        if meter is not None:
+            meter.check_price(models[0].name)
+            meter.admit("model")
 
     async def ask(_: EffectContext) -> dict[str, Any]:
-        answer, parsed = await _first(models, messages, config)
-        return {"answer": answer, "parsed": parsed}
+        return await _first(models, messages, config, meter)
 
     asked = digest([message.model_dump(mode="json") for message in messages])
     kept = await run_effect(
         ask,
-        name="agentflow:model",
+        name=MODEL,
         # Not the messages themselves: each step would store the whole conversation once more.
         arguments={"models": [model.name for model in models], "messages": asked},
         on_in_doubt="retry",
+        policy=Policy(admit=admit),
     )
     return kept["answer"], kept["parsed"]
 
 
 async def _first(
-    models: Sequence[_Model], messages: Sequence[BaseMessage], config: RunnableConfig
-) -> tuple[AIMessage, Any]:
-    """Return the answer of the first model that has one."""
+    models: Sequence[_Model],
+    messages: Sequence[BaseMessage],
+    config: RunnableConfig,
+    meter: Meter | None,
+) -> dict[str, Any]:
+    """Return what is kept of the answer of the first model that has one."""
     first_error: Exception | None = None
-    for model in models:
+    for number, model in enumerate(models):
+        if number and meter is not None:
+            meter.check_price(model.name)
+            meter.admit("model")
+        usage: Usage | None = Usage(model_calls=1)
         try:
-            return await model.ask(messages, config)
+            answer, parsed = await model.ask(messages, config)
         except (GraphBubbleUp, AgentflowError):
             raise
         except Exception as error:  # noqa: BLE001 -- whatever a provider's client raises
             first_error = first_error or error
+        else:
+            usage = _usage(answer, model, meter)
+            note = {"cost": usage.cost} if usage.cost else {}
+            answer.response_metadata = {**answer.response_metadata, "agentflow": note}
+            used = asdict(replace(usage, model_calls=number + 1))
+            return {"answer": answer, "parsed": parsed, "usage": used}
+        finally:
+            if meter is not None:
+                meter.end("model", usage)
     assert first_error is not None
     raise first_error
+
+
+def _usage(answer: AIMessage, model: _Model, meter: Meter | None) -> Usage:
+    told: Mapping[str, Any] = answer.usage_metadata or {}
+    named = [answer.response_metadata.get("model_name"), model.name]
+    models = [name for name in named if isinstance(name, str)]
+    if meter is not None:
+        cost = meter.cost(models, told)
+    else:
+        prices = [price_of(name, read_prices()) for name in models]
+        cost = next((price.cost(told) for price in prices if price is not None), 0.0)
+    return Usage(tokens=told.get("total_tokens", 0), cost=cost, model_calls=1)
 
 
 def _made(name: str) -> BaseChatModel:

@@ -27,6 +27,7 @@ from langgraph.runtime import Runtime
 from langgraph.types import Command
 from pydantic import ValidationError
 
+from agentflow.budgets import TOOL, Usage, current_meter
 from agentflow.effects import EffectContext, Policy, run_effect
 from agentflow.errors import ApprovalMismatchError, InvalidInputError, StoreError
 from agentflow.interrupts import request_approval
@@ -218,22 +219,32 @@ class PolicyToolNode(ToolNode):
         """Make a call, unless the journal has what came of it."""
         call, policy = ruling.call, self._policy_of(ruling.call["name"])
 
+        meter = current_meter()
+
+        async def admit() -> None:
+            if meter is not None:
+                meter.admit("tool")
+
         async def make(_: EffectContext) -> Any:
             try:
                 result = await execute(request.override(tool_call=call))
             except Exception as error:  # noqa: BLE001 -- a tool may raise anything
                 result = self._failed(call, error)
+            finally:
+                if meter is not None:
+                    meter.end("tool", Usage(tool_calls=1))
             return to_stored(_told(result, ruling))
 
         try:
             stored = await run_effect(
                 make,
-                name=f"agentflow:tool:{call['name']}",
+                name=f"{TOOL}{call['name']}",
                 key=_key(request, self._messages_key),
                 arguments={"args": call["args"]},
                 on_in_doubt="retry" if policy.idempotent else "ask",
                 timeout=policy.timeout,
                 policy=Policy(
+                    admit=admit,
                     retry=None if policy.retry is None else RetryPolicy.of(policy.retry),
                     restore=lambda said: to_stored(_said(call, said)),
                 ),

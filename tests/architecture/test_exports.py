@@ -47,6 +47,7 @@ ERRORS = {
         "MigrationRequiredError",
         "MissingDriverError",
         "UnknownGraphError",
+        "UnknownPriceError",
         "UnsupportedUrlError",
     },
     "StoreError": {
@@ -86,6 +87,7 @@ ERRORS = {
     },
     "RunError": {
         "AttemptsExhaustedError",
+        "BudgetExceededError",
         "DeadlineExceededError",
         "EffectFailedError",
         "EffectInDoubtError",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from agentflow import effect
 from agentflow.tasks import Task, TaskCall, TaskRunner
-from tests.fault.ledger import record
+from tests.fault.ledger import arecord, record
 
 DEPENDENCIES = {
     "fetch": [],
@@ -57,3 +58,21 @@ async def hydrate(moments: list[str], ledger: str) -> None:
         runner = TaskRunner(tasks(), snapshot=json.loads(moment))
         await runner.execute(context={"ledger": ledger, "runner": runner})
         record(ledger, event="end", run=runner.run_id, snapshot=json.dumps(runner.snapshot()))
+
+
+async def charge_once(url: str, run_id: str, ledger: str) -> None:
+    """Run a task that does something for good and then something else."""
+
+    @effect(key="charge")
+    async def charge() -> str:
+        await arecord(ledger, event="charge", run=run_id)
+        return "charged"
+
+    async def work(call: TaskCall) -> str:
+        receipt = await charge()
+        await arecord(ledger, event="after", run=run_id)
+        return receipt
+
+    runner = TaskRunner([Task(name="pay", run=work)], url=url, run_id=run_id)
+    await runner.execute()
+    record(ledger, event="end", run=run_id, snapshot=json.dumps(runner.snapshot()))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections import Counter
+from typing import Any
 
 import pytest
 
 from agentflow.types import RunStatus
-from tests.fault.agent_victims import EFFECTS, TURNS, app_of
+from tests.fault.agent_victims import BRANCHES, EFFECTS, MOST, TURNS, app_of
 from tests.fault.conftest import Sampler, Tally
 from tests.fault.forkserver import ForkServer, Victim
 from tests.fault.ledger import Ledger
@@ -18,13 +19,13 @@ ENV = {"AGENTFLOW_LEASE": "1"}
 DRIVE = "tests.fault.agent_victims:drive"
 
 
-def calls(ledger: Ledger, run_id: str) -> Counter[tuple[str, int]]:
+def calls(ledger: Ledger, run_id: str) -> Counter[tuple[str, Any]]:
     """Count the calls of a run, by what was called and in which turn."""
     entries = ledger.entries(run=run_id)
     return Counter((each["event"], each.get("turn", each.get("amount"))) for each in entries)
 
 
-ONCE = Counter(
+ONCE: Counter[tuple[str, Any]] = Counter(
     [*(("model", turn) for turn in range(TURNS + 1)), *(("tool", turn) for turn in range(TURNS))]
 )
 
@@ -83,3 +84,29 @@ async def test_tool_that_was_killed_within_its_call_is_called_again_only_if_it_m
     assert calls(ledger, kind)[event, 1] == 1
     if kind == "other":
         assert run.output["messages"][2].text == "charged, says the bank"
+
+
+async def test_fifty_branches_keep_to_their_budget_although_their_process_is_killed(
+    sqlite_url: str, ledger: Ledger, forkserver: ForkServer
+) -> None:
+    victim = forkserver.spawn(
+        DRIVE, sqlite_url, "r", ledger.address, MOST // 2, "branches", env=ENV
+    )
+    assert await gone(victim) == -signal.SIGKILL, victim.output()
+    done = calls(ledger, "r")
+    assert done.total() <= MOST
+    async with app_of(sqlite_url, "r", ledger.address) as app, app.worker():
+        run = await app.wait("r", until="parked", timeout=30)
+        assert run.status is RunStatus.WAITING, run.error
+        # What was under way is not known to have come to nothing, and counts.
+        assert calls(ledger, "r").total() <= MOST
+        (asked,) = (await app.approvals.list(run_id="r")).items
+        assert asked.request.proposal["used"] == MOST
+        decision = {"type": "respond", "value": {"more": BRANCHES}}
+        await app.approvals.decide(asked.id, decision, by="alice")
+        run = await app.wait("r", timeout=30)
+    assert run.status is RunStatus.SUCCEEDED, run.error
+    assert len(run.output["log"]) == BRANCHES
+    found = calls(ledger, "r")
+    assert len(found) == BRANCHES
+    assert found.total() - BRANCHES <= MOST, "only what was under way is asked again"

@@ -91,3 +91,23 @@ async def test_snapshot_of_every_moment_leads_another_process_to_the_same_end(
         entered = {each["task"] for each in ledger.entries(event="enter", run=entry["run"])}
         done = {name for name, each in json.loads(moment).items() if each["status"] == "success"}
         assert not entered & done
+
+
+async def test_effect_of_a_task_that_was_killed_behind_it_does_not_happen_again(
+    sqlite_url: str, ledger: Ledger, forkserver: ForkServer
+) -> None:
+    target = "tests.fault.task_victims:charge_once"
+    ledger.hold(event="after")
+    victim = forkserver.spawn(target, sqlite_url, "r", ledger.address, env=ENV)
+    await asyncio.to_thread(ledger.wait_for, event="after")
+    victim.kill(signal.SIGKILL)
+    await asyncio.to_thread(victim.wait)
+    ledger.release()
+    successor = forkserver.spawn(target, sqlite_url, "r", ledger.address, env=ENV)
+    assert await asyncio.to_thread(successor.wait) == 0, successor.output()
+    assert Counter(each["event"] for each in ledger.entries()) == {
+        "charge": 1,
+        "after": 2,
+        "end": 1,
+    }
+    assert end(ledger, "r")["pay"]["data"] == "charged"

@@ -148,11 +148,8 @@ async def test_error_of_the_first_model_stands_if_all_fail(
 
 
 async def test_tokens_are_streamed_and_add_up(server: OpenAIServer) -> None:
-    graph = graph_of(llm_node(client(server))).compile()
-    chunks = [
-        chunk
-        async for chunk, _ in graph.astream(GO, stream_mode="messages")  # type: ignore[arg-type]
-    ]
+    graph: Any = graph_of(llm_node(client(server))).compile()
+    chunks = [chunk async for chunk, _ in graph.astream(GO, stream_mode="messages")]
     texts = [chunk.text for chunk in chunks if isinstance(chunk, AIMessageChunk) and chunk.text]
     assert len(texts) > 1
     assert "".join(texts) == "answer to: What is tea?"
@@ -178,7 +175,8 @@ async def test_structured_answer_is_written_as_plain_data(
 
 
 async def test_answer_that_does_not_fit_its_form_is_asked_for_again(app: AgentFlow) -> None:
-    told = iter([{"name": "green", "degrees": "hot"}, {"name": "green", "degrees": 80}])
+    forms: list[dict[str, Any]] = [{"name": "green", "degrees": each} for each in ("hot", 80)]
+    told = iter(forms)
 
     def script(messages: Sequence[AnyMessage]) -> AIMessage:
         return AIMessage("", tool_calls=[ToolCall(name="Tea", args=next(told), id="t")])
