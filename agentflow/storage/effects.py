@@ -27,6 +27,7 @@ from agentflow.journal import (
     Outcome,
     Resolution,
 )
+from agentflow.storage import effect_steps
 from agentflow.storage.rows import (
     Keyed,
     Payloads,
@@ -93,6 +94,10 @@ def begin_effect(
     retake: int | None,
 ) -> Begun:
     """See `RunStore.begin_effect`; `row` is what `new_row` made of it."""
+    if retake is None and len(_hashes(payloads, new.key)) == 1:
+        made = effect_steps.begin(connection, payloads, lease, row)
+        if made is not None:
+            return Begun(effect=_to_effect(made, payloads, new), is_due=True)
     now = database_now(connection)
     run = get_held_run(connection, lease, now)
     found = _find_by_key(connection, payloads, lease.tenant, new)
@@ -146,6 +151,8 @@ def finish_effect(
     plain: Mapping[str, Any],
 ) -> bool:
     """See `RunStore.finish_effect`; `sealed` is what `seal_outcome` made of it."""
+    if effect_steps.finish(connection, payloads, lease, effect_id, status, sealed):
+        return True
     now = database_now(connection)
     run = get_run(connection, lease.tenant, lease.run_id, lock=True)
     row = get_effect(connection, lease.tenant, effect_id)

@@ -332,6 +332,21 @@ def append_events(
 
     The end has the columns `tenant`, `event_seq` and `event_hash`.
     """
+    entries = seal_events(payloads, end, run_id, log, now)
+    if not entries:
+        return {"event_seq": end["event_seq"], "event_hash": end["event_hash"]}
+    connection.execute(_INSERT_EVENT, entries if len(entries) > 1 else entries[0])
+    return {"event_seq": entries[-1]["seq"], "event_hash": entries[-1]["hash"]}
+
+
+def seal_events(
+    payloads: Payloads,
+    end: Mapping[str, Any],
+    run_id: str,
+    log: Sequence[NewEvent],
+    now: datetime,
+) -> list[dict[str, Any]]:
+    """Return the rows of events that follow the end of a chain."""
     seq, previous = end["event_seq"], end["event_hash"]
     entries = []
     for event in log:
@@ -350,9 +365,7 @@ def append_events(
         entry["data"] = payloads.seal(body, events.c.data, entry)
         entry["hash"] = previous = _hash_event(entry, body)
         entries.append(entry)
-    if entries:
-        connection.execute(_INSERT_EVENT, entries if len(entries) > 1 else entries[0])
-    return {"event_seq": seq, "event_hash": previous}
+    return entries
 
 
 def check_transition(run_id: str, current: RunStatus, wanted: RunStatus) -> None:

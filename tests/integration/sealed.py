@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import operator
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Annotated, Any, TypedDict
 
 import sqlalchemy as sa
 from langchain_core.runnables import RunnableConfig
 from langgraph.graph import END, START, StateGraph
 
-from agentflow import AgentFlow, RetryPolicy, request_approval
+from agentflow import AgentFlow, RetryPolicy, effect, request_approval
 from agentflow.checkpoint import Saver
 from agentflow.database.engine import parse_url
-from agentflow.database.tables import checkpoints, events, metadata, pauses, runs, waits
+from agentflow.database.tables import checkpoints, effects, events, metadata, pauses, runs, waits
+from agentflow.errors import PausedError
+from agentflow.journal import EffectStatus, Outcome
 from agentflow.keys import KeyRing
 from agentflow.storage.sql import SqlRunStore
 from agentflow.testing.savers.graphs import DeltaState
 from agentflow.testing.savers.graphs import chain as delta_chain
+from agentflow.types import Lease
 
 PLACES = (
     "state",
@@ -35,6 +40,10 @@ PLACES = (
     "event",
     "delta",
     "pause",
+    "argument",
+    "outcome",
+    "remark",
+    "late",
 )
 """Where users put what nobody else should read; the dead letter has the exception."""
 RUNS = ("decided", "failed", "cancelled", "waiting")
@@ -91,7 +100,28 @@ def open_app(
     app.register(
         _line(("fail", _failing(mark, executed))), name="fail", retry=RetryPolicy(max_attempts=1)
     )
+    app.register(_line(("pay", _paying(mark))), name="pay", retry=RetryPolicy(max_attempts=1))
     return app
+
+
+def _paying(mark: Mark) -> Any:
+    @effect(compensate=_undo, name="sealed:pay", key=mark("argument"))
+    async def pay(what: str) -> str:
+        return mark("outcome")
+
+    @effect(timeout=0.01, on_in_doubt="fail", name="sealed:hang")
+    async def hang() -> None:
+        await asyncio.Event().wait()
+
+    async def node(state: State) -> State:
+        await pay(mark("argument"))
+        await hang()
+        return {}
+
+    return node
+
+
+def _undo(outcome: str) -> None: ...
 
 
 def _refund(mark: Mark, calls: Calls) -> StateGraph[Any, None, Any, Any]:
@@ -147,6 +177,35 @@ async def fill(app: AgentFlow, mark: Mark = str) -> None:
     await app.drive("decided")
     await app.cancel("cancelled", reason=mark("event"))
     await app.pause(queue="unused", reason=mark("pause"))
+    await _fill_effects(app, mark)
+
+
+async def _fill_effects(app: AgentFlow, mark: Mark) -> None:
+    """Leave a run whose effects are about to be undone, one of them with a late outcome."""
+    await app.submit("pay", {}, run_id="paid")
+    lease = await _drive_until_undone(app)
+    (hung,) = [e for e in (await app.effects.list(run_id="paid")).items if e.timeout]
+    await app.effects.resolve(
+        hung.id, happened=True, outcome=mark("outcome"), by="ann", comment=mark("remark")
+    )
+    late = Outcome(status=EffectStatus.SUCCEEDED, value=mark("late"))
+    assert not await app._store.finish_effect(lease, hung.id, late)
+
+
+async def _drive_until_undone(app: AgentFlow) -> Lease:
+    claims: list[Lease] = []
+    store, fail = app._store, app._store.fail_run
+
+    async def fail_and_pause(lease: Lease, *args: Any, **named: Any) -> None:
+        claims.append(lease)
+        await fail(lease, *args, **named)
+        await app.pause_run(lease.run_id)
+
+    store.fail_run = fail_and_pause  # type: ignore[method-assign]  # nobody undoes it meanwhile
+    with suppress(PausedError):
+        await app.drive("paid")
+    del store.fail_run
+    return claims[0]
 
 
 def prune_deltas(saver: Saver, text: str = "x") -> None:
@@ -198,6 +257,8 @@ async def read_payloads(app: AgentFlow, table: sa.Table, row: Any) -> None:
         await store.get_wait("", row.wait_id)
     elif table is pauses:
         await store.list_pauses("")
+    elif table is effects:
+        await store.get_effect("", row.effect_id)
     elif table is events:
         await store.list_events("", row.run_id, after=row.seq - 1, limit=1)
     else:

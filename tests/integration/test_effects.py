@@ -20,6 +20,7 @@ from agentflow.errors import ConflictError, InvalidDecisionError, InvalidInputEr
 from agentflow.journal import EffectStatus
 from agentflow.types import Run, RunStatus
 from tests.integration.graphs import State, chain, fan
+from tests.integration.sealed import ring
 
 AGAIN = RetryPolicy(initial_interval=0, jitter=False, max_attempts=4)
 
@@ -495,3 +496,20 @@ async def test_arguments_that_do_not_name_a_call_need_a_key(
     assert run.error is not None
     assert "arguments.client" in run.error.message
     assert outside.calls == {}
+
+
+async def test_key_is_found_when_keys_have_been_rotated(sqlite_url: str, outside: Outside) -> None:
+    @effect(key="once", scope="global")
+    async def pay(n: int) -> int:
+        return int(outside.call(n))
+
+    async def node(state: State) -> State:
+        return {"log": [await pay(1)]}
+
+    for names in (("old",), ("new", "old"), ("new",)):
+        async with AgentFlow(sqlite_url, keys=ring(*names)) as app:
+            run = await drive(app, chain(("a", node)), run_id="-".join(names))
+            assert run.output == {"log": [1]}, run.error
+            if len(names) > 1:
+                await app.rotate_keys()
+    assert outside.calls == {1: 1}

@@ -11,6 +11,7 @@ import pytest
 from langgraph.types import interrupt
 
 from agentflow import AgentFlow, RetryPolicy, effect
+from agentflow.journal import EffectStatus
 from agentflow.types import Run, RunStatus
 from tests.integration.graphs import State, chain, fan
 
@@ -159,7 +160,7 @@ async def test_compensation_that_fails_is_left_and_the_others_go_on(
     run = await drive(app, chain(*steps))
     assert (run.status, run.saga, shop.undone) == ("failed", "partially_compensated", ["c", "a"])
     left = [e for e in (await app.effects.list(run_id="r")).items if e.kind == "compensation"]
-    assert [e.status for e in left].count("failed") == 1
+    assert [e.status for e in left].count(EffectStatus.FAILED) == 1
 
 
 async def test_effect_in_doubt_is_cleared_up_before_anything_is_undone(
