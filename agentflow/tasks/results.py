@@ -192,11 +192,15 @@ def code_tag(function: Any) -> str | None:
     return None if code is None else _tag(_described(code))
 
 
-def _described(code: CodeType) -> str:
-    constants = [
-        _described(each) if isinstance(each, CodeType) else repr(each) for each in code.co_consts
-    ]
-    return repr((code.co_code, code.co_names, code.co_varnames, constants))
+def _described(constant: Any) -> str:
+    """Describe code, or a constant of it, the same in every process."""
+    if isinstance(constant, CodeType):
+        constants = [_described(each) for each in constant.co_consts]
+        names = (constant.co_names, constant.co_varnames)
+        return repr((constant.co_code, names, constants))
+    if isinstance(constant, frozenset):
+        return repr(sorted(map(_described, constant)))  # which has another order in each process
+    return repr(constant)
 
 
 def _tag(text: str) -> str:
