@@ -226,7 +226,7 @@ class NodeSpans(BaseCallbackHandler):
         """Note in which node a model is called."""
         del args, kwargs
         ns = (metadata or {}).get("langgraph_checkpoint_ns", "")
-        for node in self._nodes.values():
+        for node in list(self._nodes.values()):  # nodes in threads come and go meanwhile
             if node.ns == ns:
                 self._models[run_id] = node
 

@@ -324,6 +324,24 @@ async def test_paused_run_goes_on_by_its_id(sqlite_url: str) -> None:
     assert Counter(["first", "second"]) == RAN
 
 
+async def test_deploy_in_the_middle_goes_on_with_the_new_code(sqlite_url: str) -> None:
+    reached = asyncio.Event()
+
+    async def hang(call: TaskCall) -> None:
+        reached.set()
+        await asyncio.Event().wait()
+
+    old = [*DIAMOND[:3], Task(name="bottom", run=hang, dependencies=["left", "right"])]
+    executing = asyncio.create_task(TaskRunner(old, url=sqlite_url, run_id="r").execute())
+    await reached.wait()
+    executing.cancel()  # as when the program is told to end
+    with pytest.raises(asyncio.CancelledError):
+        await executing
+    results = await TaskRunner(DIAMOND, url=sqlite_url, run_id="r").execute()
+    assert results["bottom"].data == "bottom"
+    assert Counter(["top", "left", "right", "bottom"]) == RAN
+
+
 async def test_run_of_other_tasks_is_refused_and_its_snapshot_begins_another(
     sqlite_url: str,
 ) -> None:
