@@ -77,8 +77,7 @@ REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
     ),
     "S1-8": (f"{_TASKS}::test_nothing_is_begun_without_the_context_that_a_task_names",),
     "S1-9": (
-        f"{_TASK_KILLS}::"
-        "test_tasks_that_had_succeeded_when_the_process_was_killed_are_not_run_again",
+        f"{_TASK_KILLS}::test_tasks_that_had_succeeded_before_a_kill_are_not_run_again",
         f"{_TASKS}::test_deploy_in_the_middle_goes_on_with_the_new_code",
         f"{_TASKS}::test_paused_run_goes_on_by_its_id",
     ),

@@ -43,7 +43,7 @@ async def executed(
     assert await asyncio.to_thread(victim.wait) == 0, victim.output()
 
 
-async def test_tasks_that_had_succeeded_when_the_process_was_killed_are_not_run_again(
+async def test_tasks_that_had_succeeded_before_a_kill_are_not_run_again(
     sqlite_url: str, ledger: Ledger, forkserver: ForkServer, sampler: Sampler, tally: Tally
 ) -> None:
     """Killed inside of each task, once it has done its work and nobody knows."""
