@@ -356,6 +356,62 @@ class AgentFlow:
         )
         return RunHandle(self, run.id, run.thread_id)
 
+    async def fork(
+        self,
+        run_id: str,
+        checkpoint_id: str,
+        *,
+        values: Any = None,
+        repeat_effects: bool = False,
+        new_run_id: str | None = None,
+        by: str | None = None,
+    ) -> RunHandle:
+        """Store a run that goes on from a checkpoint of another one, on a thread of its own.
+
+        Effects that the other run has called, at the same place with the same arguments or under
+        the same key, are not called again: their outcomes are returned.
+
+        Args:
+            run_id: The other run.
+            checkpoint_id: A checkpoint of its thread.
+            values: Updates the state of that checkpoint first, as LangGraph's `update_state` does.
+            repeat_effects: Call them again.
+            new_run_id: The id of the new run, and of its thread.
+            by: Who asks for it.
+
+        Raises:
+            NotFoundError: There is no such run, or its thread has no such checkpoint.
+            UnknownGraphError: The run's graph is not registered here.
+            IdempotencyConflictError: The new id is known.
+            InvalidInputError: The checkpointer is not agentflow's.
+        """
+        run = await self.get_run(run_id)
+        registered = self._find_graph(run.graph, run.version)
+        new_id_ = new_run_id or new_id()
+        resume_from, shift = await upkeep.copy_for_fork(
+            self._saver, registered.graph, run, checkpoint_id, values, new_id_
+        )
+        spec = RunSpec(
+            run_id=new_id_,
+            thread_id=new_id_,
+            graph=run.graph,
+            version=run.version,
+            queue=run.queue,
+            input=run.input,
+            metadata=run.metadata,
+            config=run.config,
+            priority=run.priority,
+            retry=run.retry,
+            submitted_by=by,
+            traceparent=traceparent(),
+            root_id=None if repeat_effects else run.root_id or run.id,
+            resume_from=resume_from,
+            forked_from=run.id,
+            effect_shift=shift,
+        )
+        await self._store.create_run(self.tenant, spec, on_existing="reject")
+        return RunHandle(self, new_id_, new_id_)
+
     def handle(self, run_id: str) -> RunHandle:
         """Return a handle on a run; whether it exists shows with its first use."""
         return RunHandle(self, run_id, None)
@@ -604,7 +660,8 @@ class AgentFlow:
 
         Threads with a run that has not ended are let be, and those that have work left. It goes in
         small batches while runs go on, and may be interrupted and called again at any time. Runs
-        and their events are not deleted.
+        and their events are not deleted; the records of their effects are, as long after the end of
+        a run as its thread's `ttl` says.
 
         Args:
             retention: What is kept of the threads of graphs that were registered without a

@@ -50,6 +50,7 @@ The tree::
         │   └── NotDeadLetterError
         ├── EffectFailedError
         ├── EffectInDoubtError
+        ├── NonDeterministicNodeError
         └── ProposalUnstableError
 
 A message says what happened, to which id, and what to do about it. It never holds a payload or a
@@ -832,6 +833,24 @@ class EffectInDoubtError(RunError):
         return (
             f"whether effect {self.name!r} ({self.effect_id}) happened is not known; find out, "
             f"run 'agentflow effect resolve {self.effect_id}' to say so, and requeue the run"
+        )
+
+
+class NonDeterministicNodeError(RunError):
+    """A node asks other questions, or in another order, than it did before it was answered."""
+
+    def __init__(self, asked: str | None, now: str | None) -> None:
+        """Name the key of the question that was answered, and that of the one asked now."""
+        super().__init__(asked, now)
+        self.asked = asked
+        self.now = now
+
+    def __str__(self) -> str:
+        """Say that nobody got the wrong answer, and what to change."""
+        return (
+            f"the node asks {self.now!r} where it had asked {self.asked!r}, whose answer is there; "
+            "it was not given to the wrong question: let the node ask in the same order each time "
+            "it runs, and requeue the run"
         )
 
 

@@ -17,6 +17,7 @@ from agentflow.errors import (
     EffectInDoubtError,
     InputError,
     InvalidInputError,
+    NonDeterministicNodeError,
 )
 from agentflow.responses import is_refused, retry_after
 from agentflow.types import Duration, to_timedelta
@@ -26,7 +27,13 @@ RetryOn = type[Exception] | Sequence[type[Exception]] | Callable[[Exception], bo
 OnExhausted = Literal["dead_letter", "pause"]
 
 _LIMIT = timedelta(seconds=60)
-_SETTLED = (AttemptsExhaustedError, BudgetExceededError, EffectConflictError, EffectInDoubtError)
+_SETTLED = (
+    AttemptsExhaustedError,
+    BudgetExceededError,
+    EffectConflictError,
+    EffectInDoubtError,
+    NonDeterministicNodeError,
+)
 """Errors that another attempt would only raise again."""
 
 

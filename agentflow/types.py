@@ -163,6 +163,9 @@ class Run:
     submitted_by: str | None = None
     root_id: str | None = None
     """The run whose effects are not repeated, if this one is a fork."""
+    forked_from: str | None = None
+    effect_shift: int = 0
+    """Supersteps that forks and requeues have added; effects are known by the others."""
     saga: str | None = None
     """`compensating` while effects are being undone; then `compensated`, or
     `partially_compensated` if not all could be."""
@@ -205,6 +208,12 @@ class RunSpec:
     retry: Mapping[str, Any] | None = None
     submitted_by: str | None = None
     traceparent: str | None = None
+    root_id: str | None = None
+    """The run whose effects are not to be repeated."""
+    resume_from: str | None = None
+    """The checkpoint of its thread at which it begins."""
+    forked_from: str | None = None
+    effect_shift: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -262,6 +271,8 @@ class ApprovalRequest:
     """JSON Schema for the value of an `edit` or `respond`."""
     policy: Mapping[str, Any] | None = None
     description: str | None = None
+    key: str | None = None
+    """What the node calls this question, so that no other one gets its answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

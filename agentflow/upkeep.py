@@ -7,16 +7,21 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import BaseCheckpointSaver
+from langgraph.pregel import Pregel
 
 from agentflow.checkpoint import Retention, Saver, SweepReport
-from agentflow.errors import InvalidInputError
+from agentflow.effects import shift_of
+from agentflow.errors import InvalidInputError, NotFoundError
 from agentflow.keys import KeyRing
 from agentflow.storage import RunStore
-from agentflow.types import Clock, Restored, Run, RunStatus
+from agentflow.types import Clock, Restored, Run, RunStatus, to_timedelta
 
 _PASSES = 3
 """How often everything is looked through for what is sealed by an old key."""
+
+_EFFECTS_AT_ONCE = 500
 
 Progress = Callable[[str, int, int], None]
 
@@ -91,7 +96,35 @@ class Sweeper:
             kept = {name: await self._retention(name, default) for name in thread_ids}
             return {name: each for name, each in kept.items() if each is not None}
 
-        return await self._saver.asweep(choose, dry_run=dry_run, clock=self._clock)
+        report = await self._saver.asweep(choose, dry_run=dry_run, clock=self._clock)
+        if not dry_run:
+            await self._prune_effects(default)
+        return report
+
+    async def _prune_effects(self, default: Retention | None) -> None:
+        """Delete the records of effects of runs whose threads are not kept any longer."""
+        own = {key: each for key, each in self._own.items() if each is not None}
+        for key, retention in own.items():
+            await self._prune_of(retention, [key], are_others=False)
+        if default is not None:
+            await self._prune_of(default, list(own), are_others=True)
+
+    async def _prune_of(
+        self, retention: Retention, graphs: Sequence[tuple[str, str]], *, are_others: bool
+    ) -> None:
+        if retention.ttl is None:
+            return
+        ended_before = self._clock.now() - to_timedelta(retention.ttl)
+        prune = partial(
+            self._store.prune_effects,
+            self._tenant,
+            ended_before=ended_before,
+            graphs=graphs,
+            are_others=are_others,
+            limit=_EFFECTS_AT_ONCE,
+        )
+        while await prune() == _EFFECTS_AT_ONCE:
+            pass
 
     async def _retention(self, thread_id: str, default: Retention | None) -> Retention | None:
         """Say how long a thread is kept; `None` if it is to be let be."""
@@ -107,6 +140,36 @@ class Sweeper:
             self._tenant, status=status, graph=None, thread_id=thread_id, limit=1, cursor=None
         )
         return page.items[0] if page.items else None
+
+
+async def copy_for_fork(
+    saver: BaseCheckpointSaver[Any],
+    graph: Pregel[Any, Any, Any, Any],
+    run: Run,
+    checkpoint_id: str,
+    values: Any,
+    thread_id: str,
+) -> tuple[str | None, int]:
+    """Copy the thread of a run for a fork.
+
+    Returns:
+        The checkpoint at which the fork begins, or `None` if that is the head of the copy already,
+        with `values` in it; and by how many supersteps what follows has moved then.
+    """
+    if not isinstance(saver, Saver):
+        problem = "must be opened by open_checkpointer to be forked"
+        raise InvalidInputError("checkpoints", (problem,))
+    place = {"checkpoint_ns": "", "checkpoint_id": checkpoint_id}
+    found = await saver.aget_tuple({"configurable": {"thread_id": run.thread_id, **place}})
+    if found is None:
+        raise NotFoundError("checkpoint", checkpoint_id)
+    await saver.acopy_thread(run.thread_id, thread_id)
+    shift = shift_of(found, run)
+    if values is None:
+        return checkpoint_id, shift
+    here: RunnableConfig = {"configurable": {"thread_id": thread_id, **place}}
+    await graph.copy(update={"checkpointer": saver}).aupdate_state(here, values)
+    return None, shift + 1
 
 
 async def restore(

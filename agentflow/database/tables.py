@@ -251,6 +251,9 @@ runs = _table(
     Column("retry", LargeBinary),
     # The run whose effects are this one's too, if it is a fork that does not repeat them.
     Column("root", _ID),
+    Column("forked_from", _ID),
+    # How many supersteps forks and requeues have added, that its effects do not know of.
+    Column("effect_shift", Integer),
     # Whether its effects are being undone, or were: compensating, compensated or
     # partially_compensated; and how it ends then.
     Column("saga", _NAME),

@@ -36,7 +36,15 @@ from agentflow.drive.failures import Failed
 from agentflow.drive.gate import Gate
 from agentflow.drive.graph import RegisteredGraph
 from agentflow.drive.questions import Key, Question, Waits, open_questions, owed
-from agentflow.effects import InDoubt, Journal, compensate, recording
+from agentflow.effects import (
+    SHIFT,
+    InDoubt,
+    Journal,
+    compensate,
+    count_undone,
+    recording,
+    shift_of,
+)
 from agentflow.errors import (
     AttemptsExhaustedError,
     DeadlineExceededError,
@@ -45,7 +53,7 @@ from agentflow.errors import (
     RunError,
     StoreUnavailableError,
 )
-from agentflow.retry import GiveUp, Retry, decide
+from agentflow.retry import GiveUp, Retry, RetryPolicies, RetryPolicy, decide
 from agentflow.storage import RunStore
 from agentflow.telemetry import (
     CHECKPOINT_ID,
@@ -86,6 +94,9 @@ class Attempt:
         self._lease = claimed.lease
         self._claimed = claimed
         self._policies = registered.policies.as_stored(claimed.run.retry)
+        if claimed.run.saga_cause is not None:
+            # The attempts of the graph are used up; those to undo it are others.
+            self._policies = RetryPolicies(graph=RetryPolicy())
         self._control = control
         self._saver = (
             saver.with_lease(claimed.lease, check=control.check)
@@ -112,6 +123,7 @@ class Attempt:
         budgets = registered.budgets
         self._meter = Meter(store, claimed.run, budgets) if budgets else None
         self._gate = Gate(control, registered.time_limits(), self._journal.places)
+        self._shift = claimed.run.effect_shift
         self._started: AttemptStart | None = None
         self._begun_at: str | None = None
         self._is_released = False
@@ -151,6 +163,9 @@ class Attempt:
         config = self._config(span)
         await self._prepare(config)
         before = await self._state(config)
+        if self._shift:
+            # What follows is known by the steps that it has in common with what was forked.
+            config["metadata"][SHIFT] = self._journal.places.shift = self._shift
         waits = await self._waits(before)
         if self._meter is not None:
             await self._meter.begin(waits.values())
@@ -255,6 +270,8 @@ class Attempt:
             await self._store.finish_rollback(self._held(), gone)
         if (checkpoint_id := self._run.resume_from) is not None:
             place = {**config["configurable"], "checkpoint_id": checkpoint_id, "checkpoint_ns": ""}
+            found = await self._saver.aget_tuple({"configurable": place})
+            self._shift = 1 + shift_of(found, self._run)
             # The state of that checkpoint becomes the head, and its tasks are due again.
             await self._graph.aupdate_state(
                 {**config, "configurable": place}, None, as_node="__copy__"
@@ -288,7 +305,9 @@ class Attempt:
         return await self._graph.aget_state(config, subgraphs=True)
 
     async def _is_begun(self, state: StateSnapshot) -> bool:
-        """Whether some checkpoint of the thread carries this run's id."""
+        """Whether some checkpoint of the thread carries this run's id, or it began as a fork."""
+        if self._run.forked_from is not None:
+            return True
         if (state.metadata or {}).get("run_id") == self._run.id:
             return True
         if not state.config["configurable"].get("checkpoint_id"):
@@ -302,13 +321,17 @@ class Attempt:
         self._begun_at = checkpoint_id = state.config["configurable"].get("checkpoint_id")
         finished = sum(1 for task in state.tasks if task.result is not None)
         answered = sum(question.answers_recorded for question in questions)
+        progress = f"{checkpoint_id}:{finished}:{answered}"
+        if self._run.saga_cause is not None:
+            progress += f":{await count_undone(self._store, self._run)}"
         return await self._store.start_attempt(
             self._held(),
-            progress=f"{checkpoint_id}:{finished}:{answered}",
+            progress=progress,
             reason=self._claimed.reason,
             checkpoint_id=checkpoint_id,
             step=(state.metadata or {}).get("step"),
             traceparent=traceparent(),
+            effect_shift=self._shift,
         )
 
     async def _waits(self, state: StateSnapshot) -> Waits:

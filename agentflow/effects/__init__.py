@@ -26,8 +26,8 @@ from agentflow.effects.journal import (
     current_journal,
     recording,
 )
-from agentflow.effects.places import SHIFT, Places
-from agentflow.effects.sagas import compensate
+from agentflow.effects.places import SHIFT, Places, shift_of
+from agentflow.effects.sagas import compensate, count_undone
 
 __all__ = [
     "SHIFT",
@@ -38,9 +38,11 @@ __all__ = [
     "Places",
     "Policy",
     "compensate",
+    "count_undone",
     "current_journal",
     "effect",
     "effect_context",
     "recording",
     "run_effect",
+    "shift_of",
 ]

@@ -14,9 +14,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from langgraph.checkpoint.base import CheckpointTuple
 from langgraph.config import get_config
 
 from agentflow.interrupts.plain import digest
+from agentflow.types import Run
 
 SHIFT = "effect_shift"
 """The key in checkpoints' metadata under which stands how many supersteps forks have added."""
@@ -90,6 +92,15 @@ class Places:
             occurrence = counts[what]
             counts[what] += 1
         return digest([_plain(place.path), name, arguments, occurrence])
+
+
+def shift_of(found: CheckpointTuple | None, run: Run) -> int:
+    """Return how many supersteps forks and requeues of a run had added up to a checkpoint."""
+    metadata: Mapping[str, Any] = {} if found is None else dict(found.metadata)
+    if metadata.get("source") == "fork":
+        return run.effect_shift  # the copy itself, which has no metadata of ours
+    shift: int = metadata.get(SHIFT, 0)
+    return shift
 
 
 def _without_ids(path: Any) -> Any:

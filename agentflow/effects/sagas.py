@@ -58,6 +58,12 @@ async def compensate(journal: Journal, store: RunStore, run: Run) -> None:
             )
 
 
+async def count_undone(store: RunStore, run: Run) -> int:
+    """Count the effects of a run that are undone: how far its compensation has come."""
+    found = await _effects(store, run)
+    return sum(each.status is EffectStatus.COMPENSATED for each in found)
+
+
 class _MissingError(RunError):
     """A compensation is not here; a process that has it may go on."""
 

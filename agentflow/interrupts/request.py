@@ -20,6 +20,7 @@ from agentflow.control import check_attempt
 from agentflow.errors import (
     InvalidDecisionError,
     InvalidInputError,
+    NonDeterministicNodeError,
     ProposalUnstableError,
     SerializationError,
 )
@@ -73,7 +74,7 @@ def request_approval(
         response: The form of the value that the reviewer gives: a pydantic model, TypedDict,
             dataclass or JSON Schema. It is that of a `respond`; where `respond` is not allowed, of
             the edited proposal, for which a typed proposal is its own form. The value stays plain.
-        key: A name for this question, if a node asks several.
+        key: A name for this question, if a node asks several: no other one gets its answer.
         on_change: What to do when the proposal differs on replay. `use_approved` returns what was
             approved. `ask_again` asks about the new one, three times at most; a rejection stands.
 
@@ -81,6 +82,7 @@ def request_approval(
         InvalidInputError: The arguments do not fit together.
         SerializationError: The proposal or the policy could not be read back.
         InvalidDecisionError: The answer did not come through agentflow.
+        NonDeterministicNodeError: The answer that is due here is that to another `key`.
         ProposalUnstableError: With `ask_again`, each repetition proposed something else.
         LeaseLostError: The node goes on although its attempt is over.
     """
@@ -103,6 +105,8 @@ def request_approval(
     for times in range(_MOST_REPEATS + 1):
         raw = interrupt(payload | ({"asked_again": times} if times else {}))
         answer = _checked(raw, subject)
+        if (asked := answer.get("asked_key", key)) != key:
+            raise NonDeterministicNodeError(asked, key)
         is_settled = (
             on_change == "use_approved"
             or answer["type"] == "reject"

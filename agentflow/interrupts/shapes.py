@@ -175,6 +175,7 @@ def _read_own(value: Any, _: dict[str, Any] | None) -> ApprovalRequest | None:
         allowed=allowed,
         response_schema=dict(schema) if isinstance(schema, Mapping) else None,
         policy=dict(policy) if isinstance(policy, Mapping) else None,
+        key=value.get("key"),
     )
 
 
@@ -288,6 +289,8 @@ def _own_answer(
         "at": at.isoformat() if at else None,
         "asked_hash": digest(request.proposal),
     }
+    if request.key is not None:
+        answer["asked_key"] = request.key
     _, _, times = request.shape.partition("#")
     return answer | ({"asked_again": int(times)} if times else {})
 

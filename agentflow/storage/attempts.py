@@ -54,6 +54,7 @@ def start_attempt(
     checkpoint_id: str | None,
     step: int | None,
     traceparent: str | None,
+    effect_shift: int | None,
 ) -> AttemptStart:
     """See `RunStore.start_attempt`."""
     now = database_now(connection)
@@ -90,6 +91,7 @@ def start_attempt(
         failures=payloads.dump(failures, runs.c.failures, row),
         # Only a segment that is being traced becomes the origin of the next one.
         traceparent=traceparent or row.traceparent,
+        effect_shift=row.effect_shift if effect_shift is None else effect_shift,
     )
     return AttemptStart(
         attempt=attempt,

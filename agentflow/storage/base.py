@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any, Literal
 
 from agentflow.codec import Codec
@@ -200,13 +200,15 @@ class RunStore(ABC):
         checkpoint_id: str | None,
         step: int | None,
         traceparent: str | None,
+        effect_shift: int | None = None,
     ) -> AttemptStart:
         """Note, before the first step, that an attempt begins and from where.
 
         `progress` names what is durable. If it differs from the last attempt's, the counts of
         attempts and losses start anew: with this one, or, if the last one was lost with its worker,
         with that one. The failures per task start anew if `checkpoint_id` differs. `resume_from` is
-        forgotten: the caller has made that checkpoint the thread's head before. If the run is to be
+        forgotten: the caller has made that checkpoint the thread's head before, and `effect_shift`
+        says by how many supersteps that has moved what follows. If the run is to be
         cancelled, is paused by itself or has passed its deadline, that is said. Event:
         `run.started` if `reason` is `start`, else one `run.resumed` with reason and checkpoint.
         """
@@ -523,6 +525,23 @@ class RunStore(ABC):
         from before holds; leases that the backup holds have expired. Nothing of any tenant is
         claimed until the pause of scope `store` is ended. Event, in the log of the tenant `""`:
         `store.restored`.
+        """
+
+    @abstractmethod
+    async def prune_effects(
+        self,
+        tenant: str,
+        *,
+        ended_before: datetime,
+        graphs: Collection[tuple[str, str]],
+        are_others: bool,
+        limit: int,
+    ) -> int:
+        """Delete up to `limit` effects of runs that ended before a time, and say how many.
+
+        Of runs of `graphs` (name and version), or, if `are_others`, of all others. Those of a run
+        with a dead letter are kept, since it may be requeued; so are those that a fork which has
+        not ended shares, and those with keys of the whole tenant. No event.
         """
 
     @property

@@ -8,7 +8,7 @@ it is looked for; `repack_request` moves it on when keys are rotated.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import datetime
 from typing import Any, cast
 
@@ -19,6 +19,7 @@ from agentflow.database.engine import now as database_now
 from agentflow.database.tables import effects, runs, waits
 from agentflow.errors import ConflictError, EffectConflictError, NotFoundError
 from agentflow.journal import (
+    GLOBAL,
     Begun,
     Effect,
     EffectFailure,
@@ -554,3 +555,45 @@ def listed(tenant: str, *, run_id: str | None, scope: str | None) -> sa.Select[A
     if run_id is not None:
         query = query.where(effects.c.run_id == run_id)
     return query
+
+
+def doomed(
+    tenant: str,
+    ended_before: datetime,
+    graphs: Collection[tuple[str, str]],
+    *,
+    are_others: bool,
+    limit: int,
+) -> sa.Select[Any]:
+    """Return the query for the numbers of effects that need not be kept."""
+    owner, fork = runs.alias("owner"), runs.alias("fork")
+    is_shared = sa.exists().where(
+        fork.c.tenant == effects.c.tenant,
+        fork.c.root == effects.c.scope,
+        fork.c.ended_at.is_(None),
+    )
+    is_named = sa.tuple_(owner.c.graph, owner.c.version).in_(sorted(graphs) or [("", "")])
+    return (
+        sa.select(effects.c.seq)
+        .join(
+            owner,
+            sa.and_(owner.c.tenant == effects.c.tenant, owner.c.run_id == effects.c.run_id),
+        )
+        .where(
+            effects.c.tenant == tenant,
+            effects.c.scope != GLOBAL,
+            owner.c.ended_at < ended_before,
+            owner.c.is_dead_letter.is_(False),
+            sa.not_(is_named) if are_others else is_named,
+            sa.not_(is_shared),
+        )
+        .limit(limit)
+    )
+
+
+def prune_effects(connection: Connection, payloads: Payloads, doomed: sa.Select[Any]) -> int:
+    """See `RunStore.prune_effects`; `doomed` is the query of that name."""
+    del payloads
+    numbers = connection.execute(doomed).scalars().all()
+    connection.execute(sa.delete(effects).where(effects.c.seq.in_(numbers)))
+    return len(numbers)

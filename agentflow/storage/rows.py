@@ -178,6 +178,8 @@ def to_run(row: sa.Row[Any], payloads: Payloads, *, strict: bool = False) -> Run
         cancel_reason=cancellation.get("reason"),
         submitted_by=row.submitted_by,
         root_id=row.root,
+        forked_from=row.forked_from,
+        effect_shift=row.effect_shift or 0,
         saga=row.saga,
         saga_cause=payloads.load(runs.c.saga_cause, row),
     )

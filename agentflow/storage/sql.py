@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import partial
 from typing import Any, TypeVar
 
@@ -233,6 +233,7 @@ class SqlRunStore(RunStore):
         checkpoint_id: str | None,
         step: int | None,
         traceparent: str | None,
+        effect_shift: int | None = None,
     ) -> AttemptStart:
         return await self._write(
             attempts.start_attempt,
@@ -242,6 +243,7 @@ class SqlRunStore(RunStore):
             checkpoint_id=checkpoint_id,
             step=step,
             traceparent=traceparent,
+            effect_shift=effect_shift,
         )
 
     async def park_run(
@@ -521,6 +523,20 @@ class SqlRunStore(RunStore):
 
     async def restore(self, *, reason: str | None, by: str | None) -> Restored:
         return await self._write(workers.restore, reason=reason, by=by)
+
+    async def prune_effects(
+        self,
+        tenant: str,
+        *,
+        ended_before: datetime,
+        graphs: Collection[tuple[str, str]],
+        are_others: bool,
+        limit: int,
+    ) -> int:
+        doomed = effects.doomed(tenant, ended_before, graphs, are_others=are_others, limit=limit)
+        if not await self._database.read(lambda connection: connection.execute(doomed).first()):
+            return 0
+        return await self._write(effects.prune_effects, doomed)
 
     @property
     def codec(self) -> Codec:

@@ -43,6 +43,10 @@ def new_run(payloads: Payloads, tenant: str, spec: RunSpec) -> dict[str, Any]:
         "claims": 0,
         "is_dead_letter": False,
         "timeout": spec.timeout,
+        "root": spec.root_id,
+        "forked_from": spec.forked_from,
+        "effect_shift": spec.effect_shift,
+        "resume_from": spec.resume_from,
         "submitted_by": spec.submitted_by,
         "traceparent": spec.traceparent,
         "event_seq": 0,
@@ -79,7 +83,12 @@ def create_run(
             _clear_thread(connection, payloads, tenant, spec, now, on_busy)
         submitted = NewEvent(
             type="run.submitted",
-            data={"graph": spec.graph, "version": spec.version, "by": spec.submitted_by},
+            data={
+                "graph": spec.graph,
+                "version": spec.version,
+                "by": spec.submitted_by,
+                **({} if spec.forked_from is None else {"forked_from": spec.forked_from}),
+            },
         )
         end = append_events(connection, payloads, row, spec.run_id, [submitted], now)
         times = _times(payloads.time(now), spec)

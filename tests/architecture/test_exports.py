@@ -92,6 +92,7 @@ ERRORS = {
         "EffectFailedError",
         "EffectInDoubtError",
         "IllegalTransitionError",
+        "NonDeterministicNodeError",
         "ProposalUnstableError",
         "RunCancelledError",
         "RunFailedError",

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
+from datetime import timedelta
 from typing import Any
 
 from agentflow import AgentFlow
+from agentflow.checkpoint import Retention
 from agentflow.errors import NotDeadLetterError
 from agentflow.journal import EffectStatus
 
@@ -51,6 +53,11 @@ async def resolve_effect(app: AgentFlow, run_id: str) -> None:
     for effect in (await app.effects.list(run_id=run_id)).items:
         if effect.status is EffectStatus.INTENDED:
             await app.effects.resolve(effect.id, happened=False, by="alice")
+
+
+async def prune_effects(app: AgentFlow, run_id: str) -> None:
+    """Delete the records of effects of all runs that have ended."""
+    await app.sweep(Retention(ttl=timedelta(microseconds=1)))
 
 
 async def pause_run(app: AgentFlow, run_id: str) -> None:
@@ -108,7 +115,8 @@ async def prune(app: AgentFlow, run_id: str) -> None:
 CALLS: Mapping[str, Callable[[AgentFlow, str], Awaitable[None]]] = {
     call.__name__: call
     for call in (
-        *(submit, drive, cancel, decide, resolve_effect),
+        *(submit, drive, cancel, decide),
+        *(resolve_effect, prune_effects),
         *(pause_run, resume_run, pause_queue, resume_queue),
         *(fire_due, requeue, discard, restore),
         *(delete_thread, prune),

@@ -35,7 +35,7 @@ LINEAR = ("a", "b", "c", "d")
 BRANCHES = ("left", "middle", "right")
 GRAPHS = (
     *("linear", "single", "fan_out", "nested", "loop", "questions", "interview"),
-    *("poison", "flaky", "broken", "stubborn", "payments"),
+    *("poison", "flaky", "broken", "stubborn", "payments", "trip"),
 )
 """Every graph of this module, by the name of its method."""
 
@@ -183,6 +183,31 @@ class Nodes:
         notify = effect(on_in_doubt="retry")(self._tell)
         return {"log": [await notify(run)]}
 
+    def trip(self) -> Graph:
+        """Return four bookings in a row, each of which can be undone, and a node that fails."""
+        book = effect(compensate=self._unbook, name="fault:book")(self._book)
+
+        def booking(what: str) -> TracingNode:
+            def node(state: Trace, config: RunnableConfig) -> dict[str, Any]:
+                return {"log": [book(config["metadata"]["run_id"], what)]}
+
+            return node
+
+        graph: Graph = StateGraph(Trace)
+        for before, name in zip((START, *LINEAR), LINEAR, strict=False):
+            graph.add_node(name, booking(name))
+            graph.add_edge(before, name)
+        graph.add_node("break", self._break)
+        graph.add_edge(LINEAR[-1], "break")
+        return graph
+
+    def _book(self, run: str, what: str) -> str:
+        record(self._ledger, event="booked", run=run, key=what, pid=os.getpid())
+        return what
+
+    def _unbook(self, outcome: str, run: str) -> None:
+        record(self._ledger, event="unbooked", run=run, key=outcome, pid=os.getpid())
+
     def _charge(self, run: str, what: str) -> str:
         record(self._ledger, event="paid", run=run, key=what, pid=os.getpid())
         if self._sabotage is not None:
@@ -278,7 +303,10 @@ def register_all(
 ) -> None:
     """Register every graph of this module under the name of its method."""
     nodes = Nodes(ledger, sabotage, kill_at)
-    policies = {"stubborn": RetryPolicy(max_attempts=1, on_exhausted="pause")}
+    policies = {
+        "stubborn": RetryPolicy(max_attempts=1, on_exhausted="pause"),
+        "trip": RetryPolicy(max_attempts=1),
+    }
     for name in GRAPHS:
         policy = policies.get(name, RetryPolicy(initial_interval=0.05))
         app.register(getattr(nodes, name)(), name=name, retry=policy)

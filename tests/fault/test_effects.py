@@ -17,7 +17,8 @@ import pytest
 from agentflow.errors import AlreadyResolvedError, SupersededError
 from agentflow.types import Approval, RunStatus
 from tests.fault.conftest import Sampler, Tally
-from tests.fault.sabotage import MOMENTS, Place
+from tests.fault.graphs import LINEAR
+from tests.fault.sabotage import MOMENTS, Moment, Place
 from tests.fault.scene import LONG, Scene, assert_sound, logged
 
 LOG = ["told", "deposit", "approve", "rest"]
@@ -35,14 +36,19 @@ class Witness:
             decision: Any = "approve"
             if approval.kind == "effect":
                 self.asked.append(approval)
-                arguments = approval.request.proposal["arguments"]
-                paid = self._scene.ledger.entries(
-                    event="paid", run=arguments["run"], key=arguments["what"]
-                )
-                said = {"happened": bool(paid), "outcome": arguments["what"]}
-                decision = {"type": "respond", "value": said}
+                decision = {"type": "respond", "value": await self._say(approval)}
             with contextlib.suppress(AlreadyResolvedError, SupersededError):
                 await self._scene.app.approvals.decide(approval.id, decision, by="witness")
+
+    async def _say(self, approval: Approval) -> dict[str, Any]:
+        arguments = approval.request.proposal["arguments"]
+        event = "booked" if approval.graph == "trip" else "paid"
+        if "effect" in arguments:  # a compensation names what it undoes
+            arguments = (await self._scene.app.effects.get(arguments["effect"])).arguments
+            event = "unbooked"
+        what = arguments["what"]
+        found = self._scene.ledger.entries(event=event, run=arguments["run"], key=what)
+        return {"happened": bool(found), "outcome": what}
 
 
 async def submit(scene: Scene, name: str) -> None:
@@ -164,9 +170,51 @@ async def logged_twice(scene: Scene) -> None:
     await scene.until(look, "the second payment")
 
 
+async def test_worker_killed_while_it_undoes_a_run_undoes_all_of_it_in_order(
+    scene: Scene, sampler: Sampler, tally: Tally
+) -> None:
+    """Killed at each of the bookings and at each of what undoes them."""
+    scene.deciders.append(Witness(scene))
+    every = [
+        Place(f"RunStore.{verb}", number, moment)
+        for verb in ("begin_effect", "finish_effect")
+        for number in range(1, 2 * len(LINEAR) + 1)
+        for moment in MOMENTS
+    ]
+    undoing = [place for place in every if place.number > len(LINEAR)]
+    tried = {str(p): p for p in (every if sampler.is_full else sampler.some(undoing, 3))}
+    kills = await scene.kill_each(
+        tried, lambda name: scene.app.submit("trip", {"input": "x"}, run_id=name, queue=name)
+    )
+    scene.worker(lease=LONG, queues=list(tried), concurrency=5)
+    for run in await scene.ended(tried):
+        assert (run.status, run.saga) == (RunStatus.FAILED, "compensated"), run.id
+        found = scene.ledger.entries(run=run.id)
+        for event, order in (("booked", LINEAR), ("unbooked", LINEAR[::-1])):
+            assert [e["key"] for e in found if e["event"] == event] == list(order), run.id
+    assert kills == len(tried)
+    assert_sound(scene.url, tried)
+    tally(kills=kills)
+
+
+@pytest.mark.parametrize("moment", ["uncommitted", "committed"])
+async def test_process_killed_while_it_prunes_effects_has_done_so_or_not(
+    scene: Scene, moment: Moment
+) -> None:
+    await scene.app.submit("trip", {"input": "x"}, run_id=moment)
+    await scene.app.drive(moment)
+    await scene.app.dead_letters.discard(moment)
+    at = Place("RunStore.prune_effects", 1, moment)
+    await scene.died(scene.caller("prune_effects", moment, at=at.plain()))
+    left = len((await scene.app.effects.list(run_id=moment)).items)
+    assert left == (8 if moment == "uncommitted" else 0)
+    assert await scene.gone(scene.caller("prune_effects", moment)) == 0
+    assert (await scene.app.effects.list(run_id=moment)).items == ()
+
+
 @pytest.mark.parametrize("moment", ["uncommitted", "committed"])
 async def test_process_killed_while_it_resolves_an_effect_has_done_so_or_not(
-    scene: Scene, moment: str, sampler: Sampler
+    scene: Scene, moment: Moment
 ) -> None:
     witness = Witness(scene)
     scene.deciders.append(witness)
@@ -177,7 +225,7 @@ async def test_process_killed_while_it_resolves_an_effect_has_done_so_or_not(
     scene.expire([moment])
     worker = scene.worker(lease=LONG, queues=[moment])
     await scene.parked(moment)
-    at = Place("RunStore.resolve_effect", 1, moment)  # type: ignore[arg-type]  # one of its moments
+    at = Place("RunStore.resolve_effect", 1, moment)
     await scene.died(scene.caller("resolve_effect", moment, at=at.plain()))
     scene.deciders.append(witness)
     (run,) = await scene.ended([moment])

@@ -243,6 +243,7 @@ ELSEWHERE = {
     "forget_objects": "fault/test_object_kills.py",
     "begin_effect": "fault/test_effects.py",
     "finish_effect": "fault/test_effects.py",
+    "prune_effects": "fault/test_effects.py",
     "resolve_effect": "fault/test_effects.py",
 }
 """Verbs that have tests of their own, in which a process is killed there."""

@@ -6,7 +6,13 @@ from alembic import op
 revision = "0005"
 down_revision = "0003"
 
-RUNS = (("root", sa.Text()), ("saga", sa.Text()), ("saga_cause", sa.LargeBinary()))
+RUNS = (
+    ("root", sa.Text()),
+    ("forked_from", sa.Text()),
+    ("effect_shift", sa.Integer()),
+    ("saga", sa.Text()),
+    ("saga_cause", sa.LargeBinary()),
+)
 
 
 def upgrade() -> None:
