@@ -66,8 +66,12 @@ def build_graph(shop: Shop) -> StateGraph[Any, None, Any, Any]:
         raise OutOfStockError(order["item"])
 
     graph: StateGraph[Any, None, Any, Any] = StateGraph(Order)
-    graph.add_sequence([("reserve", reserve_node), ("charge", charge_node), ("ship", ship_node)])
+    graph.add_node("reserve", reserve_node)
+    graph.add_node("charge", charge_node)
+    graph.add_node("ship", ship_node)
     graph.add_edge(START, "reserve")
+    graph.add_edge("reserve", "charge")
+    graph.add_edge("charge", "ship")
     return graph
 
 

@@ -167,8 +167,7 @@ class Attempt:
             # What follows is known by the steps that it has in common with what was forked.
             config["metadata"][SHIFT] = self._journal.places.shift = self._shift
         waits = await self._waits(before)
-        if self._meter is not None:
-            await self._meter.begin(waits.values())
+        await self._begin_metering(waits)
         questions = await open_questions(self._saver, before, waits)
         self._started = started = await self._start(before, questions)
         self._control.is_isolated = started.is_isolated
@@ -228,6 +227,10 @@ class Attempt:
             step=cause["step"],
         )
         span.set_attribute(RUN_STATUS, "failed")
+
+    async def _begin_metering(self, waits: Waits) -> None:
+        if self._meter is not None:
+            await self._meter.begin(waits.values())
 
     async def _conclude(self, after: StateSnapshot, span: Span) -> None:
         """Park or finish a run whose graph has nothing more to do."""

@@ -66,7 +66,7 @@ async def test_tasks_that_had_succeeded_before_a_kill_are_not_run_again(
         assert entered.keys() == set(RUN)
         assert entered[name] == 2
         # What ran beside it may have had no result yet; what had one is left alone.
-        assert {entered[task] for task in durable} <= {1}
+        assert max((entered[task] for task in durable), default=0) <= 1
         assert durable.keys() >= set(DEPENDENCIES[name])
     tally(kills=len(tried))
 

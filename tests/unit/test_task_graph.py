@@ -115,7 +115,7 @@ def statuses(results: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(given_tasks())
 def test_any_graph_with_any_snapshot_ends_as_the_model_says(case: Given) -> None:
     expected, runs = modelled(case)
@@ -127,7 +127,7 @@ def test_any_graph_with_any_snapshot_ends_as_the_model_says(case: Given) -> None
             assert results[name] == {"status": "success", "data": f"old {name}"}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(given_tasks(), st.data())
 def test_snapshot_of_any_moment_leads_to_the_same_end(case: Given, data: st.DataObject) -> None:
     """Those of all moments are parts of the end that hold what comes before each of their own."""
