@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from datetime import datetime
 from functools import partial
@@ -16,6 +17,7 @@ from langgraph.types import StateSnapshot
 
 from agentflow import upkeep
 from agentflow.approvals import Approvals
+from agentflow.budgets import Budget
 from agentflow.checkpoint import Retention, Saver, SweepReport, open_checkpointer
 from agentflow.config import Settings, load_settings
 from agentflow.control import AttemptControl, monotonic
@@ -191,6 +193,20 @@ class AgentFlow:
         other._registry = self._registry.copy()
         return other
 
+    def without_graphs(self) -> AgentFlow:
+        """Return the same app, on the same connections, without its graphs.
+
+        What is registered there is not known here, and the reverse. Close this one only.
+        """
+        other = copy.copy(self)
+        other._registry = Registry()
+        return other
+
+    @property
+    def checkpointer(self) -> BaseCheckpointSaver[Any]:
+        """Where the checkpoints of all runs are: to be read, for runs write under their leases."""
+        return self._saver
+
     def register(
         self,
         graph: StateGraph[Any, Any, Any, Any] | Pregel[Any, Any, Any, Any],
@@ -207,6 +223,7 @@ class AgentFlow:
         on_cancel: Callable[[Run], Any] | None = None,
         node_version: Mapping[str, str] | None = None,
         on_change: ChangeAction | Mapping[ChangeKind, ChangeAction] = "refuse",
+        budget: Budget | Sequence[Budget] = (),
     ) -> None:
         """Make a graph known under a name and version.
 
@@ -234,6 +251,8 @@ class AgentFlow:
             on_change: What is done about a run that began on this version when its code was another
                 one, and that can still come to what has changed: `refuse`, `warn` or `accept`, for
                 all changes or by kind.
+            budget: What each run, or all runs of a thread together, may use. It is not stored with
+                runs: a requeued run goes on under the budget that is registered then.
 
         Raises:
             InvalidInputError: The name and version are taken by another graph.
@@ -247,6 +266,7 @@ class AgentFlow:
             node_timeout=node_timeout,
             node_version=node_version,
             queue=queue,
+            budgets=(budget,) if isinstance(budget, Budget) else tuple(budget),
             context=context,
             input_schema=input_schema,
             retention=retention,

@@ -8,6 +8,7 @@ The tree::
     │   ├── MissingDriverError
     │   ├── AppReferenceError
     │   ├── UnknownGraphError
+    │   ├── UnknownPriceError
     │   └── MigrationRequiredError
     │       └── JournalMissingError
     ├── StoreError
@@ -34,13 +35,16 @@ The tree::
     │   ├── PayloadTooLargeError
     │   └── BlockedTypeError
     ├── InputError
+    │   ├── ApprovalMismatchError
     │   ├── InvalidInputError
     │   ├── InvalidDecisionError
+    │   ├── MissingContextError
     │   └── SupersededError
     └── RunError
         ├── RunFailedError
         ├── RunCancelledError
         ├── AttemptsExhaustedError
+        ├── BudgetExceededError
         ├── DeadlineExceededError
         ├── IncompatibleGraphError
         ├── MigrationError
@@ -168,6 +172,22 @@ class UnknownGraphError(ConfigError):
         return (
             f"no graph {asked!r} is registered here (registered: {known}); "
             "call app.register(graph, name=..., version=...) before using it"
+        )
+
+
+class UnknownPriceError(ConfigError):
+    """What a run may cost is limited, and what a model costs is not known."""
+
+    def __init__(self, model: str) -> None:
+        """Name the model."""
+        super().__init__(model)
+        self.model = model
+
+    def __str__(self) -> str:
+        """Say where to name the price."""
+        return (
+            f"there is no price of model {self.model!r}, which was not called; name it: "
+            f"Budget(prices={{{self.model!r}: Price(input=..., output=...)}})"
         )
 
 
@@ -620,6 +640,41 @@ class InvalidDecisionError(InputError):
         )
 
 
+class ApprovalMismatchError(InputError):
+    """A tool call is not the one that was approved; it was not made."""
+
+    def __init__(self, tool: str, call_id: str) -> None:
+        """Name the tool and the call; not its arguments."""
+        super().__init__(tool, call_id)
+        self.tool = tool
+        self.call_id = call_id
+
+    def __str__(self) -> str:
+        """Say what may have changed it."""
+        return (
+            f"the call {self.call_id!r} of tool {self.tool!r} is not what was approved, and was "
+            "not made; ask a model in another node than the one that runs its tools, so that what "
+            "it has said is stored before anybody is asked"
+        )
+
+
+class MissingContextError(InputError):
+    """A task needs something that its runner was not given."""
+
+    def __init__(self, task: str, key: str) -> None:
+        """Name the task and the key."""
+        super().__init__(task, key)
+        self.task = task
+        self.key = key
+
+    def __str__(self) -> str:
+        """Say where to give it."""
+        return (
+            f"task {self.task!r} needs {self.key!r} in its context, which is not stored with a "
+            f"run; give it to execute(context={{{self.key!r}: ...}})"
+        )
+
+
 class SupersededError(InputError):
     """The request is gone: its run was cancelled or has moved past it."""
 
@@ -686,6 +741,27 @@ class AttemptsExhaustedError(RunError):
         return (
             f"run {self.run_id!r} made no durable progress in {self.attempts} attempts; "
             "its worker probably dies in the same node each time"
+        )
+
+
+class BudgetExceededError(RunError):
+    """A run, or its thread, has used what it may; the next call was not made."""
+
+    def __init__(self, run_id: str, scope: str, limit: str, used: float, allowed: float) -> None:
+        """Name the run, whose budget it is, what is limited, and how much of it was used."""
+        super().__init__(run_id, scope, limit, used, allowed)
+        self.run_id = run_id
+        self.scope = scope
+        self.limit = limit
+        self.used = used
+        self.allowed = allowed
+
+    def __str__(self) -> str:
+        """Say how much, and how to go on."""
+        return (
+            f"run {self.run_id!r} is stopped: its {self.scope} has used {self.used:g} of "
+            f"{self.allowed:g} {self.limit}; raise the budget where the graph is registered and "
+            'requeue the run, or let it ask for more with on_exceeded="ask"'
         )
 
 

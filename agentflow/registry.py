@@ -11,6 +11,7 @@ from typing import Any
 from langgraph.graph import StateGraph
 from langgraph.pregel import Pregel
 
+from agentflow.budgets import Budget
 from agentflow.checkpoint import Retention
 from agentflow.drive import RegisteredGraph, check_nodes
 from agentflow.errors import InvalidInputError, UnknownGraphError
@@ -51,6 +52,7 @@ class Registry:
         node_timeout: Mapping[str, Duration] | None,
         node_version: Mapping[str, str] | None,
         queue: str,
+        budgets: tuple[Budget, ...],
         context: Callable[[Run], Any] | None,
         input_schema: Any,
         retention: Retention | None,
@@ -78,6 +80,7 @@ class Registry:
             name=name,
             version=version,
             queue=queue,
+            budgets=budgets,
             retry=RetryPolicy.of(retry),
             node_retry={node: RetryPolicy.of(each) for node, each in (node_retry or {}).items()},
             node_timeouts={

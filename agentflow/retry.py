@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol, get_args
 
 from agentflow.errors import (
     AttemptsExhaustedError,
+    BudgetExceededError,
     CodecError,
     ConfigError,
     EffectConflictError,
@@ -18,6 +19,7 @@ from agentflow.errors import (
     InvalidInputError,
     NonDeterministicNodeError,
 )
+from agentflow.responses import is_refused, retry_after
 from agentflow.types import Duration, to_timedelta
 
 RetryOn = type[Exception] | Sequence[type[Exception]] | Callable[[Exception], bool]
@@ -27,6 +29,7 @@ OnExhausted = Literal["dead_letter", "pause"]
 _LIMIT = timedelta(seconds=60)
 _SETTLED = (
     AttemptsExhaustedError,
+    BudgetExceededError,
     EffectConflictError,
     EffectInDoubtError,
     NonDeterministicNodeError,
@@ -72,7 +75,8 @@ def retry_on_default(error: Exception) -> bool:
     """Retry everything but what cannot become better by itself.
 
     Errors of configuration, input and encoding, and those that point at a defect in the code
-    (`TypeError`, `AttributeError`, `NameError`, `SyntaxError`, `NotImplementedError`), give up.
+    (`TypeError`, `AttributeError`, `NameError`, `SyntaxError`, `NotImplementedError`), give up. So
+    do errors of HTTP clients that have the `status_code` of a request which is wrong in itself.
     """
     hopeless = (
         ConfigError,
@@ -84,7 +88,7 @@ def retry_on_default(error: Exception) -> bool:
         SyntaxError,
         NotImplementedError,
     )
-    return not isinstance(error, hopeless)
+    return not isinstance(error, hopeless) and not is_refused(error)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,7 +244,8 @@ def decide(
         return GiveUp("not_retryable")
     if attempt >= policy.max_attempts:
         return GiveUp("exhausted")
-    return Retry(backoff(policy, attempt, rand=rand))
+    wait = backoff(policy, attempt, rand=rand)
+    return Retry(max(wait, retry_after(error) or wait))
 
 
 def backoff(

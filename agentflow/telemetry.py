@@ -8,12 +8,15 @@ and no span stays open while it waits.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
 
 from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.outputs import LLMResult
 from opentelemetry import context, propagate, trace
 from opentelemetry.trace import Link, Span, SpanKind, Status, StatusCode
 
@@ -27,6 +30,8 @@ SPAN_DECIDE = "agentflow.approval.decide"
 GEN_AI_OPERATION = "gen_ai.operation.name"
 GEN_AI_WORKFLOW = "gen_ai.workflow.name"
 GEN_AI_CONVERSATION = "gen_ai.conversation.id"
+GEN_AI_INPUT_TOKENS = "gen_ai.usage.input_tokens"
+GEN_AI_OUTPUT_TOKENS = "gen_ai.usage.output_tokens"
 ERROR_TYPE = "error.type"
 RUN_ID = "agentflow.run.id"
 RUN_STATUS = "agentflow.run.status"
@@ -46,6 +51,13 @@ APPROVAL_ID = "agentflow.approval.id"
 APPROVAL_OUTCOME = "agentflow.approval.outcome"
 APPROVAL_WAIT = "agentflow.approval.wait_s"
 LINK_TYPE = "agentflow.link.type"
+EVENT_BUDGET = "agentflow.budget.warning"
+BUDGET_SCOPE = "agentflow.budget.scope"
+BUDGET_LIMIT = "agentflow.budget.limit"
+BUDGET_SHARE = "agentflow.budget.share"
+
+_USED = {"input_tokens": GEN_AI_INPUT_TOKENS, "output_tokens": GEN_AI_OUTPUT_TOKENS}
+"""What LangChain calls it, and what OpenTelemetry does."""
 
 
 def _tracer() -> trace.Tracer:
@@ -91,6 +103,13 @@ def segment_span(claimed: ClaimedRun) -> Iterator[Span]:
         set_status_on_exception=False,
     ) as span:
         yield span
+
+
+def note_budget(scope: str, limit: str, share: float) -> None:
+    """Note on the current span that a budget is nearly used up."""
+    trace.get_current_span().add_event(
+        EVENT_BUDGET, {BUDGET_SCOPE: scope, BUDGET_LIMIT: limit, BUDGET_SHARE: share}
+    )
 
 
 def fail_span(span: Span, error_type: str) -> None:
@@ -148,6 +167,15 @@ def node_of(
     return node if is_node else None
 
 
+@dataclass(slots=True)
+class _Node:
+    """A call of a node, as long as it lasts."""
+
+    span: Span
+    ns: str
+    used: Counter[str] = field(default_factory=Counter)
+
+
 class NodeSpans(BaseCallbackHandler):
     """Makes one span for each node call, from LangChain's callbacks."""
 
@@ -158,7 +186,9 @@ class NodeSpans(BaseCallbackHandler):
         """Make node spans children of `parent`, the segment."""
         self._run_id = run_id
         self._context = trace.set_span_in_context(parent, context.Context())
-        self._spans: dict[UUID, Span] = {}
+        self._nodes: dict[UUID, _Node] = {}
+        self._models: dict[UUID, _Node] = {}
+        """The nodes of calls of models that have not ended."""
 
     def on_chain_start(
         self,
@@ -177,27 +207,56 @@ class NodeSpans(BaseCallbackHandler):
         node = node_of(tags, metadata, kwargs.get("name"))
         if node is None:
             return
-        self._spans[run_id] = _tracer().start_span(
+        ns = meta.get("langgraph_checkpoint_ns", "")
+        span = _tracer().start_span(
             SPAN_NODE,
             context=self._context,
             attributes={
                 RUN_ID: self._run_id,
                 NODE: node,
                 STEP: meta.get("langgraph_step", 0),
-                CHECKPOINT_NS: meta.get("langgraph_checkpoint_ns", ""),
+                CHECKPOINT_NS: ns,
             },
         )
+        self._nodes[run_id] = _Node(span, ns)
+
+    def on_chat_model_start(
+        self, *args: Any, run_id: UUID, metadata: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Note in which node a model is called."""
+        del args, kwargs
+        ns = (metadata or {}).get("langgraph_checkpoint_ns", "")
+        for node in list(self._nodes.values()):  # nodes in threads come and go meanwhile
+            if node.ns == ns:
+                self._models[run_id] = node
+
+    def on_llm_end(self, response: LLMResult, *, run_id: UUID, **kwargs: Any) -> None:
+        """Add what a call of a model has used to the span of its node."""
+        del kwargs
+        if (node := self._models.pop(run_id, None)) is None:
+            return
+        for choices in response.generations:
+            for choice in choices:
+                used = getattr(getattr(choice, "message", None), "usage_metadata", None) or {}
+                node.used.update({name: used.get(name, 0) for name in _USED})
+        for name, attribute in _USED.items():
+            node.span.set_attribute(attribute, node.used[name])
+
+    def on_llm_error(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> None:
+        """Forget a call that has failed."""
+        del error, kwargs
+        self._models.pop(run_id, None)
 
     def on_chain_end(self, outputs: Any, *, run_id: UUID, **kwargs: Any) -> None:
         """End the node's span."""
         del outputs, kwargs
-        if (span := self._spans.pop(run_id, None)) is not None:
-            span.end()
+        if (node := self._nodes.pop(run_id, None)) is not None:
+            node.span.end()
 
     def on_chain_error(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> None:
         """End the node's span as failed; an interrupt is not a failure."""
         del kwargs
-        if (span := self._spans.pop(run_id, None)) is not None:
+        if (node := self._nodes.pop(run_id, None)) is not None:
             if isinstance(error, Exception) and type(error).__name__ != "GraphInterrupt":
-                fail_span(span, type(error).__name__)
-            span.end()
+                fail_span(node.span, type(error).__name__)
+            node.span.end()

@@ -298,7 +298,7 @@ class NewWait:
     """A question found in a parked thread, on its way into the run store."""
 
     wait_id: str
-    kind: Literal["approval", "effect"]
+    kind: Literal["approval", "budget", "effect"]
     """`effect`: whether an effect in doubt happened; its `interrupt_id` names that call."""
     ns: str
     task_id: str

@@ -29,6 +29,10 @@ _VERSIONS = "tests/integration/test_versions.py"
 _VALUES = "tests/unit/test_serializer.py"
 _RETRY = "tests/unit/test_retry.py"
 _INPUTS = "tests/unit/test_inputs.py"
+_TASKS = "tests/integration/test_tasks.py"
+_TASK_GRAPH = "tests/unit/test_task_graph.py"
+_TASK_KILLS = "tests/fault/test_task_kills.py"
+_AGENT_KILLS = "tests/fault/test_agent_kills.py"
 
 REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
     "S0-1": (
@@ -64,6 +68,46 @@ REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
         f"{_VERSIONS}::test_policy_of_the_graph_and_of_the_kind_of_change_decides",
         f"{_VERSIONS}::test_refused_run_is_paused_told_by_doctor_and_goes_on_when_resumed",
         f"{_DEPLOYS}::test_migration_goes_on_wherever_its_process_is_killed",
+    ),
+    "S1-1": (
+        f"{_TASKS}::test_snapshot_is_names_to_results_as_json_during_a_run_and_after_it",
+        f"{_TASKS}::test_snapshot_is_a_copy",
+    ),
+    "S1-2": (f"{_TASK_GRAPH}::test_any_graph_with_any_snapshot_ends_as_the_model_says",),
+    "S1-3": (f"{_TASK_GRAPH}::test_any_graph_with_any_snapshot_ends_as_the_model_says",),
+    "S1-4": (
+        f"{_TASK_GRAPH}::test_any_graph_with_any_snapshot_ends_as_the_model_says",
+        f"{_TASK_GRAPH}::test_snapshot_of_any_moment_leads_to_the_same_end",
+        f"{_TASK_KILLS}::test_snapshot_of_every_moment_leads_another_process_to_the_same_end",
+    ),
+    "S1-5": (
+        f"{_TASKS}::test_what_has_not_succeeded_is_evaluated_again",
+        f"{_TASKS}::test_cancelled_run_says_so_of_what_has_no_result_and_is_evaluated_again",
+        f"{_TASKS}::test_failure_that_may_be_passed_is_passed_after_hydration_too",
+    ),
+    "S1-6": (
+        f"{_TASKS}::test_snapshot_is_names_to_results_as_json_during_a_run_and_after_it",
+        f"{_TASK_GRAPH}::test_what_is_no_snapshot_is_refused_by_place",
+        f"{_TASKS}::test_result_that_json_cannot_hold_is_a_failure_by_name",
+    ),
+    "S1-7": (
+        f"{_TASKS}::test_context_may_be_anything_and_is_not_stored",
+        f"{_TASKS}::test_run_stops_at_a_context_that_is_missing_and_goes_on_with_it",
+    ),
+    "S1-8": (f"{_TASKS}::test_nothing_is_begun_without_the_context_that_a_task_names",),
+    "S1-9": (
+        f"{_TASK_KILLS}::test_tasks_that_had_succeeded_before_a_kill_are_not_run_again",
+        f"{_TASKS}::test_deploy_in_the_middle_goes_on_with_the_new_code",
+        f"{_TASKS}::test_paused_run_goes_on_by_its_id",
+    ),
+    "S1-10": (f"{_AGENT_KILLS}::test_calls_whose_outcome_is_durable_are_not_made_again",),
+    "S1-11": (
+        f"{_TASK_KILLS}::test_effect_of_a_task_that_was_killed_behind_it_does_not_happen_again",
+    ),
+    "S1-12": (f"{_TASKS}::test_store_that_fails_in_the_middle_costs_no_finished_task",),
+    "S1-13": (
+        f"{_TASKS}::test_result_of_a_task_that_is_no_more_is_carried_along_with_a_warning",
+        f"{_TASKS}::test_task_that_the_snapshot_does_not_know_is_run",
     ),
     "S2-1": (f"{_RUNS}::test_result_is_there_for_another_process",),
     "S2-4": (

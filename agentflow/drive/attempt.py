@@ -28,9 +28,10 @@ from langgraph.pregel import Pregel
 from langgraph.types import Command, StateSnapshot
 from opentelemetry.trace import Span
 
+from agentflow.budgets import Meter, OverBudget, metering
 from agentflow.checkpoint import Saver
 from agentflow.control import AttemptControl
-from agentflow.drive import doubts, failures
+from agentflow.drive import allowances, doubts, failures
 from agentflow.drive.compatibility import (
     DIGEST,
     Compatibility,
@@ -72,7 +73,7 @@ from agentflow.telemetry import (
     is_traced,
     traceparent,
 )
-from agentflow.types import Approval, AttemptStart, ClaimedRun, Lease
+from agentflow.types import Approval, AttemptStart, ClaimedRun, Lease, NewWait
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +129,8 @@ class Attempt:
             is_fresh=claimed.run.root_id is None and claimed.run.claims <= 1,
             codec=store.codec,
         )
+        budgets = registered.budgets
+        self._meter = Meter(store, claimed.run, budgets) if budgets else None
         self._gate = Gate(control, registered.time_limits(), self._journal.places)
         self._shift = claimed.run.effect_shift
         self._compatibility = Compatibility(store, saver, registered, claimed.run.tenant)
@@ -143,7 +146,7 @@ class Attempt:
     async def run(self, span: Span) -> None:
         """Work, and settle the outcome."""
         try:
-            with recording(self._journal):
+            with recording(self._journal), metering(self._meter):
                 async with asyncio.TaskGroup() as group:
                     task = group.create_task(self._work(span))
                     self._control.attach(task)
@@ -173,6 +176,7 @@ class Attempt:
         config = self._config(span)
         before = await self._beginning(config)
         waits = await self._waits(before)
+        await self._begin_metering(waits)
         questions = await open_questions(self._saver, before, waits)
         self._started = started = await self._start(before, questions)
         self._control.is_isolated = started.is_isolated
@@ -205,8 +209,8 @@ class Attempt:
             await self._flush()
             await self._settle_stop(span)
             return
-        except InDoubt:
-            pass  # its journal has all of them
+        except (InDoubt, OverBudget):
+            pass  # the journal has all of them, or the meter
         await self._flush()
         await self._conclude(await self._state(config), span)
 
@@ -250,17 +254,21 @@ class Attempt:
         )
         span.set_attribute(RUN_STATUS, "failed")
 
+    async def _begin_metering(self, waits: Waits) -> None:
+        if self._meter is not None:
+            await self._meter.begin(waits.values())
+
     async def _conclude(self, after: StateSnapshot, span: Span) -> None:
         """Park or finish a run whose graph has nothing more to do."""
         _show(span, after)
         questions = await open_questions(self._saver, after, await self._waits(after))
-        if self._journal.doubts:
+        if self._stops():
             # A node that has its answer, and an effect in doubt after that, still shows the
             # question.
             questions = [each for each in questions if each.key not in self._answered]
         if any(question.key in self._answered for question in questions):
             raise RunError("the graph asks again what was answered; it did not take the answer")
-        if questions or self._journal.doubts:
+        if questions or self._stops():
             await self._park(after, questions, span)
         elif after.next:
             raise RunError(f"graph stopped before {', '.join(after.next)} without an interrupt")
@@ -421,7 +429,7 @@ class Attempt:
 
     async def _park(self, state: StateSnapshot, questions: list[Question], span: Span) -> None:
         waits = [question.to_wait() for question in questions]
-        waits += [doubts.to_wait(each, self._lease) for each in self._journal.doubts.values()]
+        waits += self._stops()
         await self._release_thread()
         await self._store.park_run(
             self._held_to_the_end(),
@@ -430,6 +438,13 @@ class Attempt:
             step=(state.metadata or {}).get("step"),
         )
         span.set_attribute(RUN_STATUS, "waiting")
+
+    def _stops(self) -> list[NewWait]:
+        """Return what stopped the attempt in the middle of a node, and waits for somebody."""
+        waits = [doubts.to_wait(each, self._lease) for each in self._journal.doubts.values()]
+        if self._meter is not None:
+            waits += [allowances.to_wait(each) for each in self._meter.asks.values()]
+        return waits
 
     async def _finish(self, state: StateSnapshot, span: Span) -> None:
         await self._release_thread()

@@ -20,8 +20,8 @@ _SCHEMA = {
     "required": ["happened"],
     "additionalProperties": False,
 }
-_ERROR = "InDoubt("
-"""How the text begins that a checkpoint has of the exception that stops an attempt."""
+_ERRORS = ("InDoubt(", "OverBudget(")
+"""How the text begins that a checkpoint has of the exceptions that stop an attempt."""
 
 
 def to_wait(effect: Effect, lease: Lease) -> NewWait:
@@ -41,8 +41,8 @@ def to_wait(effect: Effect, lease: Lease) -> NewWait:
 
 
 def is_doubt(error: Any) -> bool:
-    """Whether what a checkpoint has as the error of a task is no failure but a doubt."""
-    return str(error).startswith(_ERROR)
+    """Whether what a checkpoint has as the error of a task is no failure but a wait."""
+    return str(error).startswith(_ERRORS)
 
 
 def _request(effect: Effect, *, is_over: bool) -> ApprovalRequest:

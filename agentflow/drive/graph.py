@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from langgraph.pregel import Pregel
 from langgraph.types import TimeoutPolicy
 
+from agentflow.budgets import Budget
 from agentflow.checkpoint import Retention
 from agentflow.errors import InvalidInputError
 from agentflow.retry import RetryPolicies, RetryPolicy
@@ -35,6 +36,8 @@ class RegisteredGraph:
     """How long the threads of its runs are kept, if not as all others."""
     on_cancel: Callable[[Run], Any] | None = None
     """Called, and awaited, before a run that is being driven ends as cancelled."""
+    budgets: Sequence[Budget] = ()
+    """What its runs and their threads may use."""
     node_timeouts: Mapping[str, float] = field(default_factory=dict)
     """Seconds that a call of a node may take, by the node's name."""
     fingerprint: Fingerprint

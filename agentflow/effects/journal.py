@@ -18,6 +18,8 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, NoReturn
 
+from langgraph.errors import GraphBubbleUp
+
 from agentflow.codec import Codec
 from agentflow.control import AttemptControl
 from agentflow.effects.callers import Aside, Caller, running_loop
@@ -71,6 +73,8 @@ class Policy:
     """Asks the outside system whether the call has happened."""
     can_be_stopped: bool = True
     """Whether a call that takes too long can be cancelled; what is not async cannot."""
+    admit: Callable[[], Awaitable[None]] | None = None
+    """Raises if the call is not to be made; asked before each."""
     restore: Callable[[Any], Any] = field(default=lambda plain: plain)
     """Builds an outcome that a person gave as plain data."""
 
@@ -116,6 +120,8 @@ class _Flight:
     ended: Future[Any] = field(default_factory=Future)
     is_stopping: bool = False
     """The node was cancelled: what has not been called is not called."""
+    is_doubtful: bool = False
+    """An earlier attempt may have made the call, and it may be made again."""
 
 
 class Journal:
@@ -175,6 +181,7 @@ class Journal:
         if not is_first:
             return await asyncio.shield(asyncio.wrap_future(flight.ended))
         task = asyncio.get_running_loop().create_task(self._fly(identity, flight, policy, call))
+        task.add_done_callback(_forget)  # its node may be cancelled when it has ended already
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
@@ -259,6 +266,7 @@ class Journal:
                 if found is not None:
                     return found.outcome
             await self._flush()
+            flight.is_doubtful = effect.status is EffectStatus.INTENDED
             begun = await self._begin(flight.new, retake=effect.attempt)
         return await self._call(flight, begun.effect, policy, call)
 
@@ -268,10 +276,16 @@ class Journal:
             number += 1
             if flight.is_stopping or self._control.is_over:
                 await self._take_back(effect, number)
+            if policy.admit is not None:
+                await self._admit(flight, effect, policy.admit)
             try:
                 outcome = await self._timed(call(_context(effect, number)), effect, policy)
             except (FencedError, StoreUnavailableError):
                 raise  # of a call inside this one: nothing more is known of it
+            except GraphBubbleUp:
+                # The call asks somebody: with the answer it starts from its top, as a node does.
+                await self._leave_uncalled(effect)
+                raise
             except _Late as late:
                 return await self._after_timeout(effect, policy, str(late))
             except Exception as exc:  # noqa: BLE001 -- recorded, and raised again
@@ -283,6 +297,22 @@ class Journal:
                 await self._fail(effect, error)
                 raise error
             await asyncio.sleep(pause.total_seconds())
+
+    async def _admit(
+        self, flight: _Flight, effect: Effect, admit: Callable[[], Awaitable[None]]
+    ) -> None:
+        try:
+            await admit()
+        except BaseException:
+            # What an earlier attempt may have called stays an intent: this one knows no better.
+            if not flight.is_doubtful:
+                await self._leave_uncalled(effect)
+            raise
+
+    async def _leave_uncalled(self, effect: Effect) -> None:
+        """Note that another attempt may make the call: nothing of it has happened."""
+        await self._record(effect, Outcome(status=EffectStatus.NOT_CALLED))
+        self._keep(replace(effect, status=EffectStatus.NOT_CALLED))
 
     async def _timed(self, calling: Awaitable[Any], effect: Effect, policy: Policy) -> Any:
         if effect.timeout is None or not policy.can_be_stopped:

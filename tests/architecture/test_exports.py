@@ -26,7 +26,18 @@ EXPORTS = {
         "SweptThread",
         "open_checkpointer",
     },
-    "agentflow.nodes": {"approval_node", "llm_node", "tool_node"},
+    "agentflow.nodes": {"ToolPolicy", "approval_node", "llm_node", "tool_node"},
+    "agentflow.tasks": {
+        "StaleResultWarning",
+        "Task",
+        "TaskCall",
+        "TaskError",
+        "TaskResult",
+        "TaskRunner",
+        "TaskStatus",
+        "UnknownTaskWarning",
+        "read_snapshot",
+    },
 }
 
 ERRORS = {
@@ -36,6 +47,7 @@ ERRORS = {
         "MigrationRequiredError",
         "MissingDriverError",
         "UnknownGraphError",
+        "UnknownPriceError",
         "UnsupportedUrlError",
     },
     "StoreError": {
@@ -66,9 +78,16 @@ ERRORS = {
         "UnknownKeyError",
         "UnknownVersionError",
     },
-    "InputError": {"InvalidDecisionError", "InvalidInputError", "SupersededError"},
+    "InputError": {
+        "ApprovalMismatchError",
+        "InvalidDecisionError",
+        "InvalidInputError",
+        "MissingContextError",
+        "SupersededError",
+    },
     "RunError": {
         "AttemptsExhaustedError",
+        "BudgetExceededError",
         "DeadlineExceededError",
         "EffectFailedError",
         "EffectInDoubtError",

@@ -6,17 +6,13 @@ client makes of tool calls, usage and chunks can be compared with the scripted m
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pytest
 from langchain_core.language_models import BaseChatModel
-from langchain_core.messages import AIMessage, AIMessageChunk, convert_to_messages
+from langchain_core.messages import AIMessage
 from langchain_openai import ChatOpenAI
 
 from agentflow import AgentFlow
@@ -28,113 +24,19 @@ from examples.refunds.ledger import Ledger
 from examples.refunds.script import answer, chat_model
 from examples.refunds.services import Server, Services
 from examples.refunds.shop import Case, read_cases
+from tests.openai_server import OpenAIServer, serving
 
 CASES = {case.ticket["id"]: case for case in read_cases()}
 PAID_AT_ONCE, HELD, WITHOUT_ORDER = CASES["T-1001"], CASES["T-1015"], CASES["T-1022"]
 
 
-class OpenAIServer(ThreadingHTTPServer):
-    """Speaks enough of the OpenAI API for a chat model, and keeps what it was asked."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        self.requests: list[dict[str, Any]] = []
-        super().__init__(("127.0.0.1", 0), partial(OpenAIHandler, self.requests))
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/v1"
-
-
-class OpenAIHandler(BaseHTTPRequestHandler):
-    def __init__(self, requests: list[dict[str, Any]], *args: Any) -> None:
-        self._requests = requests
-        super().__init__(*args)
-
-    def do_POST(self) -> None:
-        assert self.path == "/v1/chat/completions"
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self._requests.append(body)
-        model = ScriptedChatModel(script=answer).bind_tools(body.get("tools", []))
-        messages = convert_to_messages(body["messages"])
-        if body.get("stream"):
-            events = [_chunk(chunk) for chunk in model.stream(messages)]
-            lines = [f"data: {json.dumps(event)}\n\n" for event in events]
-            self._reply("text/event-stream", "".join([*lines, "data: [DONE]\n\n"]))
-        else:
-            self._reply("application/json", json.dumps(_completion(model.invoke(messages))))
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Stay silent."""
-
-    def _reply(self, content_type: str, text: str) -> None:
-        content = text.encode()
-        self.send_response(200)
-        self.send_header("Content-Type", content_type)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-
-def _completion(message: Any) -> dict[str, Any]:
-    calls = [
-        {
-            "id": call["id"],
-            "type": "function",
-            "function": {"name": call["name"], "arguments": json.dumps(call["args"])},
-        }
-        for call in message.tool_calls
-    ]
-    spoken = {"role": "assistant", "content": message.text or None}
-    choice = {
-        "index": 0,
-        "message": spoken | ({"tool_calls": calls} if calls else {}),
-        "finish_reason": "tool_calls" if calls else "stop",
-    }
-    return {**_head("chat.completion"), "choices": [choice], "usage": _usage(message)}
-
-
-def _chunk(chunk: Any) -> dict[str, Any]:
-    calls = [
-        {
-            "index": piece["index"],
-            "type": "function",
-            "function": {"name": piece["name"], "arguments": piece["args"]},
-        }
-        | ({"id": piece["id"]} if piece["id"] else {})
-        for piece in chunk.tool_call_chunks
-    ]
-    event = _head("chat.completion.chunk")
-    if chunk.usage_metadata:  # the last event of a stream holds the usage, and no choice
-        return {**event, "choices": [], "usage": _usage(chunk)}
-    delta = {"role": "assistant", "content": chunk.text} | ({"tool_calls": calls} if calls else {})
-    return {**event, "choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
-
-
-def _head(kind: str) -> dict[str, Any]:
-    return {"id": "chatcmpl-1", "object": kind, "created": 1_700_000_000, "model": "scripted"}
-
-
-def _usage(message: AIMessage | AIMessageChunk) -> dict[str, int]:
-    usage = message.usage_metadata
-    assert usage is not None
-    return {
-        "prompt_tokens": usage["input_tokens"],
-        "completion_tokens": usage["output_tokens"],
-        "total_tokens": usage["total_tokens"],
-    }
-
-
 @pytest.fixture
 def openai_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[OpenAIServer]:
-    with OpenAIServer() as server:
-        Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+    with serving(answer) as server:
         monkeypatch.setenv("AGENTFLOW_MODEL", "openai:scripted")
         monkeypatch.setenv("OPENAI_BASE_URL", server.url)
         monkeypatch.setenv("OPENAI_API_KEY", "none")
         yield server
-        server.shutdown()
 
 
 @pytest.fixture
