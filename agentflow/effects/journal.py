@@ -170,6 +170,8 @@ class Journal:
             InDoubt: It is in doubt, and a person is to be asked.
             LeaseLostError: The attempt is over; nothing was called.
         """
+        if (recorded := self._recorded(new)) is not None:
+            return _outcome(recorded, policy)
         identity = (new.scope, new.key)
         flight, is_first = self._board(identity, new)
         if not is_first:
@@ -250,8 +252,7 @@ class Journal:
                 begun = await self._begin(flight.new)
                 continue
             if effect.status is EffectStatus.SUCCEEDED:
-                is_plain = effect.resolved_by not in {None, CHECK}
-                return policy.restore(effect.outcome) if is_plain else effect.outcome
+                return _outcome(effect, policy)
             if effect.status is EffectStatus.FAILED and not _is_worth(effect, policy):
                 raise rebuild(effect)
             if effect.status is EffectStatus.INTENDED:
@@ -379,6 +380,15 @@ class Journal:
         _check_same(effect.name, effect.arguments, new)
         return Begun(effect=effect, is_due=False)
 
+    def _recorded(self, new: NewEffect) -> Effect | None:
+        """Return an effect that has succeeded, if that is known here."""
+        effect = None if self._known is None else self._known.get((new.scope, new.key))
+        if effect is None or effect.status is not EffectStatus.SUCCEEDED:
+            return None
+        self._control.check()
+        _check_same(effect.name, effect.arguments, new)
+        return effect
+
     def _keep(self, effect: Effect) -> None:
         if self._known is not None and effect.scope == self.root:
             self._known[effect.scope, effect.key] = effect
@@ -404,6 +414,8 @@ class Journal:
 
         The rest happens on the attempt's event loop, or, if the caller blocks that, on another.
         """
+        if (recorded := self._recorded(new)) is not None:
+            return _outcome(recorded, policy)
         with self._lock:
             flight = self._flights.get((new.scope, new.key))
         running = running_loop()
@@ -480,11 +492,18 @@ def _context(effect: Effect, number: int) -> EffectContext:
 
 
 def _check_same(name: str, arguments: Any, new: NewEffect) -> None:
+    if name == new.name and arguments is new.arguments:
+        return
     differs = differences(arguments, new.arguments, "")
     if name != new.name:
         differs = ["function", *differs]
     if differs:
         raise EffectConflictError(new.name, "run" if new.scope else "", tuple(differs[:5]))
+
+
+def _outcome(effect: Effect, policy: Policy) -> Any:
+    is_plain = effect.resolved_by not in {None, CHECK}
+    return policy.restore(effect.outcome) if is_plain else effect.outcome
 
 
 def _is_worth(effect: Effect, policy: Policy) -> bool:
