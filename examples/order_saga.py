@@ -56,14 +56,14 @@ def build_graph(shop: Shop) -> StateGraph[Any, None, Any, Any]:
     async def charge(price: int) -> str:
         return shop.note(f"charged {price}")
 
-    async def reserve_node(order: Order) -> dict[str, Any]:
-        return {"log": [await reserve(order["item"])]}
+    async def reserve_node(state: Order) -> dict[str, Any]:
+        return {"log": [await reserve(state["item"])]}
 
-    async def charge_node(order: Order) -> dict[str, Any]:
-        return {"log": [await charge(order["price"])]}
+    async def charge_node(state: Order) -> dict[str, Any]:
+        return {"log": [await charge(state["price"])]}
 
-    async def ship_node(order: Order) -> dict[str, Any]:
-        raise OutOfStockError(order["item"])
+    async def ship_node(state: Order) -> dict[str, Any]:
+        raise OutOfStockError(state["item"])
 
     graph: StateGraph[Any, None, Any, Any] = StateGraph(Order)
     graph.add_node("reserve", reserve_node)
