@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.graph import StateGraph
@@ -34,10 +34,9 @@ from agentflow.effect_records import EffectRecords
 from agentflow.errors import (
     ChangeKind,
     InvalidInputError,
-    RunCancelledError,
-    RunFailedError,
     ThreadBusyError,
 )
+from agentflow.handle import RunHandle, Until
 from agentflow.inputs import check_input, check_options, check_share, member, pause_scope
 from agentflow.inspection import CheckedRun, check_run, check_runs
 from agentflow.keys import KeyRing
@@ -52,7 +51,6 @@ from agentflow.telemetry import traceparent
 from agentflow.threads import on_loop
 from agentflow.transfer import export_run, import_run
 from agentflow.types import (
-    Approval,
     AuditEvent,
     Clock,
     Duration,
@@ -78,7 +76,6 @@ _EVENT_PAGE = 100
 _FIRED_AT_ONCE = 100
 _SELDOM = 10
 """How many times longer those wait until they look who are told of what they wait for."""
-Until = Literal["ended", "parked"]
 
 
 class AgentFlow:
@@ -892,71 +889,3 @@ class AgentFlow:
             registered = registry.find(name, version)
         warn_if_redefined(registered)
         return registered
-
-
-class RunHandle:
-    """One run, by its id."""
-
-    def __init__(self, app: AgentFlow, run_id: str, thread_id: str | None) -> None:
-        """Refer to the run `run_id` of `app`."""
-        self._app = app
-        self.id = run_id
-        self.thread_id = thread_id
-
-    async def run(self) -> Run:
-        """Return the run as it stands."""
-        return await self._app.get_run(self.id)
-
-    async def wait(self, *, until: Until = "ended", timeout: Duration | None = None) -> Run:
-        """Return the run once it has ended, or parked; see `AgentFlow.wait`."""
-        return await self._app.wait(self.id, until=until, timeout=timeout)
-
-    async def result(self, *, timeout: Duration | None = None) -> Any:
-        """Return the run's output once it has succeeded.
-
-        Raises:
-            RunFailedError: It failed.
-            RunCancelledError: It was cancelled.
-            TimeoutError: It took longer than `timeout`.
-        """
-        run = await self.wait(timeout=timeout)
-        if run.status is RunStatus.CANCELLED:
-            raise RunCancelledError(run.id, run.cancel_reason)
-        if run.status is RunStatus.FAILED:
-            error = run.error
-            raise RunFailedError(
-                run.id,
-                error.type if error else "unknown",
-                error.node if error else None,
-                error.attempt if error else run.attempt,
-            )
-        return run.output
-
-    async def status(self) -> RunStatus:
-        """Return the run's status."""
-        return (await self.run()).status
-
-    async def state(self) -> StateSnapshot:
-        """Return the state of the run's thread, as LangGraph shows it."""
-        return await self._app.state(self.id)
-
-    async def approvals(self) -> tuple[Approval, ...]:
-        """Return the run's pending approvals, oldest first."""
-        page = await self._app.approvals.list(run_id=self.id, limit=1000)
-        return page.items
-
-    async def cancel(self, *, reason: str | None = None, by: str | None = None) -> Run:
-        """Cancel the run; see `AgentFlow.cancel`."""
-        return await self._app.cancel(self.id, reason=reason, by=by)
-
-    async def pause(self, *, reason: str | None = None, by: str | None = None) -> Run:
-        """Pause the run; see `AgentFlow.pause_run`."""
-        return await self._app.pause_run(self.id, reason=reason, by=by)
-
-    async def resume(self, *, by: str | None = None) -> Run:
-        """Let the paused run go on; see `AgentFlow.resume_run`."""
-        return await self._app.resume_run(self.id, by=by)
-
-    def __repr__(self) -> str:
-        """Show the id."""
-        return f"RunHandle({self.id!r})"

@@ -355,6 +355,8 @@ class _Carrier:
             await self._refuse_inside(node, old_id)
             found = [(c, v) for writer, c, v in head.pending_writes or () if writer == old_id]
             task = tasks.get(key)
+            if task is None and not found and self._is_deferred(key[0]):
+                continue  # it has been triggered, and waits until all others have finished
             if task is None:
                 raise TransformationError(f"the task of node {node!r} cannot be carried over")
             carried, asked = self._carried(found, task, node, old_id, asks_again=asks_again)
@@ -373,6 +375,9 @@ class _Carrier:
             sort_keys=True,
         )
         return _Plan(head.config, made, cast("CheckpointMetadata", metadata), writes)
+
+    def _is_deferred(self, node: str) -> bool:
+        return bool(self._registered.fingerprint.graph["nodes"][node].get("deferred"))
 
     def _carried(
         self,

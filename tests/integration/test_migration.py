@@ -161,6 +161,28 @@ async def test_what_was_sent_is_carried_over(app: AgentFlow) -> None:
     assert called == ["left", "left", "ask", "join"]
 
 
+async def test_node_that_is_deferred_until_the_answer_is_carried_over(app: AgentFlow) -> None:
+    def deferred(asker: str, schema: Any) -> Any:
+        builder: Any = StateGraph(schema)
+        for name in ("left", asker):
+            builder.add_node(name, graph(asker, schema).builder.nodes[name].runnable)
+            builder.add_edge(START, name)
+            builder.add_edge(name, "late")
+        builder.add_node("late", lambda _: {"log": ["late"]}, defer=True)
+        return builder.compile()
+
+    app._registry.graphs.clear()
+    app.register(deferred("ask", Old), name="g")
+    run_id = await waiting(app)
+    app.register(deferred("manager", New), name="g", version="2")
+    app.migration("g", from_="1", to="2", nodes={"ask": "manager"}, channels={"amount": "cents"})(
+        to_cents
+    )
+    assert (await app.migrate_run(run_id)).status is RunStatus.WAITING
+    assert (await finish(app, run_id))[-1] == "late"
+    assert called == ["left", "ask"]
+
+
 async def test_migrations_follow_each_other_and_the_old_checkpoint_stays(app: AgentFlow) -> None:
     run_id = await waiting(app)
     second(app)
