@@ -251,7 +251,10 @@ _LEAST_TOKEN = sa.select(sa.func.coalesce(sa.func.max(epochs.c.token), 0)).scala
 @cache
 def _lock_thread(dialect: str) -> Prepared:
     """Return the statement that makes or locks the row of a thread."""
-    named: dict[str, Any] = {"tenant": sa.bindparam("of_tenant"), "thread_id": sa.bindparam("of_thread")}
+    named: dict[str, Any] = {
+        "tenant": sa.bindparam("of_tenant"),
+        "thread_id": sa.bindparam("of_thread"),
+    }
     return Prepared(
         insert_of(dialect, leases)
         .values({**named, "token": _LEAST_TOKEN})
