@@ -110,14 +110,14 @@ rows for a bare commit in a thread show how much it is.
 _RUNTIME_PROFILE = """
 A worker with fifty runs of ten steps keeps one processor busy, so that what counts is what a run
 takes of it. LangGraph alone, with its checkpointer in memory, made some 1,500 steps a second where
-DBOS made some 150 on PostgreSQL; twice DBOS is far below that ceiling. Of a run of ten steps, in
-milliseconds of the processor on PostgreSQL:
+DBOS made some 150 on PostgreSQL; twice DBOS is far below that ceiling. Of a run of ten steps on
+PostgreSQL, in milliseconds of the processor, by thread:
 
-| part | ms at first | ms now |
+| thread | at first | now |
 |---|---|---|
-| the event loop: LangGraph (7 to 8), serializing, the worker, whoever waits for results | 13.5 | 12.5 |
-| the writer's thread: checkpoints (4), and the run store's verbs | 15 | 7.5 |
-| readers: the thread before and after, the run for whoever waits | 7.5 | 2 |
+| the event loop: LangGraph (7), serializing, the worker, whoever waits for results | 11.7 | 13.1 |
+| the writer: checkpoints, and the run store's verbs | 12.8 | 7.4 |
+| readers: the thread before and after, the run for whoever waits | 5.5 | 2.1 |
 
 The way from a submission to the first node on PostgreSQL, with nothing else to do, in milliseconds:
 
@@ -133,15 +133,15 @@ The way from a submission to the first node on PostgreSQL, with nothing else to 
 | two checkpoints, that of the input and the first | 2.7 | 2 | 3 |
 | the node is called | 0.6 | | |
 
-That is six commits one after the other, of about 0.7 ms, each with two changes of threads, of
+That is six commits one after the other, of 0.7 ms and more, each with two changes of threads, of
 about 0.2 ms. DBOS's `send` and `recv` are two commits. A decision is the same way, with the wait
 resolved instead of a run stored (3.3 ms) and the thread and its questions read (2.6 ms).
 
 Designs that were tried:
 
-- **Statements compiled once and run on the bare driver** (kept). Through SQLAlchemy Core a
-  statement took the processor 0.35 ms, of which describing a result of 47 columns was 0.2 ms; it
-  takes 0.1 ms now. A run has some 20.
+- **Statements compiled once and run on the bare driver** (kept). Reading the 47 columns of a run
+  through SQLAlchemy Core took 0.4 ms of the processor; it takes 0.17 ms. A run had some 20
+  statements of that kind.
 - **Fewer statements** (kept): the clock's time as a column of what is locked; expired runs only
   looked for if there are any; a thread locked and its token raised at once; a run and its events in
   one statement; taking a thread in one.
