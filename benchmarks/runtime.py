@@ -354,7 +354,7 @@ async def _plan(app: AgentFlow) -> list[str]:
     execute = Prepared.execute
 
     def noted(statement: Prepared, on: Any, parameters: Any) -> Any:
-        compiled = statement.compiled("postgresql")
+        compiled = statement.compiled(on)
         if "SKIP LOCKED" in compiled.text and "'queued'" in compiled.text:
             asked.append((f"EXPLAIN {compiled.text}", compiled.bind(parameters)))
         return execute(statement, on, parameters)

@@ -65,15 +65,14 @@ class Prepared:
 
     def execute(self, on: On, parameters: Parameters) -> tuple[_Compiled, Any]:
         """Run the statement; return it as it was run, and the driver's cursor on what came back."""
-        if isinstance(on, Session):
-            compiled, cursor = self.compiled(on.dialect), on.cursor
-        else:
-            compiled, cursor = self.compiled(on.dialect.name), _cursor(on)
+        compiled = self.compiled(on)
+        cursor = on.cursor if isinstance(on, Session) else _cursor(on)
         cursor.execute(compiled.text, compiled.bind(parameters))
         return compiled, cursor
 
-    def compiled(self, dialect: str) -> _Compiled:
-        """Return the statement in a database's own words."""
+    def compiled(self, on: On) -> _Compiled:
+        """Return the statement in the words of the database that `on` is connected to."""
+        dialect = on.dialect if isinstance(on, Session) else on.dialect.name
         compiled = self._compiled.get(dialect)
         if compiled is None:
             compiled = self._compiled[dialect] = _compile(self._statement, _DIALECTS[dialect])

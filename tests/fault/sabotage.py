@@ -30,7 +30,7 @@ from agentflow.checkpoint import Saver
 from agentflow.checkpoint.planning import Planned, PlannedWrites, ThreadPlan
 from agentflow.checkpoint.rows import Rows
 from agentflow.checkpoint.sql import PostgresRows, SqliteRows
-from agentflow.database.prepared import Prepared
+from agentflow.database.prepared import On, Prepared
 from agentflow.database.session import Session
 from agentflow.database.writer import Call, GroupCommitWriter, Operation
 from agentflow.failpoints import arm, instrument, points, transitions
@@ -209,10 +209,8 @@ class Sabotage:
     ) -> None:
         self._note(statement)
 
-    def _prepared(
-        self, statement: Prepared, connection: sa.Connection, _parameters: object
-    ) -> None:
-        self._note(statement.compiled(connection.dialect.name).text)
+    def _prepared(self, statement: Prepared, on: On, _parameters: object) -> None:
+        self._note(statement.compiled(on).text)
 
     def _note(self, statement: str) -> None:
         if threading.get_ident() == self._writer:

@@ -83,7 +83,7 @@ def test_what_workers_ask_again_and_again_is_found_by_an_index(
     execute = Prepared.execute
 
     def noted(statement: Prepared, on: Connection, parameters: Any) -> Any:
-        compiled = statement.compiled(on.dialect.name)
+        compiled = statement.compiled(on)
         asked.append((compiled.text, compiled.bind(parameters)))
         return execute(statement, on, parameters)
 

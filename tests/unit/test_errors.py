@@ -19,6 +19,7 @@ SAMPLES: dict[str, Any] = {
     "str | None": "fact",
     "int": 7,
     "int | None": 7,
+    "float": 7.5,
     "Outcome": "not_written",
     "tuple[str, ...]": ("fact", "other"),
     "tuple[tuple[ChangeKind, str], ...]": (("code_changed", "fact"),),
