@@ -7,7 +7,7 @@ from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import Checkpoint, CheckpointTuple, empty_checkpoint
 
 from agentflow.checkpoint import Saver
-from agentflow.checkpoint.sql import SqlRows
+from agentflow.checkpoint.sql.rows import SqlRows
 from agentflow.types import FencingToken, Lease, new_id
 
 AT: RunnableConfig = {"configurable": {"thread_id": "t", "checkpoint_ns": ""}}
