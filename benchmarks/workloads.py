@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
-from benchmarks import effects, growth, retention, runtime, speed, verification
+from benchmarks import effects, fingerprints, growth, retention, runtime, speed, verification
 from benchmarks.lab import Lab
 from benchmarks.results import Result
 
@@ -34,6 +34,7 @@ WORKLOADS: Mapping[str, Workload] = {
     "encryption": Workload(speed.encryption, needs_postgres=True),
     "sync-api": Workload(speed.sync_api, needs_postgres=True),
     "verify": Workload(verification.verify),
+    "fingerprint": Workload(fingerprints.fingerprint),
     "runtime-steps": Workload(runtime.steps, needs_postgres=True),
     "runtime-latency": Workload(runtime.latency, needs_postgres=True),
     "runtime-expiry": Workload(runtime.expiry, needs_postgres=True),

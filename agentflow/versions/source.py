@@ -52,11 +52,22 @@ def digest(text: str) -> str:
 
 
 @dataclass(slots=True)
+class _Function:
+    """What was read of one function, without what it calls."""
+
+    text: str
+    has_source: bool
+    names: set[str] = field(default_factory=set)
+    paths: set[str] = field(default_factory=set)
+    """Dotted names."""
+
+
+@dataclass(slots=True)
 class Sources:
     """Reads functions; each file is parsed once."""
 
     _trees: dict[str, Mapping[int, list[ast.AST]] | None] = field(default_factory=dict)
-    _texts: dict[types.CodeType, tuple[str, ast.AST] | None] = field(default_factory=dict)
+    _known: dict[types.CodeType, _Function] = field(default_factory=dict)
 
     def read(self, *found: Any) -> Code:
         """Read everything that is executed when one of these is called."""
@@ -66,29 +77,35 @@ class Sources:
         has_source = True
         for each in found:
             for function in functions_in(each):
-                text, node = self._text(function)
-                tags.append(text)
-                has_source &= node is not None or _is_foreign(function.__module__)
-                for other, of_it in self._called(function, node):
-                    tags.append(f"{other.__name__}={of_it}")
-                    names |= _names_in(self._text(other)[1])
+                own = self._read(function)
+                tags.append(own.text)
+                has_source &= own.has_source
+                for path, other in self._called(function, own):
+                    called = self._read(other)
+                    tags.append(f"{path}={called.text}")
+                    names |= called.names
                     _note_main(main, other)
-                names |= _names_in(node)
+                names |= own.names
                 _note_main(main, function)
         return Code(digest("\n".join(tags)), frozenset(names), tuple(main), has_source)
 
-    def _text(self, function: types.FunctionType) -> tuple[str, ast.AST | None]:
+    def _read(self, function: types.FunctionType) -> _Function:
+        code = function.__code__
+        if code not in self._known:
+            self._known[code] = self._read_anew(function)
+        return self._known[code]
+
+    def _read_anew(self, function: types.FunctionType) -> _Function:
         code = function.__code__
         if _is_foreign(function.__module__):
-            return f"{function.__module__}:{function.__qualname__}", None
-        if code not in self._texts:
-            node = self._find(function)
-            self._texts[code] = None if node is None else (canonical(node), node)
-        known = self._texts[code]
-        if known is not None:
-            return known
-        # Without its source there is little to go by that every version of Python agrees on.
-        return f"{code.co_varnames}{code.co_names}", None
+            return _Function(f"{function.__module__}:{function.__qualname__}", has_source=True)
+        node = self._find(function)
+        if node is None:
+            # Without its source there is little to go by that every version of Python agrees on.
+            return _Function(f"{code.co_varnames}{code.co_names}", has_source=False)
+        writer = _Writer()
+        writer.write(node, is_top=True)
+        return _Function("".join(writer.parts), True, writer.names, writer.paths)
 
     def _find(self, function: types.FunctionType) -> ast.AST | None:
         """Find a function in the tree of its file."""
@@ -104,24 +121,26 @@ class Sources:
         return named[-1] if named else None
 
     def _called(
-        self, function: types.FunctionType, node: ast.AST | None
-    ) -> Iterator[tuple[types.FunctionType, str]]:
+        self, function: types.FunctionType, own: _Function
+    ) -> Iterator[tuple[str, types.FunctionType]]:
         """Yield the functions of the project that a function names, in order of their names."""
-        found: dict[str, types.FunctionType] = {}
-        for path in sorted(_paths_in(node)):
+        for path in sorted(own.paths):
             for other in functions_in(_resolve(function, path)):
                 if other.__code__ is not function.__code__ and _is_project(other, function):
-                    found[path] = other
-        for path in sorted(found):
-            yield found[path], self._text(found[path])[0]
+                    yield path, other
 
 
 def functions_in(found: Any) -> Iterator[types.FunctionType]:
     """Yield the Python functions that a callable, a runnable or a tool is made of."""
-    if isinstance(found, types.FunctionType):
-        yield found
-    for part in _parts_of(found):
-        yield from functions_in(part)
+    waiting, seen = [found], set()
+    while waiting:
+        each = waiting.pop()
+        if id(each) in seen:
+            continue  # functions that call each other
+        seen.add(id(each))
+        if isinstance(each, types.FunctionType):
+            yield each
+        waiting += reversed(_parts_of(each))
 
 
 def _parts_of(found: Any) -> list[Any]:
@@ -172,41 +191,65 @@ def _parts_of_runnable(own: Mapping[str, Any]) -> list[Any] | None:
 
 def canonical(node: Any) -> str:
     """Write a syntax tree out, the same in every version of Python that can parse it."""
-    parts: list[str] = []
-    _write(node, parts, is_top=True)
-    return "".join(parts)
+    writer = _Writer()
+    writer.write(node, is_top=True)
+    return "".join(writer.parts)
 
 
-def _write(node: Any, parts: list[str], *, is_top: bool = False) -> None:
-    if isinstance(node, ast.Constant):
-        parts.append(f"{type(node.value).__name__}:{node.value!r}")
-        return
-    if isinstance(node, list):
-        parts.append("[")
-        for each in node:
-            _write(each, parts)
+class _Writer:
+    """Writes a syntax tree out, and notes the names that it comes by."""
+
+    def __init__(self) -> None:
+        self.parts: list[str] = []
+        self.names: set[str] = set()
+        self.paths: set[str] = set()
+
+    def write(self, node: Any, *, is_top: bool = False) -> None:
+        parts = self.parts
+        if isinstance(node, ast.AST):
+            if isinstance(node, ast.Constant):
+                parts.append(f"{type(node.value).__name__}:{node.value!r}")
+            else:
+                self._write_fields(node, is_top=is_top)
+        elif isinstance(node, list):
+            parts.append("[")
+            for each in node:
+                self.write(each)
+                parts.append(",")
+            parts.append("]")
+        else:
+            parts.append(repr(node))
+
+    def _write_fields(self, node: ast.AST, *, is_top: bool) -> None:
+        parts = self.parts
+        if isinstance(node, (ast.Name, ast.Attribute)):
+            self._note(node)
+        parts.append(f"{type(node).__name__}(")
+        for name in node._fields:
+            value = getattr(node, name, None)
+            # Newer versions have fields that older ones lack; where empty, they say nothing.
+            if value is None or value == [] or name in _IGNORED:
+                continue
+            if name == "name" and is_top and isinstance(node, _FUNCTIONS):
+                continue
+            if name == "body" and isinstance(value, list):
+                value = _without_docstring(node, value)
+            if isinstance(node, ast.JoinedStr):
+                value = _merged(value)
+            parts.append(f"{name}=")
+            self.write(value)
             parts.append(",")
-        parts.append("]")
-        return
-    if not isinstance(node, ast.AST):
-        parts.append(repr(node))
-        return
-    parts.append(f"{type(node).__name__}(")
-    for name in node._fields:
-        value = getattr(node, name, None)
-        # Newer versions have fields that older ones lack: where they are empty, they say nothing.
-        if value is None or value == [] or name in _IGNORED:
-            continue
-        if name == "name" and is_top and isinstance(node, _FUNCTIONS):
-            continue
-        if name == "body" and isinstance(value, list):
-            value = _without_docstring(node, value)
-        if isinstance(node, ast.JoinedStr):
-            value = _merged(value)
-        parts.append(f"{name}=")
-        _write(value, parts)
-        parts.append(",")
-    parts.append(")")
+        parts.append(")")
+
+    def _note(self, node: ast.Name | ast.Attribute) -> None:
+        self.names.add(node.id if isinstance(node, ast.Name) else node.attr)
+        parts: list[str] = []
+        inner: ast.AST = node
+        while isinstance(inner, ast.Attribute):
+            parts.append(inner.attr)
+            inner = inner.value
+        if isinstance(inner, ast.Name):
+            self.paths.add(".".join([inner.id, *reversed(parts)]))
 
 
 def _without_docstring(node: ast.AST, body: list[Any]) -> list[Any]:
@@ -262,28 +305,6 @@ def _holds(node: ast.AST, code: types.CodeType) -> bool:
         if line is not None and column is not None and (column, end_column) != (0, 0)
     ]
     return bool(places) and all(first <= begin and end <= last for begin, end in places)
-
-
-def _names_in(node: ast.AST | None) -> set[str]:
-    if node is None:
-        return set()
-    named = {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
-    return named | {each.attr for each in ast.walk(node) if isinstance(each, ast.Attribute)}
-
-
-def _paths_in(node: ast.AST | None) -> set[str]:
-    """Return the dotted names that are read in a function."""
-    found = set()
-    for each in () if node is None else ast.walk(node):
-        if isinstance(each, (ast.Name, ast.Attribute)):
-            parts: list[str] = []
-            inner: ast.AST = each
-            while isinstance(inner, ast.Attribute):
-                parts.append(inner.attr)
-                inner = inner.value
-            if isinstance(inner, ast.Name):
-                found.add(".".join([inner.id, *reversed(parts)]))
-    return found
 
 
 def _resolve(function: types.FunctionType, path: str) -> Any:

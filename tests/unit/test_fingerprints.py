@@ -117,6 +117,21 @@ def test_functions_of_tools_and_tasks_and_methods_count(tmp_path: Path) -> None:
     assert before[2] != after[2]
 
 
+def test_functions_of_a_library_that_hold_each_other_are_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def even(state: Any) -> Any:
+        return odd(state)
+
+    def odd(state: Any) -> Any:
+        return even(state)
+
+    own = tag(even)
+    for function in (even, odd):
+        monkeypatch.setattr(function, "__module__", "langgraph.prebuilt")
+    assert tag(even) not in {own, ""}
+
+
 def test_file_is_parsed_once_for_all_its_nodes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
