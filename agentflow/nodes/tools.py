@@ -278,10 +278,10 @@ def _key(request: ToolCallRequest, messages_key: str) -> str | None:
         return None
     state = request.state
     messages = state if isinstance(state, list) else find(state, messages_key)
-    for message in reversed(messages or ()):
+    for index, message in reversed(list(enumerate(messages or ()))):
         calls = message.tool_calls if isinstance(message, AIMessage) else ()
         if any(call["id"] == call_id for call in calls):
-            return f"tool:{message.id or ''}:{call_id}"
+            return f"tool:{message.id or f'#{index}'}:{call_id}"
     return f"tool::{call_id}"
 
 
