@@ -38,6 +38,13 @@ class EffectStatus(StrEnum):
     """It was undone; it may be called."""
 
 
+CALLABLE = {EffectStatus.NOT_HAPPENED, EffectStatus.NOT_CALLED, EffectStatus.COMPENSATED}
+"""Statuses after which a call may be made without asking anybody."""
+
+CHECK = "check"
+"""Who resolves what the effect's own function has found out."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EffectFailure:
     """What a call raised."""
@@ -151,3 +158,31 @@ class Resolution:
     comment: str | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
     """For the audit event."""
+
+
+def differences(stored: Any, given: Any, path: str) -> list[str]:
+    """Return the paths at which two plain values differ, without what stands there."""
+    if isinstance(stored, Mapping) and isinstance(given, Mapping):
+        names = sorted({*stored, *given})
+        return [
+            found
+            for name in names
+            for found in (
+                differences(stored[name], given[name], f"{path}.{name}" if path else str(name))
+                if name in stored and name in given
+                else [f"{path}.{name}" if path else str(name)]
+            )
+        ]
+    if isinstance(stored, list) and isinstance(given, list) and len(stored) == len(given):
+        return [
+            found
+            for i, (one, other) in enumerate(zip(stored, given, strict=True))
+            for found in differences(one, other, f"{path}[{i}]")
+        ]
+    is_same = stored == given and isinstance(stored, bool) == isinstance(given, bool)
+    return [] if is_same else [path or "arguments"]
+
+
+def question_id(effect_id: str, attempt: int) -> str:
+    """Name the question whether this call of an effect happened."""
+    return f"{effect_id}:{attempt}"

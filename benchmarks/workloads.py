@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
-from benchmarks import growth, retention, runtime, speed, verification
+from benchmarks import effects, growth, retention, runtime, speed, verification
 from benchmarks.lab import Lab
 from benchmarks.results import Result
 
@@ -39,4 +39,6 @@ WORKLOADS: Mapping[str, Workload] = {
     "runtime-expiry": Workload(runtime.expiry, needs_postgres=True),
     "runtime-claims": Workload(runtime.claims, needs_postgres=True),
     "runtime-idle": Workload(runtime.idle, needs_postgres=True),
+    "effects": Workload(effects.speed, needs_postgres=True),
+    "effects-recorded": Workload(effects.recorded),
 }

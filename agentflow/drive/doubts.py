@@ -6,8 +6,7 @@ from typing import Any
 
 from agentflow.interrupts import proposal_hash
 from agentflow.interrupts.plain import to_plain
-from agentflow.journal import Effect
-from agentflow.storage.effects import question_id
+from agentflow.journal import Effect, question_id
 from agentflow.types import ApprovalRequest, Lease, NewWait, new_id
 
 _SHAPE = "effect"

@@ -17,16 +17,9 @@ are in `agentflow.journal`, and stored by the run store.
 from __future__ import annotations
 
 from agentflow.effects.definition import effect, effect_context, run_effect
-from agentflow.effects.journal import (
-    EffectContext,
-    Happened,
-    InDoubt,
-    Journal,
-    Policy,
-    current_journal,
-    recording,
-)
+from agentflow.effects.journal import Journal, current_journal, recording
 from agentflow.effects.places import SHIFT, Places, shift_of
+from agentflow.effects.policy import EffectContext, Happened, InDoubt, Policy
 from agentflow.effects.sagas import compensate, count_undone
 
 __all__ = [

@@ -15,19 +15,12 @@ from weakref import WeakValueDictionary
 
 from pydantic import BaseModel, TypeAdapter
 
-from agentflow.effects.journal import (
-    Call,
-    EffectContext,
-    Happened,
-    Journal,
-    Policy,
-    current_journal,
-)
+from agentflow.effects.journal import Call, Journal, current_journal
+from agentflow.effects.policy import EffectContext, Happened, Policy
 from agentflow.errors import InvalidInputError, RunError
 from agentflow.interrupts.plain import to_plain
-from agentflow.journal import GLOBAL, Effect, NewEffect, OnInDoubt, Scope
+from agentflow.journal import CHECK, GLOBAL, Effect, NewEffect, OnInDoubt, Scope
 from agentflow.retry import LangGraphRetryPolicy, RetryPolicy
-from agentflow.storage.effects import CHECK
 from agentflow.types import Duration, new_id, to_timedelta
 
 P = ParamSpec("P")

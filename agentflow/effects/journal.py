@@ -8,14 +8,12 @@ doubt about it. What stands in the journal already is returned without a call.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from typing import Any, NoReturn
 
 from langgraph.errors import GraphBubbleUp
@@ -23,8 +21,18 @@ from langgraph.errors import GraphBubbleUp
 from agentflow.codec import Codec
 from agentflow.control import AttemptControl
 from agentflow.effects.callers import Aside, Caller, running_loop
-from agentflow.effects.failures import describe, find_class, rebuild
+from agentflow.effects.failures import describe, rebuild
 from agentflow.effects.places import Places
+from agentflow.effects.policy import (
+    EffectContext,
+    Happened,
+    InDoubt,
+    Policy,
+    context_of_call,
+    is_worth_another,
+    outcome_of,
+    pause_after,
+)
 from agentflow.errors import (
     CodecError,
     EffectConflictError,
@@ -35,16 +43,17 @@ from agentflow.errors import (
     StoreUnavailableError,
 )
 from agentflow.journal import (
+    CALLABLE,
+    CHECK,
     Begun,
     Effect,
     EffectStatus,
     NewEffect,
     Outcome,
     Resolution,
+    differences,
 )
-from agentflow.retry import Retry, RetryPolicy, decide
 from agentflow.storage import RunStore
-from agentflow.storage.effects import CALLABLE, CHECK, differences
 from agentflow.types import Lease
 
 _KNOWN = 1000
@@ -53,58 +62,6 @@ _GRACE = 30.0
 """Seconds for which a node that is cancelled waits for a call without a timeout."""
 _LOOK = 0.2
 """Seconds between two looks at a call that an attempt of another run is at."""
-
-
-@dataclass(frozen=True, slots=True)
-class Happened:
-    """What the `check` function of an effect returns if the call has happened."""
-
-    outcome: Any = None
-    """What the call would have returned."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Policy:
-    """How an effect is called, and what follows if it fails or is in doubt."""
-
-    retry: RetryPolicy | None = None
-    """Which exceptions are worth another call; without it, an exception stands."""
-    check: Callable[[], Awaitable[Happened | None]] | None = None
-    """Asks the outside system whether the call has happened."""
-    can_be_stopped: bool = True
-    """Whether a call that takes too long can be cancelled; what is not async cannot."""
-    admit: Callable[[], Awaitable[None]] | None = None
-    """Raises if the call is not to be made; asked before each."""
-    restore: Callable[[Any], Any] = field(default=lambda plain: plain)
-    """Builds an outcome that a person gave as plain data."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EffectContext:
-    """What a call can know about itself."""
-
-    effect_id: str
-    key: str
-    idempotency_key: str
-    """The same for each call of this effect and for no other: to send along."""
-    attempt: int
-    """How often the effect was intended, this time included."""
-    call: int
-    """Which call of this attempt it is; more than 1 after a failure that was worth another."""
-    may_have_run: bool
-    """Whether an earlier call may have happened."""
-
-
-class InDoubt(BaseException):
-    """Stops the attempt: whether an effect happened is not known, and a person is to say so.
-
-    It is no interrupt of LangGraph's, which matches answers by their position in a node.
-    """
-
-    def __init__(self, effect: Effect) -> None:
-        """Name the effect."""
-        super().__init__(effect.id)
-        self.effect = effect
 
 
 Call = Callable[[EffectContext], Awaitable[Any]]
@@ -176,6 +133,8 @@ class Journal:
             InDoubt: It is in doubt, and a person is to be asked.
             LeaseLostError: The attempt is over; nothing was called.
         """
+        if (recorded := self._recorded(new)) is not None:
+            return outcome_of(recorded, policy)
         identity = (new.scope, new.key)
         flight, is_first = self._board(identity, new)
         if not is_first:
@@ -257,9 +216,8 @@ class Journal:
                 begun = await self._begin(flight.new)
                 continue
             if effect.status is EffectStatus.SUCCEEDED:
-                is_plain = effect.resolved_by not in {None, CHECK}
-                return policy.restore(effect.outcome) if is_plain else effect.outcome
-            if effect.status is EffectStatus.FAILED and not _is_worth(effect, policy):
+                return outcome_of(effect, policy)
+            if effect.status is EffectStatus.FAILED and not is_worth_another(effect, policy):
                 raise rebuild(effect)
             if effect.status is EffectStatus.INTENDED:
                 found = await self._clear_up(effect, policy)
@@ -279,7 +237,7 @@ class Journal:
             if policy.admit is not None:
                 await self._admit(flight, effect, policy.admit)
             try:
-                outcome = await self._timed(call(_context(effect, number)), effect, policy)
+                outcome = await self._timed(call(context_of_call(effect, number)), effect, policy)
             except (FencedError, StoreUnavailableError):
                 raise  # of a call inside this one: nothing more is known of it
             except GraphBubbleUp:
@@ -292,7 +250,7 @@ class Journal:
                 error = exc
             else:
                 return await self._finish(effect, outcome)
-            pause = _pause(policy, number, error)
+            pause = pause_after(policy, number, error)
             if pause is None:
                 await self._fail(effect, error)
                 raise error
@@ -409,6 +367,15 @@ class Journal:
         _check_same(effect.name, effect.arguments, new)
         return Begun(effect=effect, is_due=False)
 
+    def _recorded(self, new: NewEffect) -> Effect | None:
+        """Return an effect that has succeeded, if that is known here."""
+        effect = None if self._known is None else self._known.get((new.scope, new.key))
+        if effect is None or effect.status is not EffectStatus.SUCCEEDED:
+            return None
+        self._control.check()
+        _check_same(effect.name, effect.arguments, new)
+        return effect
+
     def _keep(self, effect: Effect) -> None:
         if self._known is not None and effect.scope == self.root:
             self._known[effect.scope, effect.key] = effect
@@ -434,6 +401,8 @@ class Journal:
 
         The rest happens on the attempt's event loop, or, if the caller blocks that, on another.
         """
+        if (recorded := self._recorded(new)) is not None:
+            return outcome_of(recorded, policy)
         with self._lock:
             flight = self._flights.get((new.scope, new.key))
         running = running_loop()
@@ -492,50 +461,14 @@ def current_journal() -> Journal | None:
     return _current.get()
 
 
-def idempotency_key(effect: Effect) -> str:
-    """Return what to send along with each call of an effect."""
-    whole = f"{effect.tenant}\x1f{effect.scope}\x1f{effect.key}"
-    return hashlib.sha256(whole.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _context(effect: Effect, number: int) -> EffectContext:
-    return EffectContext(
-        effect_id=effect.id,
-        key=effect.key,
-        idempotency_key=idempotency_key(effect),
-        attempt=effect.attempt,
-        call=number,
-        may_have_run=effect.attempt > 1 or number > 1,
-    )
-
-
 def _check_same(name: str, arguments: Any, new: NewEffect) -> None:
+    if name == new.name and arguments is new.arguments:
+        return
     differs = differences(arguments, new.arguments, "")
     if name != new.name:
         differs = ["function", *differs]
     if differs:
         raise EffectConflictError(new.name, "run" if new.scope else "", tuple(differs[:5]))
-
-
-def _is_worth(effect: Effect, policy: Policy) -> bool:
-    """Whether an effect that failed in an earlier attempt may be called again."""
-    failure = effect.failure
-    if failure is None or failure.is_final:
-        return False
-    if effect.on_in_doubt == "retry":
-        return True
-    if policy.retry is None or (cls := find_class(failure)) is None:
-        return False
-    error = rebuild(effect)
-    return isinstance(error, cls) and policy.retry.is_retryable(error)
-
-
-def _pause(policy: Policy, number: int, error: Exception) -> timedelta | None:
-    """Return how long to wait until the next call; `None` if there is none."""
-    if policy.retry is None:
-        return None
-    verdict = decide(policy.retry, number, error)
-    return verdict.delay if isinstance(verdict, Retry) else None
 
 
 def _forget(ended: asyncio.Future[Any]) -> None:

@@ -17,8 +17,7 @@ from sqlalchemy.engine import Connection
 
 from agentflow.codec import Codec, context_of
 from agentflow.errors import EffectConflictError, JournalMissingError
-from agentflow.journal import NewEffect
-from agentflow.storage.effects import differences
+from agentflow.journal import NewEffect, differences
 
 _metadata = sa.MetaData()
 

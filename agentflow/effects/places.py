@@ -8,12 +8,14 @@ with their positions in the step, and the step in each subgraph.
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import ormsgpack
 from langgraph.checkpoint.base import CheckpointTuple
 from langgraph.config import get_config
 
@@ -86,12 +88,12 @@ class Places:
 
     def key(self, place: Place, name: str, arguments: Mapping[str, Any]) -> str:
         """Return the key of a call at a place that has none of its own, and count it."""
-        what = digest([name, arguments])
+        what = _hash([name, arguments])
         with self._lock:
             counts = self._counts.setdefault(place.ns, Counter())
             occurrence = counts[what]
             counts[what] += 1
-        return digest([_plain(place.path), name, arguments, occurrence])
+        return _hash([_plain(place.path), what, occurrence])
 
 
 def shift_of(found: CheckpointTuple | None, run: Run) -> int:
@@ -101,6 +103,15 @@ def shift_of(found: CheckpointTuple | None, run: Run) -> int:
         return run.effect_shift  # the copy itself, which has no metadata of ours
     shift: int = metadata.get(SHIFT, 0)
     return shift
+
+
+def _hash(plain: list[Any]) -> str:
+    """Return a hash of plain data that is the same in every process."""
+    try:
+        packed = ormsgpack.packb(plain, option=ormsgpack.OPT_SORT_KEYS)
+    except (TypeError, ValueError):  # what JSON can write and MessagePack cannot
+        return digest(plain)
+    return hashlib.sha256(packed).hexdigest()
 
 
 def _without_ids(path: Any) -> Any:

@@ -18,7 +18,8 @@ from typing import Any, get_type_hints
 from pydantic import BaseModel
 
 from agentflow.effects.definition import Definition, called_as, find_definition
-from agentflow.effects.journal import EffectContext, InDoubt, Journal, Policy
+from agentflow.effects.journal import Journal
+from agentflow.effects.policy import EffectContext, InDoubt, Policy
 from agentflow.errors import FencedError, RunError, StoreUnavailableError
 from agentflow.interrupts.plain import rebuild
 from agentflow.journal import Effect, EffectStatus, NewEffect

@@ -14,7 +14,7 @@ from agentflow.database.engine import now as database_now
 from agentflow.database.statements import replace as replace_row
 from agentflow.database.tables import dead_letters, runs
 from agentflow.errors import DeadlineExceededError
-from agentflow.storage.effects import has_any_to_undo, is_all_undone
+from agentflow.storage.effect_queries import has_any_to_undo, is_all_undone
 from agentflow.storage.rows import (
     CLEARED,
     RELEASED,

@@ -12,7 +12,7 @@ from sqlalchemy.engine import Connection
 from agentflow.database import Database
 from agentflow.database.tables import effects, metadata, waits
 from agentflow.failpoints import failpoint
-from agentflow.storage.effects import repack_request
+from agentflow.storage.effect_rows import repack_request
 from agentflow.storage.questions import repack_question
 from agentflow.storage.rows import KEYS, Column, Payloads
 

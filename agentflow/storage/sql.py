@@ -15,11 +15,14 @@ from sqlalchemy.engine import Connection
 from agentflow.codec import Codec
 from agentflow.database import Database
 from agentflow.database.tables import dead_letters, events, runs, waits
+from agentflow.database.tables import effects as effects_table
 from agentflow.errors import InvalidInputError
 from agentflow.journal import Begun, Effect, NewEffect, Outcome, Resolution
 from agentflow.storage import (
     attempts,
     claims,
+    effect_queries,
+    effect_rows,
     effects,
     endings,
     letters,
@@ -395,7 +398,7 @@ class SqlRunStore(RunStore):
     async def begin_effect(
         self, lease: Lease, new: NewEffect, *, retake: int | None = None
     ) -> Begun:
-        row = effects.new_row(self._payloads, lease.tenant, new)
+        row = effect_rows.new_row(self._payloads, lease.tenant, new)
         begin = partial(self._write, effects.begin_effect, lease, new, row, retake=retake)
         try:
             return await begin()
@@ -405,7 +408,7 @@ class SqlRunStore(RunStore):
 
     async def finish_effect(self, lease: Lease, effect_id: str, outcome: Outcome) -> bool:
         # Here, so that an outcome that cannot be stored costs the batch nothing.
-        sealed, plain = effects.seal_outcome(self._payloads, lease.tenant, effect_id, outcome)
+        sealed, plain = effect_rows.seal_outcome(self._payloads, lease.tenant, effect_id, outcome)
         return await self._write(
             effects.finish_effect, lease, effect_id, outcome.status, sealed, plain
         )
@@ -417,8 +420,8 @@ class SqlRunStore(RunStore):
 
     async def get_effect(self, tenant: str, effect_id: str) -> Effect:
         def read(connection: Connection) -> Effect:
-            return effects.to_effect(
-                effects.get_effect(connection, tenant, effect_id), self._payloads
+            return effect_rows.to_effect(
+                effect_rows.get_effect(connection, tenant, effect_id), self._payloads
             )
 
         return await self._database.read(read)
@@ -433,10 +436,10 @@ class SqlRunStore(RunStore):
         cursor: str | None = None,
         strict: bool = False,
     ) -> Page[Effect]:
-        query = effects.listed(tenant, run_id=run_id, scope=scope)
+        query = effect_queries.listed(tenant, run_id=run_id, scope=scope)
         if cursor is not None:
-            query = query.where(effects.table.c.seq > _parse_cursor(cursor))
-        return await self._page(query, limit, partial(effects.to_effect, strict=strict))
+            query = query.where(effects_table.c.seq > _parse_cursor(cursor))
+        return await self._page(query, limit, partial(effect_rows.to_effect, strict=strict))
 
     async def pause_run(
         self, tenant: str, run_id: str, *, reason: str | None, by: str | None
@@ -533,10 +536,12 @@ class SqlRunStore(RunStore):
         are_others: bool,
         limit: int,
     ) -> int:
-        doomed = effects.doomed(tenant, ended_before, graphs, are_others=are_others, limit=limit)
+        doomed = effect_queries.doomed(
+            tenant, ended_before, graphs, are_others=are_others, limit=limit
+        )
         if not await self._database.read(lambda connection: connection.execute(doomed).first()):
             return 0
-        return await self._write(effects.prune_effects, doomed)
+        return await self._write(effect_queries.prune_effects, doomed)
 
     @property
     def codec(self) -> Codec:

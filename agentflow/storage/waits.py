@@ -18,7 +18,8 @@ from agentflow.errors import (
     VersionChangedError,
 )
 from agentflow.journal import Resolution
-from agentflow.storage.effects import get_effect, give_up, resolve
+from agentflow.storage.effect_rows import get_effect
+from agentflow.storage.effects import give_up, resolve
 from agentflow.storage.endings import COMPENSATING, cancel_or_ask
 from agentflow.storage.questions import to_approval
 from agentflow.storage.rows import Payloads, change_run, get_run

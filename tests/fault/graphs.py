@@ -303,10 +303,7 @@ def register_all(
 ) -> None:
     """Register every graph of this module under the name of its method."""
     nodes = Nodes(ledger, sabotage, kill_at)
-    policies = {
-        "stubborn": RetryPolicy(max_attempts=1, on_exhausted="pause"),
-        "trip": RetryPolicy(max_attempts=1),
-    }
+    policies = {"stubborn": RetryPolicy(max_attempts=1, on_exhausted="pause")}
     for name in GRAPHS:
         policy = policies.get(name, RetryPolicy(initial_interval=0.05))
         app.register(getattr(nodes, name)(), name=name, retry=policy)

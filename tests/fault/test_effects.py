@@ -170,6 +170,7 @@ async def logged_twice(scene: Scene) -> None:
     await scene.until(look, "the second payment")
 
 
+@pytest.mark.timeout(600)  # all of it, in a full run
 async def test_worker_killed_while_it_undoes_a_run_undoes_all_of_it_in_order(
     scene: Scene, sampler: Sampler, tally: Tally
 ) -> None:

@@ -64,6 +64,8 @@ LATER = {
     "agentflow_pauses.reason",
     "agentflow_runs.cancellation",
     "agentflow_runs.retry",
+    "agentflow_runs.saga_cause",
+    *(f"agentflow_effects.{name}" for name in ("request", "outcome", "comment", "late")),
 }
 """Columns that a later revision has added, and which are therefore empty."""
 
