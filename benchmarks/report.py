@@ -150,12 +150,11 @@ Designs that were tried:
 - **psycopg's pipeline mode** for `BEGIN` with the first statement and the last ones with `COMMIT`
   (dropped): two round trips instead of five took 0.95 ms instead of 0.84 ms, since its own part
   costs more than they do.
-- **A worker that looks only every second** where it hears of others by `NOTIFY` (dropped): an
-  expired lease would be found too late.
 
-Not tried: taking the thread in the transaction of the claim, where both stores are one database,
-and noting the start together with the checkpoint of the input. Either saves one of the six commits
-and changes the order in which things become durable.
+Not tried: a worker that looks only every second where it hears of others by `NOTIFY`, since an
+expired lease would be found too late; taking the thread in the transaction of the claim, where both
+stores are one database, and noting the start together with the checkpoint of the input, either of
+which saves one of the six commits and changes the order in which things become durable.
 """
 
 

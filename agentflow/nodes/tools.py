@@ -34,7 +34,7 @@ from agentflow.interrupts import request_approval
 from agentflow.interrupts.schemas import problems, to_schema
 from agentflow.nodes.outcomes import from_stored, to_stored
 from agentflow.nodes.policy import ToolPolicy
-from agentflow.nodes.state import read
+from agentflow.nodes.state import find
 from agentflow.retry import RetryPolicy
 
 Tools = Sequence[BaseTool | Callable[..., Any]]
@@ -277,11 +277,11 @@ def _key(request: ToolCallRequest, messages_key: str) -> str | None:
     if not call_id:
         return None
     state = request.state
-    messages = state if isinstance(state, list) else read(state, messages_key)
-    for message in reversed(messages):
+    messages = state if isinstance(state, list) else find(state, messages_key)
+    for index, message in reversed(list(enumerate(messages or ()))):
         calls = message.tool_calls if isinstance(message, AIMessage) else ()
         if any(call["id"] == call_id for call in calls):
-            return f"tool:{message.id or ''}:{call_id}"
+            return f"tool:{message.id or f'#{index}'}:{call_id}"
     return f"tool::{call_id}"
 
 

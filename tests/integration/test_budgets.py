@@ -153,12 +153,12 @@ async def test_thread_is_held_to_its_budget_over_all_of_its_runs(app: AgentFlow)
 
 
 async def test_what_was_used_is_known_to_the_next_attempt_in_another_process(
-    sqlite_url: str,
+    database_url: str,
 ) -> None:
     first, second = Calls(9), Calls(9)
-    async with AgentFlow(sqlite_url) as app:
+    async with AgentFlow(database_url) as app:
         await drive(app, first, Budget(model_calls=2))
-    async with AgentFlow(sqlite_url) as app:
+    async with AgentFlow(database_url) as app:
         app.register(agent(second), name="agent", budget=Budget(model_calls=5))
         await app.dead_letters.requeue("r")
         await app.drive("r")

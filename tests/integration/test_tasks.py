@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from agentflow import AgentFlow
+from agentflow import AgentFlow, request_approval
 from agentflow.control import current_attempt
 from agentflow.errors import (
     InvalidInputError,
@@ -324,7 +324,7 @@ async def test_paused_run_goes_on_by_its_id(sqlite_url: str) -> None:
     assert Counter(["first", "second"]) == RAN
 
 
-async def test_deploy_in_the_middle_goes_on_with_the_new_code(sqlite_url: str) -> None:
+async def test_deploy_in_the_middle_goes_on_with_the_new_code(database_url: str) -> None:
     reached = asyncio.Event()
 
     async def hang(call: TaskCall) -> None:
@@ -332,14 +332,42 @@ async def test_deploy_in_the_middle_goes_on_with_the_new_code(sqlite_url: str) -
         await asyncio.Event().wait()
 
     old = [*DIAMOND[:3], Task(name="bottom", run=hang, dependencies=["left", "right"])]
-    executing = asyncio.create_task(TaskRunner(old, url=sqlite_url, run_id="r").execute())
+    executing = asyncio.create_task(TaskRunner(old, url=database_url, run_id="r").execute())
     await reached.wait()
     executing.cancel()  # as when the program is told to end
     with pytest.raises(asyncio.CancelledError):
         await executing
-    results = await TaskRunner(DIAMOND, url=sqlite_url, run_id="r").execute()
+    results = await TaskRunner(DIAMOND, url=database_url, run_id="r").execute()
     assert results["bottom"].data == "bottom"
     assert Counter(["top", "left", "right", "bottom"]) == RAN
+
+
+async def test_task_may_ask_and_the_next_execution_goes_on() -> None:
+    def pay(call: TaskCall) -> Any:
+        return request_approval({"amount": 40}, title="Pay").proposal
+
+    tasks = [*DIAMOND, Task(name="pay", run=pay, dependencies=["bottom"])]
+    async with AgentFlow("memory://") as app:
+        runner = TaskRunner(tasks, app=app, run_id="r")
+        assert (await runner.execute()).keys() == {task.name for task in DIAMOND}
+        (asked,) = (await app.approvals.list(run_id="r")).items
+        decision = {"type": "edit", "value": {"amount": 30}}
+        await app.approvals.decide(asked.id, decision, by="alice")
+        assert (await runner.execute())["pay"].data == {"amount": 30}
+    assert Counter(["top", "left", "right", "bottom"]) == RAN
+
+
+async def test_workers_of_an_app_drive_tasks_as_any_graph() -> None:
+    def load(call: TaskCall) -> str:
+        return f"loaded by {call.context['user']}"
+
+    runner = TaskRunner([*DIAMOND, Task(name="load", run=load, dependencies=["bottom"])])
+    async with AgentFlow("memory://") as app:
+        app.register(runner.graph, name="nightly", context=lambda run: {"user": run.submitted_by})
+        handle = await app.submit("nightly", {"snapshot": {}}, by="alice")
+        async with app.worker():
+            await handle.result(timeout=30)
+        assert (await read_snapshot(app, handle.id))["load"]["data"] == "loaded by alice"
 
 
 async def test_run_of_other_tasks_is_refused_and_its_snapshot_begins_another(

@@ -363,6 +363,19 @@ def test_it_works_without_a_run_and_without_a_loop() -> None:
     assert output["messages"][-1].text == "tea: a word"
 
 
+async def test_calls_may_be_given_without_a_state() -> None:
+    graph: Any = StateGraph(dict)
+    node = tool_node([look_up_here])
+
+    async def run(state: Any) -> Any:
+        return await node.ainvoke([call("look_up_here", "l1", word="tea")])
+
+    graph.add_node("run", run)
+    graph.add_edge(START, "run")
+    output = await graph.compile().ainvoke({"x": 1})
+    assert output["messages"][-1].text == "tea: a word"
+
+
 @tool
 def look_up_here(word: str) -> str:
     """Look a word up."""
