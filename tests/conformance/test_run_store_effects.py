@@ -210,7 +210,7 @@ async def test_run_with_effects_to_undo_is_queued_for_that_before_it_ends(store:
     lease = await running(store, "r")
     effect = (await store.begin_effect(lease, new(compensate="m:void"))).effect
     await store.finish_effect(lease, effect.id, DONE)
-    place = {"checkpoint_id": "c1", "step": 1}
+    place: dict[str, Any] = {"checkpoint_id": "c1", "step": 1}
     await store.fail_run(lease, FAILURE, reason="exhausted", **place)
     run = await store.get_run("", "r")
     assert (run.status, run.saga, run.dead_letter) == ("queued", "compensating", False)
