@@ -58,6 +58,8 @@ from agentflow.types import Lease
 
 _KNOWN = 1000
 """How many records of earlier attempts are read at once; others are looked up one by one."""
+_MOST = 10_000
+"""How many records an attempt remembers."""
 _GRACE = 30.0
 """Seconds for which a node that is cancelled waits for a call without a timeout."""
 _LOOK = 0.2
@@ -357,15 +359,21 @@ class Journal:
         if new.scope != self.root:
             return None
         if self._known is None:
-            page = await self._store.list_effects(
-                self._lease.tenant, scope=self.root, limit=_KNOWN, strict=True
-            )
-            self._known = {(each.scope, each.key): each for each in page.items}
+            self._known = await self._recalled()
         effect = self._known.get((new.scope, new.key))
         if effect is None or effect.status in CALLABLE:
             return None
         _check_same(effect.name, effect.arguments, new)
         return Begun(effect=effect, is_due=False)
+
+    async def _recalled(self) -> dict[tuple[str, str], Effect]:
+        try:
+            page = await self._store.list_effects(
+                self._lease.tenant, scope=self.root, limit=_KNOWN, strict=True
+            )
+        except CodecError:
+            return {}  # those that are asked for are read one by one
+        return {(each.scope, each.key): each for each in page.items}
 
     def _recorded(self, new: NewEffect) -> Effect | None:
         """Return an effect that has succeeded, if that is known here."""
@@ -378,6 +386,8 @@ class Journal:
 
     def _keep(self, effect: Effect) -> None:
         if self._known is not None and effect.scope == self.root:
+            if len(self._known) >= _MOST:
+                self._known.pop(next(iter(self._known)))
             self._known[effect.scope, effect.key] = effect
 
     # What transactions need.

@@ -76,7 +76,7 @@ class Places:
             config = get_config()
         except RuntimeError:
             return NOWHERE
-        ns: str = config["configurable"].get("checkpoint_ns", "")
+        ns: str = config.get("configurable", {}).get("checkpoint_ns", "")
         parts = ns.split("|") if ns else []
         path = tuple(
             self._segments.get("|".join(parts[: i + 1]), (parts[i].partition(":")[0],))
