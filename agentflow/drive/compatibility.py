@@ -121,7 +121,8 @@ class Compatibility:
         """
         place: dict[str, Any] = {"thread_id": run.thread_id, "checkpoint_ns": ""}
         if checkpoint_id is not None:
-            place["checkpoint_id"] = checkpoint_id
+            # Its tasks are going to have other ids: nothing of them is done yet.
+            place["checkpoint_id"], state = checkpoint_id, None
         head = await self._saver.aget_tuple({"configurable": place})
         if head is None:
             return SAME

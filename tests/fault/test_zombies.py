@@ -111,6 +111,17 @@ class Late:
     async def finish_rollback(self) -> None:
         await self.store.finish_rollback(self.lease, ["run"])
 
+    async def migrate_run(self) -> None:
+        await self.store.migrate_run(
+            self.lease,
+            version="2",
+            fingerprint="f",
+            checkpoint_id=None,
+            waits=[],
+            has_work=True,
+            by=None,
+        )
+
     async def release_run(self) -> None:
         await self.store.release_run(self.lease, reason="drain", counts=False)
 
@@ -140,6 +151,7 @@ OF_THE_RUN = (
     Late.retry_run,
     Late.fail_run,
     Late.pause_failed_run,
+    Late.migrate_run,
     Late.end_isolation,
     Late.finish_rollback,
     Late.release_run,

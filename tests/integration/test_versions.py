@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from langgraph.types import interrupt
 
-from agentflow import AgentFlow
+from agentflow import AgentFlow, RetryPolicy
 from agentflow.database.tables import checkpoints, values, writes
 from agentflow.errors import IncompatibleGraphError, InvalidInputError, PausedError
 from agentflow.types import RunStatus
+from tests.integration.graphs import chain, fan, logs
 from tests.integration.versions import CHANGES, STANDS, Shape, called
 
 
@@ -192,10 +194,6 @@ async def test_refused_run_is_paused_told_by_doctor_and_goes_on_when_resumed(
 async def test_sibling_that_has_finished_is_behind_and_one_that_asks_is_not(
     app: AgentFlow,
 ) -> None:
-    from langgraph.types import interrupt
-
-    from tests.integration.graphs import fan, logs
-
     def asks(_: Any) -> Any:
         return {"log": [interrupt("?")]}
 
@@ -248,3 +246,30 @@ async def test_run_of_before_fingerprints_goes_on_unless_its_next_node_is_gone(
     await app.resume_run(run_id)
     deploy(app, CHANGES["code of last"][0])
     assert (await app.drive(run_id)).status is RunStatus.SUCCEEDED
+
+
+async def test_run_that_goes_back_is_judged_from_where_it_goes_back_to(app: AgentFlow) -> None:
+    def deploy_chain(first: Any) -> None:
+        app._registry.graphs.clear()
+        once = RetryPolicy(max_attempts=1)
+        app.register(chain(("first", first), ("fails", fails)), name="back", retry=once)
+
+    def fails(_: Any) -> Any:
+        raise ValueError("no")
+
+    def other(_: Any) -> Any:
+        called.append("other")
+        return {"log": ["other"]}
+
+    deploy_chain(logs("first"))
+    handle = await app.submit("back", {"log": []})
+    assert (await app.drive(handle.id)).status is RunStatus.FAILED
+    config: Any = {"configurable": {"thread_id": handle.id}}
+    begun = [each async for each in app._saver.alist(config)][1]
+    deploy_chain(other)
+    await app.dead_letters.requeue(handle.id, checkpoint_id=begun.checkpoint["id"])
+    before = await rows(app)
+    with pytest.raises(IncompatibleGraphError, match="'first' has other code"):
+        await app.drive(handle.id)
+    assert await rows(app) == before
+    assert "other" not in called
