@@ -101,7 +101,7 @@ async def test_fifty_branches_keep_to_their_budget_although_their_process_is_kil
         # What was under way is not known to have come to nothing, and counts.
         assert calls(ledger, "r").total() <= MOST
         (asked,) = (await app.approvals.list(run_id="r")).items
-        assert asked.request.proposal["used"] == MOST
+        assert asked.request.proposal["used"] >= MOST
         decision = {"type": "respond", "value": {"more": BRANCHES}}
         await app.approvals.decide(asked.id, decision, by="alice")
         run = await app.wait("r", timeout=30)
