@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from langchain_core.callbacks import BaseCallbackHandler
@@ -33,11 +34,9 @@ from agentflow.checkpoint import Saver
 from agentflow.control import AttemptControl
 from agentflow.drive import allowances, doubts, failures
 from agentflow.drive.compatibility import (
-    DIGEST,
     Compatibility,
     is_begun,
     marks_of,
-    settle,
     store_fingerprint,
 )
 from agentflow.drive.failures import Failed
@@ -218,7 +217,9 @@ class Attempt:
         """Bring the thread to where the run is to go on, and read it."""
         await self._roll_back()
         if self._run.saga_cause is None:
-            state = await self._fitting_state(config)
+            state, self._graph_changed = await self._compatibility.fitting_state(
+                self._run, partial(self._state, config)
+            )
         else:
             state = await self._state(config)  # the graph is not driven any more
         if await self._prepare(config):
@@ -291,40 +292,6 @@ class Attempt:
                     self._control.is_isolated = False
         finally:
             await self._journal.settle()
-
-    async def _fitting_state(self, config: RunnableConfig) -> StateSnapshot:
-        """Read the thread, and see that the run can go on with the graph that is registered.
-
-        Raises:
-            IncompatibleGraphError: It cannot.
-        """
-        registered, run = self._registered, self._run
-        failure: Exception | None = None
-        state: StateSnapshot | None = None
-        try:
-            state = await self._state(config)
-        except (FencedError, StoreUnavailableError):
-            raise
-        except Exception as exc:  # noqa: BLE001 -- of what a graph is made that does not fit
-            failure = exc
-        if state is not None and run.resume_from is None:
-            marks: Mapping[str, Any] = state.metadata or {}
-            is_empty = not state.config["configurable"].get("checkpoint_id")
-            if is_empty or marks.get(DIGEST) == registered.fingerprint.digest:
-                return state
-        has_begun = run.resume_from is not None or (
-            await is_begun(self._saver, run) if state is None else await self._is_begun(state)
-        )
-        verdict = await self._compatibility.judge(
-            run, is_begun=has_begun, state=state, checkpoint_id=run.resume_from
-        )
-        noted = settle(registered, run, verdict)
-        if run.fingerprint != registered.fingerprint.digest:
-            self._graph_changed = noted
-        if state is None:
-            assert failure is not None
-            raise failure
-        return state
 
     async def _roll_back(self) -> None:
         """Delete the checkpoints of runs of the thread that were rolled back."""

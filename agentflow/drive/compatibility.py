@@ -7,7 +7,7 @@ by the checkpoint itself. Nothing is written here, and no node is called.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from langgraph.checkpoint.base import BaseCheckpointSaver, CheckpointTuple
 from langgraph.types import StateSnapshot
 
 from agentflow.drive.graph import RegisteredGraph
-from agentflow.errors import IncompatibleGraphError
+from agentflow.errors import FencedError, IncompatibleGraphError, StoreUnavailableError
 from agentflow.storage import RunStore
 from agentflow.types import Run
 from agentflow.versions import Change, Fingerprint, Frontier, compare, compare_channels, due_nodes
@@ -92,6 +92,47 @@ class Compatibility:
         self._store = store
         self._saver = saver
         self._registered = registered
+
+    async def fitting_state(
+        self, run: Run, read: Callable[[], Awaitable[StateSnapshot]]
+    ) -> tuple[StateSnapshot, dict[str, Any] | None]:
+        """Read a run's thread, and see that it can go on with the graph.
+
+        Args:
+            run: The run, which is about to be driven.
+            read: Reads its thread as the graph shows it, which a graph that does not fit may not.
+
+        Returns:
+            The thread, and what is to be noted of the graph.
+
+        Raises:
+            IncompatibleGraphError: It cannot.
+        """
+        state: StateSnapshot | None = None
+        failure: Exception | None = None
+        try:
+            state = await read()
+        except (FencedError, StoreUnavailableError):
+            raise
+        except Exception as exc:  # noqa: BLE001 -- whatever the graph makes of what does not fit
+            failure = exc
+        digest = self._registered.fingerprint.digest
+        marks: Mapping[str, Any] = {} if state is None else state.metadata or {}
+        if state is not None and run.resume_from is None:
+            is_empty = not state.config["configurable"].get("checkpoint_id")
+            if is_empty or marks.get(DIGEST) == digest:
+                return state, None
+        begun = (
+            run.resume_from is not None
+            or marks.get("run_id") == run.id
+            or await is_begun(self._saver, run)
+        )
+        verdict = await self.judge(run, is_begun=begun, state=state, checkpoint_id=run.resume_from)
+        noted = settle(self._registered, run, verdict)
+        if failure is not None or state is None:
+            assert failure is not None
+            raise failure
+        return state, None if run.fingerprint == digest else noted
 
     async def look(self, run: Run) -> Verdict:
         """Judge a run that nobody drives now."""
