@@ -18,8 +18,8 @@ SAMPLES: dict[str, Any] = {
     "str": "fact",
     "str | None": "fact",
     "int": 7,
-    "float": 1.5,
     "int | None": 7,
+    "float": 7.5,
     "Outcome": "not_written",
     "tuple[str, ...]": ("fact", "other"),
 }
