@@ -25,7 +25,7 @@ from langgraph.graph import END, START, StateGraph
 from langgraph.graph.message import add_messages
 from pydantic import TypeAdapter, ValidationError
 
-from agentflow.nodes import approval_node, llm_node, tool_node
+from agentflow.nodes import ToolPolicy, approval_node, llm_node, tool_node
 from examples.refunds.client import ServiceClient
 from examples.refunds.policy import Refund, reasons_to_ask
 from examples.refunds.shop import Money, Order, Ticket, read_orders
@@ -80,7 +80,9 @@ def build_graph(
     look_up_order = order_tool(read_orders())
     graph = StateGraph(RefundState)
     graph.add_node("classify", llm_node(model, tools=[look_up_order], prompt=_classify_prompt))
-    graph.add_node("look_up", tool_node([look_up_order]))
+    # It only reads: where it is not known whether it was called, it is called again.
+    reads = ToolPolicy(idempotent=True)
+    graph.add_node("look_up", tool_node([look_up_order], policy=reads))
     graph.add_node("propose", llm_node(model, tools=[propose_refund], prompt=_propose_prompt))
     graph.add_node(
         "approve",

@@ -1,4 +1,4 @@
-"""What nodes, budgets and tasks have stored in their first version is still read, and written so."""
+"""What nodes, budgets and tasks stored in their first version is still read, and written."""
 
 from __future__ import annotations
 
