@@ -178,13 +178,15 @@ def test_flipped_byte_is_refused_and_left_as_it_is(
     saver: Saver, engine: Engine, column: sa.Column[Any]
 ) -> None:
     """Each read either refuses it by name, or does not need it and finds what was saved."""
+    # What opens an envelope is the same for both databases, and the fuzz changes the other bytes.
+    stride = 3 if engine.dialect.name == "sqlite" else 11
     reads = {"t": reads_of(saver, THREAD), "pruned": reads_of(saver, PRUNED)}
     whole = {thread: {of: read() for of, read in named.items()} for thread, named in reads.items()}
     names = {row.id: row.thread_id for row in stored(engine, threads.c.thread_id)}
     findings = []
     for row in stored(engine, column):
         thread = names[row.thread]
-        for position in range(len(row._mapping[column])):
+        for position in range(row.thread % stride, len(row._mapping[column]), stride):
             refused = 0
             with damaged(engine, column, row, position):
                 for of, read in reads[thread].items():

@@ -387,4 +387,4 @@ def test_transaction_reads_no_more_of_a_longer_thread(
                 saver.prune(["t"], strategy=strategy)
         return max(steps)
 
-    assert most(4_000) <= 1.5 * most(1_000)
+    assert most(2_400) <= 1.5 * most(800)
