@@ -28,6 +28,7 @@ from langgraph.pregel import Pregel
 from langgraph.types import Command, StateSnapshot
 from opentelemetry.trace import Span
 
+from agentflow import upstream
 from agentflow.budgets import Meter, OverBudget, metering
 from agentflow.checkpoint import Saver
 from agentflow.control import AttemptControl
@@ -62,6 +63,7 @@ from agentflow.errors import (
     RunError,
     StoreUnavailableError,
 )
+from agentflow.interrupts import Asked
 from agentflow.retry import GiveUp, Retry, RetryPolicies, RetryPolicy, decide
 from agentflow.storage import RunStore
 from agentflow.telemetry import (
@@ -140,13 +142,18 @@ class Attempt:
         self._started: AttemptStart | None = None
         self._begun_at: str | None = None
         self._is_released = False
+        self._asked = Asked(store.codec.redact)
         self._answered: frozenset[Key] = frozenset()
         """The questions whose answers the graph has been given."""
 
     async def run(self, span: Span) -> None:
         """Work, and settle the outcome."""
         try:
-            with recording(self._journal), metering(self._meter):
+            with (
+                recording(self._journal),
+                metering(self._meter),
+                upstream.answers_checked(self._asked.check),
+            ):
                 async with asyncio.TaskGroup() as group:
                     task = group.create_task(self._work(span))
                     self._control.attach(task)
@@ -176,6 +183,7 @@ class Attempt:
         config = self._config(span)
         before = await self._beginning(config)
         waits = await self._waits(before)
+        self._asked.learn(waits.values())
         await self._begin_metering(waits)
         questions = await open_questions(self._saver, before, waits)
         self._started = started = await self._start(before, questions)
