@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 from langgraph.checkpoint.base import BaseCheckpointSaver
@@ -15,9 +15,16 @@ from agentflow.drive import acquire
 from agentflow.errors import ConflictError, FencedError, InvalidInputError
 from agentflow.inputs import member
 from agentflow.interrupts import parse_decision, validate
+from agentflow.journal import warn_if_early
 from agentflow.storage import RunStore
 from agentflow.telemetry import APPROVAL_OUTCOME, APPROVAL_WAIT, decide_span
-from agentflow.types import Approval, Decision, Page, WaitStatus, new_id
+from agentflow.types import Approval, Decision, Page, SystemClock, WaitStatus, new_id
+
+
+def _safe_at(facts: Mapping[str, Any]) -> datetime | None:
+    """Return from when on it is safe to say what came of an effect, as its question shows it."""
+    at = facts.get("safe_at")
+    return None if at is None else datetime.fromisoformat(at)
 
 
 class Approvals:
@@ -76,7 +83,7 @@ class Approvals:
         """Answer a request, once; its run goes on with the answer.
 
         The answer is checked against the request before anything is stored, and the graph sees it
-        only after that.
+        only after that. About an effect in doubt a warning is logged before it is safe to answer.
 
         Args:
             approval_id: Which request.
@@ -98,6 +105,9 @@ class Approvals:
             parsed = parse_decision(approval_id, decision)
             if approval.status is WaitStatus.PENDING:
                 validate(approval_id, approval.request, parsed)
+                if approval.kind == "effect" and parsed.type == "respond":
+                    asked = approval.request.proposal
+                    warn_if_early(asked["effect"], _safe_at(asked), SystemClock().now())
             resolved = await self._store.resolve_wait(
                 self._tenant,
                 approval_id,

@@ -12,6 +12,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
+from datetime import datetime
+from types import MappingProxyType
 from typing import Any
 
 from langchain_core.callbacks import BaseCallbackHandler
@@ -437,7 +439,11 @@ class Attempt:
 
     async def _park(self, state: StateSnapshot, questions: list[Question], span: Span) -> None:
         waits = [question.to_wait() for question in questions]
-        waits += self._stops()
+        if self._journal.doubts:
+            seen = await doubts.last_seen(self._store, self._run.tenant)
+            waits += self._stops(seen)
+        else:
+            waits += self._stops()
         await self._release_thread()
         await self._store.park_run(
             self._held_to_the_end(),
@@ -447,9 +453,10 @@ class Attempt:
         )
         span.set_attribute(RUN_STATUS, "waiting")
 
-    def _stops(self) -> list[NewWait]:
+    def _stops(self, seen: Mapping[str, datetime] = MappingProxyType({})) -> list[NewWait]:
         """Return what stopped the attempt in the middle of a node, and waits for somebody."""
-        waits = [doubts.to_wait(each, self._lease) for each in self._journal.doubts.values()]
+        found = self._journal.doubts.values()
+        waits = [doubts.to_wait(each, self._lease, seen) for each in found]
         if self._meter is not None:
             waits += [allowances.to_wait(each) for each in self._meter.asks.values()]
         return waits

@@ -123,7 +123,9 @@ async def test_worker_stopped_before_the_call_does_not_call_when_it_goes_on(scen
     victim.kill(signal.SIGKILL)
 
 
-async def test_outcome_of_a_call_that_somebody_denied_raises_the_alarm(scene: Scene) -> None:
+async def test_outcome_of_a_call_that_somebody_denied_raises_the_alarm(
+    scene: Scene, caplog: pytest.LogCaptureFixture
+) -> None:
     """What cannot be prevented: the worker was stopped inside of the call, past its last check."""
     scene.ledger.hold(event="paid", run="denied", key="deposit")
     await submit(scene, "denied")
@@ -140,8 +142,11 @@ async def test_outcome_of_a_call_that_somebody_denied_raises_the_alarm(scene: Sc
     assert asked.kind == "effect"
     assert asked.request.proposal["safe_at"] is not None
     assert "Do not answer before" in (asked.request.description or "")
+    assert asked.request.proposal["worker_seen_at"] is not None
+    assert "Its last sign of life came at" in (asked.request.description or "")
     no = {"type": "respond", "value": {"happened": False}}
     await scene.app.approvals.decide(asked.id, no, by="hasty")
+    assert "before it is safe" in caplog.text
     await logged_twice(scene)
     victim.kill(signal.SIGCONT)
 
