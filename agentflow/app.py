@@ -173,7 +173,9 @@ class AgentFlow:
         else:
             self._saver = checkpoints
         self._registry = Registry()
-        self.approvals = Approvals(self._store, tenant)
+        self.approvals = Approvals(
+            self._store, tenant, saver=self._saver, lease=self._settings.lease
+        )
         self.effects = EffectRecords(self._store, tenant)
         self.dead_letters = DeadLetters(self._store, self._saver, tenant)
 

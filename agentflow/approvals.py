@@ -3,22 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
+from datetime import datetime, timedelta
 from typing import Any
 
+from langgraph.checkpoint.base import BaseCheckpointSaver
+
+from agentflow.checkpoint import Saver
+from agentflow.checkpoint.retraction import Retraction
+from agentflow.drive import acquire
+from agentflow.errors import ConflictError, FencedError, InvalidInputError
 from agentflow.inputs import member
 from agentflow.interrupts import parse_decision, validate
+from agentflow.journal import warn_if_early
 from agentflow.storage import RunStore
 from agentflow.telemetry import APPROVAL_OUTCOME, APPROVAL_WAIT, decide_span
-from agentflow.types import Approval, Decision, Page, WaitStatus
+from agentflow.types import Approval, Decision, Page, SystemClock, WaitStatus, new_id
+
+
+def _safe_at(facts: Mapping[str, Any]) -> datetime | None:
+    """Return from when on it is safe to say what came of an effect, as its question shows it."""
+    at = facts.get("safe_at")
+    return None if at is None else datetime.fromisoformat(at)
 
 
 class Approvals:
     """The approvals of a tenant; `app.approvals`."""
 
-    def __init__(self, store: RunStore, tenant: str) -> None:
-        """Work on the waits of `tenant` in `store`."""
+    def __init__(
+        self,
+        store: RunStore,
+        tenant: str,
+        *,
+        saver: BaseCheckpointSaver[Any],
+        lease: timedelta,
+    ) -> None:
+        """Work on the waits of `tenant` in `store`, whose graphs ask under `saver`.
+
+        `lease` is for how long a run is held whose answer is taken back.
+        """
         self._store = store
         self._tenant = tenant
+        self._saver = saver
+        self._lease = lease
 
     async def list(
         self,
@@ -56,7 +83,7 @@ class Approvals:
         """Answer a request, once; its run goes on with the answer.
 
         The answer is checked against the request before anything is stored, and the graph sees it
-        only after that.
+        only after that. About an effect in doubt a warning is logged before it is safe to answer.
 
         Args:
             approval_id: Which request.
@@ -78,6 +105,9 @@ class Approvals:
             parsed = parse_decision(approval_id, decision)
             if approval.status is WaitStatus.PENDING:
                 validate(approval_id, approval.request, parsed)
+                if approval.kind == "effect" and parsed.type == "respond":
+                    asked = approval.request.proposal
+                    warn_if_early(asked["effect"], _safe_at(asked), SystemClock().now())
             resolved = await self._store.resolve_wait(
                 self._tenant,
                 approval_id,
@@ -93,3 +123,59 @@ class Approvals:
                 waited = resolved.decided_at - resolved.created_at
                 span.set_attribute(APPROVAL_WAIT, waited.total_seconds())
         return resolved
+
+    async def reopen(self, approval_id: str, *, by: str, comment: str | None = None) -> Approval:
+        """Take a decision back: its question is pending again, under the same id.
+
+        The node that asked gets back to where it waited, and no other one runs again. What it has
+        done since stays done: effects on record are not called again with another answer, as far
+        as their keys or arguments are the same. What it has asked after that is asked anew. A run
+        in the dead letter goes on. A process that dies in between leaves the run paused, with the
+        old decision; call it again.
+
+        Args:
+            approval_id: Which request.
+            by: Who takes it back.
+            comment: Kept with the audit event.
+
+        Raises:
+            NotFoundError: There is no such request.
+            ConflictError: It is not resolved, or its run has ended or is past the superstep that
+                asked; fork the run from a checkpoint before it instead.
+            ThreadBusyError: The run is being driven; pause it, and try again.
+            InvalidInputError: The checkpointer is not agentflow's.
+        """
+        if not isinstance(self._saver, Saver):
+            problem = "the checkpointer is not agentflow's; fork the run instead"
+            raise InvalidInputError("reopen", (problem,))
+        wait = await self.get(approval_id)
+        wanted = Retraction(
+            ns=wait.ns,
+            checkpoint_id=wait.checkpoint_id,
+            task_id=wait.task_id,
+            interrupt_id=wait.interrupt_id,
+            answers=wait.answers_recorded,
+        )
+        await self._check_open(self._saver, wait)
+        claimed = await self._store.claim_reopening(
+            self._tenant, approval_id, worker=f"reopen-{new_id()[-6:]}", lease=self._lease, by=by
+        )
+        lease = await acquire(self._store, self._saver, claimed.lease)
+        try:
+            await self._saver.with_lease(lease).retract_answer(wait.thread_id, wanted)
+        finally:
+            with suppress(FencedError):
+                await self._saver.release(lease)
+        return await self._store.reopen_wait(lease, approval_id, by=by, comment=comment)
+
+    async def _check_open(self, saver: Saver, wait: Approval) -> None:
+        """See that the superstep is not over, before anything is touched."""
+        if wait.kind != "approval" or wait.status is not WaitStatus.RESOLVED:
+            return  # refused by the store, which says why
+        place = {"thread_id": wait.thread_id, "checkpoint_ns": wait.ns}
+        head = await saver.aget_tuple({"configurable": place})
+        if head is None or head.checkpoint["id"] != wait.checkpoint_id:
+            raise ConflictError(
+                f"run {wait.run_id!r} is past the step that asked {wait.id!r}; fork it from a "
+                "checkpoint before that"
+            )

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from agentflow.interrupts.plain import to_plain
-from agentflow.journal import Effect, Resolution
+from agentflow.journal import Effect, EffectStatus, Resolution, warn_if_early
 from agentflow.storage import RunStore
-from agentflow.types import Page
+from agentflow.types import Page, SystemClock
 
 
 class EffectRecords:
@@ -42,7 +42,7 @@ class EffectRecords:
         """Say what came of an effect that is in doubt, or that failed.
 
         Its run goes on if it waits for that. Of one that did not happen, the next attempt makes the
-        call.
+        call. Before `safe_at` the call may still be under way: then a warning is logged.
 
         Args:
             effect_id: Which effect.
@@ -57,6 +57,9 @@ class EffectRecords:
             ConflictError: It is under way, or its outcome is known.
             SerializationError: The outcome is not plain data.
         """
+        effect = await self.get(effect_id)
+        if effect.status is EffectStatus.INTENDED:
+            warn_if_early(effect.id, effect.safe_at, SystemClock().now())
         said = Resolution(
             happened=happened, outcome=to_plain(outcome, "outcome"), by=by, comment=comment
         )

@@ -6,11 +6,14 @@ nobody works on any more is *in doubt*: whether the call happened, only somebody
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any, Literal
+
+logger = logging.getLogger(__name__)
 
 OnInDoubt = Literal["ask", "check", "retry", "fail"]
 """What becomes of an effect in doubt: a person is asked, a function is asked, it is called again
@@ -181,6 +184,17 @@ def differences(stored: Any, given: Any, path: str) -> list[str]:
         ]
     is_same = stored == given and isinstance(stored, bool) == isinstance(given, bool)
     return [] if is_same else [path or "arguments"]
+
+
+def warn_if_early(effect_id: str, safe_at: datetime | None, now: datetime) -> bool:
+    """Log that an effect is decided about while its call may still be under way; say whether."""
+    is_early = safe_at is not None and now < safe_at
+    if is_early and safe_at is not None:
+        logger.warning(
+            "effect is decided about before it is safe",
+            extra={"effect": effect_id, "safe_at": safe_at.isoformat()},
+        )
+    return is_early
 
 
 def question_id(effect_id: str, attempt: int) -> str:

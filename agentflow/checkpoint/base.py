@@ -49,6 +49,7 @@ from agentflow.checkpoint.pruning import Selection, check_leases, delete, prune
 from agentflow.checkpoint.recent import RecentRead
 from agentflow.checkpoint.records import column_text
 from agentflow.checkpoint.retention import Chooser, Retention, SweepReport, sweep
+from agentflow.checkpoint.retraction import Retraction, retract
 from agentflow.checkpoint.rows import (
     FoundCheckpoint,
     Head,
@@ -410,6 +411,24 @@ class Saver(BaseCheckpointSaver[str]):
             return copy_thread(rows, codec, source, target, lease, is_again=next(calls) > 0)
 
         return self._intake.verb(target, run)
+
+    async def retract_answer(self, thread_id: str, wanted: Retraction) -> None:
+        """Take an answer back: the task that asked is where it was before it got it.
+
+        What it wrote, raised and asked since is gone; no other task is touched. Durable on return.
+
+        Raises:
+            FencedError: The thread is held under another lease.
+            ConflictError: The superstep in which it was asked is over.
+        """
+        thread, lease, codec = self._thread_key(thread_id), self._lease, self._codec
+        self._intake.store_held(thread)
+
+        def run(rows: Rows) -> Any:
+            return retract(rows, codec, thread, lease, wanted)
+
+        await self._database.settled(self._intake.verb(thread, run))
+        self._recent = None
 
     def prune(self, thread_ids: Sequence[str], *, strategy: str = "keep_latest") -> None:
         """Delete old checkpoints of some threads.

@@ -201,6 +201,24 @@ async def edit(
     )
 
 
+@command(group, "reopen")
+async def reopen(call: Call, approval_id: ApprovalId, *, by: By, comment: Comment = None) -> None:
+    """Take a decision back: it is asked again, under the same id.
+
+    What the run has done with the old answer stays done.
+    """
+    if not by.strip():
+        raise UsageError("--by", "needs a name: it is kept in the run's log")
+    async with call.open_app() as app:
+        shown = await app.approvals.get(approval_id)
+        if call.can_ask or call.output.format is OutputFormat.TABLE:
+            call.output.message("\n".join((*approval_lines(shown), "")))
+        if not call.confirm("Take this decision back?"):
+            raise OutcomeError("not confirmed; nothing was changed")
+        opened = await app.approvals.reopen(approval_id, by=by, comment=comment)
+    call.output.record(opened, _OUTCOME)
+
+
 async def _decide(
     call: Call,
     approval_id: str,

@@ -10,6 +10,7 @@ from agentflow.cli.command import Call, OutcomeError, UsageError, command
 from agentflow.cli.output import OutputFormat, block, field_lines, jsonable, to_json
 from agentflow.cli.values import read_json
 from agentflow.journal import EffectStatus
+from agentflow.types import SystemClock
 
 group = typer.Typer(help="Look at effects, and clear up those in doubt.", no_args_is_help=True)
 
@@ -101,6 +102,12 @@ async def resolve(
     async with call.open_app() as app:
         effect = await app.effects.get(effect_id)
         what = "happened" if happened else "did not happen"
+        is_open = effect.status is EffectStatus.INTENDED
+        if is_open and effect.safe_at is not None and SystemClock().now() < effect.safe_at:
+            call.output.message(
+                f"WARNING: until {effect.safe_at.isoformat()} worker {effect.worker!r} may still "
+                "be at this call, unless you know that it is gone"
+            )
         if not call.confirm(f"Say that {effect.name} of run {effect.run_id} {what}?"):
             raise OutcomeError("not confirmed; nothing was recorded")
         resolved = await app.effects.resolve(

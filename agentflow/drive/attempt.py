@@ -12,7 +12,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
+from datetime import datetime
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from langchain_core.callbacks import BaseCallbackHandler
@@ -29,6 +31,7 @@ from langgraph.pregel import Pregel
 from langgraph.types import Command, StateSnapshot
 from opentelemetry.trace import Span
 
+from agentflow import upstream
 from agentflow.budgets import Meter, OverBudget, metering
 from agentflow.checkpoint import Saver
 from agentflow.control import AttemptControl
@@ -61,6 +64,7 @@ from agentflow.errors import (
     RunError,
     StoreUnavailableError,
 )
+from agentflow.interrupts import Asked
 from agentflow.retry import GiveUp, Retry, RetryPolicies, RetryPolicy, decide
 from agentflow.storage import RunStore
 from agentflow.telemetry import (
@@ -139,13 +143,18 @@ class Attempt:
         self._started: AttemptStart | None = None
         self._begun_at: str | None = None
         self._is_released = False
+        self._asked = Asked(store.codec.redact)
         self._answered: frozenset[Key] = frozenset()
         """The questions whose answers the graph has been given."""
 
     async def run(self, span: Span) -> None:
         """Work, and settle the outcome."""
         try:
-            with recording(self._journal), metering(self._meter):
+            with (
+                recording(self._journal),
+                metering(self._meter),
+                upstream.answers_checked(self._asked.check),
+            ):
                 async with asyncio.TaskGroup() as group:
                     task = group.create_task(self._work(span))
                     self._control.attach(task)
@@ -175,6 +184,7 @@ class Attempt:
         config = self._config(span)
         before = await self._beginning(config)
         waits = await self._waits(before)
+        self._asked.learn(waits.values())
         await self._begin_metering(waits)
         questions = await open_questions(self._saver, before, waits)
         self._started = started = await self._start(before, questions)
@@ -396,7 +406,11 @@ class Attempt:
 
     async def _park(self, state: StateSnapshot, questions: list[Question], span: Span) -> None:
         waits = [question.to_wait() for question in questions]
-        waits += self._stops()
+        if self._journal.doubts:
+            seen = await doubts.last_seen(self._store, self._run.tenant)
+            waits += self._stops(seen)
+        else:
+            waits += self._stops()
         await self._release_thread()
         await self._store.park_run(
             self._held_to_the_end(),
@@ -406,9 +420,10 @@ class Attempt:
         )
         span.set_attribute(RUN_STATUS, "waiting")
 
-    def _stops(self) -> list[NewWait]:
+    def _stops(self, seen: Mapping[str, datetime] = MappingProxyType({})) -> list[NewWait]:
         """Return what stopped the attempt in the middle of a node, and waits for somebody."""
-        waits = [doubts.to_wait(each, self._lease) for each in self._journal.doubts.values()]
+        found = self._journal.doubts.values()
+        waits = [doubts.to_wait(each, self._lease, seen) for each in found]
         if self._meter is not None:
             waits += [allowances.to_wait(each) for each in self._meter.asks.values()]
         return waits

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from datetime import datetime
 from typing import Any
 
 from agentflow.interrupts import proposal_hash
 from agentflow.interrupts.plain import to_plain
 from agentflow.journal import Effect, question_id
+from agentflow.storage import RunStore
 from agentflow.types import ApprovalRequest, Lease, NewWait, new_id
 
 _SHAPE = "effect"
@@ -23,9 +26,13 @@ _ERRORS = ("InDoubt(", "OverBudget(")
 """How the text begins that a checkpoint has of the exceptions that stop an attempt."""
 
 
-def to_wait(effect: Effect, lease: Lease) -> NewWait:
-    """Return the question whether a call has happened, asked by the attempt under `lease`."""
-    request = _request(effect, is_over=effect.token == lease.token)
+def to_wait(effect: Effect, lease: Lease, seen: Mapping[str, datetime]) -> NewWait:
+    """Return the question whether a call has happened, asked by the attempt under `lease`.
+
+    `seen` says when workers gave their last sign of life, by name.
+    """
+    is_over = effect.token == lease.token
+    request = _request(effect, is_over=is_over, seen_at=seen.get(effect.worker))
     return NewWait(
         wait_id=new_id(),
         kind="effect",
@@ -44,7 +51,16 @@ def is_doubt(error: Any) -> bool:
     return str(error).startswith(_ERRORS)
 
 
-def _request(effect: Effect, *, is_over: bool) -> ApprovalRequest:
+async def last_seen(store: RunStore, tenant: str) -> Mapping[str, datetime]:
+    """Return when workers gave their last sign of life, as far as it is on record, by name."""
+    seen: dict[str, datetime] = {}
+    for worker in await store.list_workers(tenant):
+        name = worker.report.name
+        seen[name] = max(worker.beat_at, seen.get(name, worker.beat_at))
+    return seen
+
+
+def _request(effect: Effect, *, is_over: bool, seen_at: datetime | None) -> ApprovalRequest:
     facts = {
         "effect": effect.id,
         "name": effect.name,
@@ -53,6 +69,7 @@ def _request(effect: Effect, *, is_over: bool) -> ApprovalRequest:
         "node": effect.node,
         "attempt": effect.attempt,
         "worker": effect.worker,
+        "worker_seen_at": seen_at,
         "intended_at": effect.intended_at,
         "safe_at": effect.intended_at if is_over else effect.safe_at,
     }
@@ -62,11 +79,11 @@ def _request(effect: Effect, *, is_over: bool) -> ApprovalRequest:
         proposal=to_plain(facts, lenient=True),
         allowed=("respond", "reject"),
         response_schema=_SCHEMA,
-        description=_advice(effect, is_over=is_over),
+        description=_advice(effect, is_over=is_over, seen_at=seen_at),
     )
 
 
-def _advice(effect: Effect, *, is_over: bool) -> str:
+def _advice(effect: Effect, *, is_over: bool, seen_at: datetime | None) -> str:
     """Say how to find out, and from when on the answer holds."""
     how = (
         "It was about to be called, and nothing is known of what came of it. Look into the system "
@@ -75,12 +92,14 @@ def _advice(effect: Effect, *, is_over: bool) -> str:
     )
     if is_over:
         return how
+    # Silence is no death: a worker that is stopped, or cut off, goes on with the call later.
+    silent = "" if seen_at is None else f" Its last sign of life came at {seen_at.isoformat()}."
     if effect.safe_at is None:
         return (
             f"{how} It has no timeout: make sure first that worker {effect.worker!r} is gone, or "
-            "the call may still be under way."
+            f"the call may still be under way.{silent}"
         )
     return (
         f"{how} Do not answer before {effect.safe_at.isoformat()}: until then worker "
-        f"{effect.worker!r} may still be at it, unless you know that it is gone."
+        f"{effect.worker!r} may still be at it, unless you know that it is gone.{silent}"
     )

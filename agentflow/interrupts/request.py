@@ -82,7 +82,7 @@ def request_approval(
         InvalidInputError: The arguments do not fit together.
         SerializationError: The proposal or the policy could not be read back.
         InvalidDecisionError: The answer did not come through agentflow.
-        NonDeterministicNodeError: The answer that is due here is that to another `key`.
+        NonDeterministicNodeError: The answer that is due here is that to another question.
         ProposalUnstableError: With `ask_again`, each repetition proposed something else.
         LeaseLostError: The node goes on although its attempt is over.
     """

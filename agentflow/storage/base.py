@@ -452,6 +452,28 @@ class RunStore(VersionVerbs, ABC):
         """
 
     @abstractmethod
+    async def claim_reopening(
+        self, tenant: str, wait_id: str, *, worker: str, lease: timedelta, by: str
+    ) -> ClaimedRun:
+        """Take the run of a resolved approval, in order to take that decision back.
+
+        It may be due, wait, be paused, or be in the dead letter, which it leaves. It is paused, if
+        it was not, until `reopen_wait`. `ConflictError` if the approval is not resolved, is about
+        an effect or a budget, or its run has ended otherwise; `ThreadBusyError` if it is being
+        driven. Events: as of `claim_runs`, and `run.requeued`.
+        """
+
+    @abstractmethod
+    async def reopen_wait(
+        self, lease: Lease, wait_id: str, *, by: str, comment: str | None
+    ) -> Approval:
+        """Make a resolved approval pending again, under its id, and queue its run.
+
+        What the same task has asked after it becomes `superseded`. Attempts are cleared; the pause
+        of `claim_reopening` ends. Events: `approval.reopened`, `approval.superseded`.
+        """
+
+    @abstractmethod
     async def begin_effect(
         self, lease: Lease, new: NewEffect, *, retake: int | None = None
     ) -> Begun:

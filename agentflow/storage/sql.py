@@ -27,6 +27,7 @@ from agentflow.storage import (
     endings,
     letters,
     pauses,
+    reopening,
     submission,
     workers,
 )
@@ -404,6 +405,22 @@ class SqlRunStore(SqlVersionVerbs, RunStore):
         )
         self._tell("due")
         return resolved
+
+    async def claim_reopening(
+        self, tenant: str, wait_id: str, *, worker: str, lease: timedelta, by: str
+    ) -> ClaimedRun:
+        return await self._write(
+            reopening.claim_reopening, tenant, wait_id, worker=worker, lease=lease, by=by
+        )
+
+    async def reopen_wait(
+        self, lease: Lease, wait_id: str, *, by: str, comment: str | None
+    ) -> Approval:
+        opened: Approval = await self._write(
+            reopening.reopen_wait, lease, wait_id, by=by, comment=comment
+        )
+        self._tell("due")
+        return opened
 
     async def begin_effect(
         self, lease: Lease, new: NewEffect, *, retake: int | None = None

@@ -14,6 +14,7 @@ from agentflow import AgentFlow
 from agentflow.checkpoint import Retention
 from agentflow.errors import NotDeadLetterError
 from agentflow.journal import EffectStatus
+from agentflow.types import WaitStatus
 
 INPUTS: dict[str, dict[str, Any]] = {
     "linear": {"input": "x"},
@@ -53,6 +54,13 @@ async def resolve_effect(app: AgentFlow, run_id: str) -> None:
     for effect in (await app.effects.list(run_id=run_id)).items:
         if effect.status is EffectStatus.INTENDED:
             await app.effects.resolve(effect.id, happened=False, by="alice")
+
+
+async def reopen(app: AgentFlow, run_id: str) -> None:
+    """Take back what was decided first about a run, unless somebody has."""
+    first, *_ = (await app.approvals.list(run_id=run_id, status=None)).items
+    if first.status is WaitStatus.RESOLVED:
+        await app.approvals.reopen(first.id, by="alice")
 
 
 async def prune_effects(app: AgentFlow, run_id: str) -> None:
@@ -120,7 +128,7 @@ async def prune(app: AgentFlow, run_id: str) -> None:
 CALLS: Mapping[str, Callable[[AgentFlow, str], Awaitable[None]]] = {
     call.__name__: call
     for call in (
-        *(submit, drive, cancel, decide),
+        *(submit, drive, cancel, decide, reopen),
         *(resolve_effect, prune_effects),
         *(pause_run, resume_run, pause_queue, resume_queue),
         *(fire_due, requeue, discard, restore, route),

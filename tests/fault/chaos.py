@@ -36,6 +36,13 @@ _MODULES = {
     "kills": ("test_kills", "test_refunds_kills"),
     "transitions": ("test_transitions",),
     "recovery": ("test_recovery", "test_attempts", "test_misbehaviour"),
+    "effects": (
+        "test_effects",
+        "test_transaction_kills",
+        "test_reopening",
+        "test_agent_kills",
+        "test_task_kills",
+    ),
     "zombies": ("test_zombies", "test_uncommitted", "test_races"),
     "outages": ("test_outage",),
     "savers": ("test_saver_kills",),

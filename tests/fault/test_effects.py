@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import signal
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from agentflow.types import Approval, RunStatus
 from tests.fault.conftest import Sampler, Tally
 from tests.fault.graphs import LINEAR
 from tests.fault.sabotage import MOMENTS, Moment, Place
-from tests.fault.scene import LONG, Scene, assert_sound, logged
+from tests.fault.scene import LONG, Scene, assert_sound, logged, places
 
 LOG = ["told", "deposit", "approve", "rest"]
 
@@ -71,6 +72,32 @@ async def test_worker_killed_around_an_effect_pays_once(
         for moment in MOMENTS
     ]
     tried = {str(place): place for place in sampler.some(every, 4)}
+    assert await kill_and_settle(scene, tried) == len(tried)
+    tally(kills=len(tried), doubts=len({each.id for each in witness.asked}))
+
+
+async def test_worker_killed_at_random_places_pays_once(
+    scene: Scene, sampler: Sampler, tally: Tally
+) -> None:
+    """Anywhere at all, as the dice fall: five hundred times in a full run."""
+    witness = Witness(scene)
+    scene.deciders.append(witness)
+    await submit(scene, "twin")
+    twin = scene.worker(lease=LONG, queues=["twin"], reports=True)
+    await scene.ended(["twin"])
+    twin.kill(signal.SIGTERM)
+    assert await scene.gone(twin) == 0, twin.output()
+    found = places(scene.ledger.entries(event="place", pid=twin.pid))
+    dice, kills = sampler.dice(), 0
+    count = 500 if sampler.is_full else 3
+    for begin in range(0, count, 50):
+        numbers = range(begin, min(begin + 50, count))
+        kills += await kill_and_settle(scene, {f"r{n}": dice.choice(found) for n in numbers})
+    tally(kills=kills, doubts=len({each.id for each in witness.asked}))
+
+
+async def kill_and_settle(scene: Scene, tried: Mapping[str, Place]) -> int:
+    """Kill a worker at each place, have another one go on, and count what was paid."""
     kills = await scene.kill_each(tried, lambda name: submit(scene, name))
     successor = scene.worker(lease=LONG, queues=list(tried), concurrency=5)
     for run in await scene.ended(tried):
@@ -79,10 +106,9 @@ async def test_worker_killed_around_an_effect_pays_once(
         assert payments(scene, run.id) == {"deposit": 1, "rest": 1}, run.id
         told = scene.ledger.entries(event="told", run=run.id)
         assert len({entry["key"] for entry in told}) == 1, run.id
-    assert kills == len(tried)
     assert_sound(scene.url, tried)
     successor.kill()
-    tally(kills=kills, doubts=len({each.id for each in witness.asked}))
+    return kills
 
 
 async def test_call_that_happened_unheard_of_is_not_repeated(scene: Scene) -> None:
@@ -123,7 +149,9 @@ async def test_worker_stopped_before_the_call_does_not_call_when_it_goes_on(scen
     victim.kill(signal.SIGKILL)
 
 
-async def test_outcome_of_a_call_that_somebody_denied_raises_the_alarm(scene: Scene) -> None:
+async def test_outcome_of_a_call_that_somebody_denied_raises_the_alarm(
+    scene: Scene, caplog: pytest.LogCaptureFixture
+) -> None:
     """What cannot be prevented: the worker was stopped inside of the call, past its last check."""
     scene.ledger.hold(event="paid", run="denied", key="deposit")
     await submit(scene, "denied")
@@ -140,8 +168,11 @@ async def test_outcome_of_a_call_that_somebody_denied_raises_the_alarm(scene: Sc
     assert asked.kind == "effect"
     assert asked.request.proposal["safe_at"] is not None
     assert "Do not answer before" in (asked.request.description or "")
+    assert asked.request.proposal["worker_seen_at"] is not None
+    assert "Its last sign of life came at" in (asked.request.description or "")
     no = {"type": "respond", "value": {"happened": False}}
     await scene.app.approvals.decide(asked.id, no, by="hasty")
+    assert "before it is safe" in caplog.text
     await logged_twice(scene)
     victim.kill(signal.SIGCONT)
 
@@ -170,7 +201,7 @@ async def logged_twice(scene: Scene) -> None:
     await scene.until(look, "the second payment")
 
 
-@pytest.mark.timeout(600)  # all of it, in a full run
+@pytest.mark.timeout(1800)  # all of it, in a full run
 async def test_worker_killed_while_it_undoes_a_run_undoes_all_of_it_in_order(
     scene: Scene, sampler: Sampler, tally: Tally
 ) -> None:

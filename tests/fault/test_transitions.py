@@ -246,6 +246,8 @@ ELSEWHERE = {
     "refer": "fault/test_object_kills.py",
     "abandon": "fault/test_object_kills.py",
     "forget_objects": "fault/test_object_kills.py",
+    "claim_reopening": "fault/test_reopening.py",
+    "reopen_wait": "fault/test_reopening.py",
     "begin_effect": "fault/test_effects.py",
     "finish_effect": "fault/test_effects.py",
     "prune_effects": "fault/test_effects.py",

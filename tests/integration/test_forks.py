@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from typing import Any
 
 import pytest
+from langgraph.types import interrupt
 
 from agentflow import AgentFlow, RetryPolicy, effect, request_approval
 from agentflow.checkpoint import Retention
@@ -138,3 +140,73 @@ async def test_answer_is_not_given_to_another_question(app: AgentFlow) -> None:
     await app.drive("r")
     (second,) = (await app.approvals.list()).items
     assert second.request.proposal == {"of": "ship"}
+
+
+def approval(title: str, key: str | None = None) -> Any:
+    return lambda: request_approval({"of": title}, title=title, key=key).value
+
+
+ASKED_INSTEAD: dict[str, tuple[Any, Any]] = {
+    "interrupt": (approval("pay", "pay"), lambda: interrupt("pay")),
+    "approval": (lambda: interrupt("pay"), approval("pay", "pay")),
+    "another text": (lambda: interrupt("pay"), lambda: interrupt("ship")),
+    "other names": (lambda: interrupt({"pay": 1}), lambda: interrupt({"ship": 1})),
+    "another key of a mapping": (
+        lambda: interrupt({"key": "pay", "of": 1}),
+        lambda: interrupt({"key": "ship", "of": 1}),
+    ),
+    "no key": (approval("pay", "pay"), approval("pay")),
+    "another title": (approval("pay"), approval("ship")),
+}
+"""What stands where: first one question, and when it is answered, another one."""
+
+
+@pytest.mark.parametrize("case", ASKED_INSTEAD)
+@pytest.mark.parametrize("is_nested", [False, True], ids=["node", "subgraph"])
+async def test_answer_is_not_given_to_a_question_of_another_kind(
+    app: AgentFlow, case: str, is_nested: bool
+) -> None:
+    first, second = ASKED_INSTEAD[case]
+    asked = [first]
+    given: list[Any] = []
+
+    async def node(state: State) -> State:
+        given.append(await asyncio.to_thread(asked[0]) if "key" in case else asked[0]())
+        return {"log": ["answered"]}
+
+    inner = chain(("a", node))
+    graph = chain(("sub", inner.compile())) if is_nested else inner
+    app.register(graph, name="g", retry=RetryPolicy(initial_interval=0))
+    await app.submit("g", {"log": []}, run_id="r")
+    await app.drive("r")
+    (wait,) = (await app.approvals.list()).items
+    how = "approve" if "approve" in wait.request.allowed else {"type": "respond", "value": 1}
+    await app.approvals.decide(wait.id, how, by="ada")
+    asked[0] = second
+    run = await app.drive("r")
+    assert run.error is not None
+    assert (run.status, run.attempt, given) == ("failed", 1, [])
+    assert "NonDeterministicNodeError" in run.error.type
+    assert "ship" not in run.error.message, "what is asked is payload"
+    asked[0] = first
+    await app.dead_letters.requeue("r")
+    assert (await app.drive("r")).status == "succeeded"
+    assert len(given) == 1
+
+
+async def test_question_whose_proposal_has_changed_gets_its_answer(app: AgentFlow) -> None:
+    times: list[int] = []
+
+    def node(state: State) -> State:
+        times.append(len(times))
+        one = interrupt({"draft": len(times)})
+        two = request_approval({"draft": len(times)}, title=f"Draft {len(times)}", key="b")
+        return {"log": [one["type"], two.type]}
+
+    app.register(chain(("a", node)), name="g", retry=ONCE)
+    await app.submit("g", {"log": []}, run_id="r")
+    for _ in range(2):
+        await app.drive("r")
+        (wait,) = (await app.approvals.list()).items
+        await app.approvals.decide(wait.id, "approve", by="ada")
+    assert (await app.drive("r")).output == {"log": ["approve", "approve"]}

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import create_async_engine
 from typer.testing import CliRunner
 
-from agentflow import AgentFlow, RetryPolicy, transaction
+from agentflow import AgentFlow, RetryPolicy, effect, transaction
 from agentflow.cli.program import program
 from agentflow.effects import outside
 from agentflow.errors import InvalidInputError
@@ -197,3 +197,35 @@ async def test_database_without_the_table_says_how_to_make_it(
     await app.dead_letters.requeue("r")
     assert (await app.drive("r")).status == "succeeded"
     engine.dispose()
+
+
+async def test_transaction_inside_an_effect_is_undone_with_its_run(
+    app: AgentFlow, engine: sa.Engine
+) -> None:
+    @transaction(engine)
+    def unbook(connection: sa.Connection, what: str) -> None:
+        connection.execute(sa.delete(BOOKED).where(BOOKED.c.what == what))
+
+    @transaction(engine)
+    def write(connection: sa.Connection, what: str) -> str:
+        connection.execute(sa.insert(BOOKED).values(what=what))
+        return what
+
+    seen: list[list[str]] = []
+
+    def undo(outcome: str) -> None:
+        seen.append(booked(engine))
+        unbook(outcome)
+
+    @effect(on_in_doubt="retry", compensate=undo)
+    def book(what: str) -> str:
+        return str(write(what))
+
+    def node(state: State) -> State:
+        book("seat")
+        raise ValueError
+
+    run = await drive(app, node)
+    assert (run.status, run.saga) == ("failed", "compensated")
+    assert seen == [["seat"]]
+    assert booked(engine) == []
