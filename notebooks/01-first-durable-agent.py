@@ -18,7 +18,8 @@
 #
 # An ordinary LangGraph graph with three nodes. The model is a scripted one, so that the notebook
 # needs no key and no network; for a real one write `llm_node("openai:gpt-5-mini", tools=[...])`.
-# It says when it is called, so that you can count.
+# It says when it is called, so that you can count. The payment is an *effect*: its outcome is on
+# record, so it is not repeated if its node is.
 
 # %% tags=["definitions"]
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ from langchain_core.messages import AIMessage, AnyMessage, BaseMessage
 from langgraph.graph import END, START, StateGraph
 from langgraph.graph.message import add_messages
 
-from agentflow import AgentFlow
+from agentflow import AgentFlow, effect
 from agentflow.nodes import approval_node, llm_node
 from agentflow.testing import ScriptedChatModel
 
@@ -59,12 +60,18 @@ def proposed_refund(state: State) -> dict[str, Any]:
     return state["messages"][-1].tool_calls[0]["args"]
 
 
+@effect(key="refund")
+def refund(order: str, amount: int) -> int:
+    print(f"{amount} euros are paid for {order}")  # here you would call your bank
+    return amount
+
+
 def pay(state: State) -> dict[str, int]:
     decision = state["approval"]
     if decision["type"] == "reject":
         return {"paid": 0}
     # What was approved is what is paid, whatever the model has proposed.
-    return {"paid": decision["proposal"]["amount"]}
+    return {"paid": refund(decision["proposal"]["order"], decision["proposal"]["amount"])}
 
 
 graph = StateGraph(State)

@@ -14,13 +14,14 @@ class Payment(TypedDict):
     """A payment as the service confirmed it."""
 
     id: str
+    reference: str
     order_id: str
     amount: int
     currency: str
 
 
 class ServiceClient:
-    """Send requests that the services apply once, however often they arrive.
+    """Send requests: a payment is made once per key, an e-mail as often as it is requested.
 
     Connections are opened with the first request and belong to the event loop that made it.
     """
@@ -29,15 +30,22 @@ class ServiceClient:
         self._http = httpx.AsyncClient(base_url=url, timeout=_TIMEOUT, trust_env=False)
 
     async def pay(
-        self, *, idempotency_key: str, order_id: str, amount: int, currency: str
+        self, *, idempotency_key: str, reference: str, order_id: str, amount: int, currency: str
     ) -> Payment:
-        body = {"order_id": order_id, "amount": amount, "currency": currency}
+        """Pay, and have both sides' books say by `reference` what for."""
+        body = {
+            "reference": reference,
+            "order_id": order_id,
+            "amount": amount,
+            "currency": currency,
+        }
         payment: Payment = await self._post("/payments", body, idempotency_key)
         return payment
 
-    async def send_email(self, *, idempotency_key: str, to: str, subject: str, text: str) -> None:
-        body = {"to": to, "subject": subject, "text": text}
-        await self._post("/emails", body, idempotency_key)
+    async def send_email(self, *, reference: str, to: str, subject: str, text: str) -> None:
+        """Send an e-mail; the mail service's log has it under `reference`."""
+        body = {"reference": reference, "to": to, "subject": subject, "text": text}
+        await self._post("/emails", body, None)
 
     async def report(self, path: str, fact: Mapping[str, str]) -> None:
         """Tell the services what the agent is doing, so that it can be counted from outside."""

@@ -1,10 +1,12 @@
-"""Kill the refund agent again and again, and show that every customer is paid exactly once.
+"""Kill the refund agent again and again: every customer is paid once, and written to once.
 
-    python -m examples.refunds.demo [--db URL] [--fault double|drop|alter]
+    python -m examples.refunds.demo [--db URL] [--fault FAULT]
 
-Workers are killed with SIGKILL at three exact moments, every process ends while people still have
-to decide, the decisions come from fresh processes, and a new worker finishes. The exit code is 0
-only if everything adds up.
+Workers are killed with SIGKILL at exact moments, every process ends while people still have to
+decide, the decisions come from fresh processes, and a new worker finishes. The payment service
+makes a payment once per idempotency key. The mail service sends whatever it is asked to: about an
+e-mail of which nobody knows, a person is asked, who looks into that service's log. The exit code is
+0 only if everything adds up.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Coroutine, Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any, get_args
 
@@ -34,17 +37,23 @@ from examples.refunds.processes import DemoError, Running, Services, Stage
 from examples.refunds.services import Fault
 from examples.refunds.shop import Case, Money, Review, read_cases
 
-KILLS = {
-    "inside a model call": Hold(path="/model-calls", match={"event": "started"}, skip=12),
-    "after a payment was requested, before the reply": Hold(path="/payments", skip=3),
-    "after the reply, before the checkpoint": Hold(
-        path="/executions", match={"event": "finished", "node": verdict.PAYMENT_NODE}, skip=3
-    ),
-}
-"""Where workers are killed: each hold lets some requests pass, so that runs are under way."""
+_PAID = {"event": "finished", "node": verdict.PAYMENT_NODE}
+KILLS: tuple[Mapping[str, Hold], ...] = (
+    {"inside a model call": Hold(path="/model-calls", match={"event": "started"}, skip=12)},
+    {
+        "payment made, no reply yet": Hold(path="/payments", skip=3),
+        "payment replied, no checkpoint yet": Hold(path="/executions", match=_PAID, skip=3),
+    },
+    {
+        "e-mail sent, no reply yet": Hold(path="/emails", skip=2),
+        "e-mail lost on its way": Hold(path="/emails", skip=2, moment="arrival"),
+    },
+)
+"""Where workers are killed, one after the other: each of them when all of its holds have caught a
+request. A hold lets some pass first, so that runs are under way."""
 
 CONCURRENCY = 10
-_DECISIONS_AT_A_TIME = 2
+_ANSWERS_AT_A_TIME = 2
 _REVIEWER = "alice"
 _ALL = ("--limit", "1000")
 
@@ -63,8 +72,8 @@ class Board:
         asked = sum(case.review is not None for case in cases.values())
         paid = sum(case.refund is not None for case in cases.values())
         self._bars = {
-            "emails_applied": self.progress.add_task("runs ended", total=len(cases)),
-            "payments_applied": self.progress.add_task("payments applied", total=paid),
+            "emails_applied": self.progress.add_task("e-mails sent", total=len(cases)),
+            "payments_applied": self.progress.add_task("payments made", total=paid),
             "kills": self.progress.add_task("workers killed", total=len(KILLS)),
             "decisions": self.progress.add_task("approvals decided", total=asked),
         }
@@ -101,8 +110,8 @@ class Demo:
         kills = await self._while_following(services, self._drive_and_kill(services, cases))
         await services.stop()
 
-        self._board.say("every process has ended; approvals are pending in the database")
-        decided = await self._decide_all(cases)
+        self._board.say("every process has ended; what people have to say waits in the database")
+        decided, settled = await self._answer_all(cases)
 
         services = await self._stage.start_services()
         await self._while_following(services, self._finish(cases))
@@ -112,6 +121,7 @@ class Demo:
             cases=cases,
             kills=kills,
             decided=decided,
+            settled=settled,
             statuses=statuses,
             concurrency=CONCURRENCY,
             seconds=time.monotonic() - begun,
@@ -122,17 +132,25 @@ class Demo:
     ) -> list[verdict.Kill]:
         """Submit everything, kill a worker at each hold point, then wait until all is at rest."""
         kills: list[verdict.Kill] = []
-        for where, hold in KILLS.items():
-            hold_id = await services.hold(hold)
+        for holds in KILLS:
+            armed = {where: await services.hold(hold) for where, hold in holds.items()}
             worker = await self._start_worker()
             if not kills:
                 await self._submit(cases)
-            caught = await worker.until(services.wait_caught(hold_id), what=f"a worker {where}")
-            kill = verdict.Kill(where=where, exit_code=await worker.kill(), caught=caught)
-            await services.end_hold(hold_id)
-            self._board.say(f"killed {worker.name} (pid {worker.pid}) {where}, run {kill.run_id}")
+            caught = {
+                where: await worker.until(services.wait_caught(hold_id), what=f"'{where}'")
+                for where, hold_id in armed.items()
+            }
+            exit_code = await worker.kill()
+            self._board.say(f"killed {worker.name} (pid {worker.pid})")
             self._board.advance("kills")
-            kills.append(kill)
+            for where, hold_id in armed.items():
+                await services.end_hold(hold_id)
+                kill = verdict.Kill(
+                    worker=worker.name, where=where, exit_code=exit_code, caught=caught[where]
+                )
+                self._board.say(f"  run {kill.run_id}: {where}")
+                kills.append(kill)
         worker = await self._start_worker()
         await worker.until(self._wait_runs(cases, until="parked"), what="runs to end or to wait")
         await worker.stop()
@@ -170,24 +188,52 @@ class Demo:
             following.cancel()
         return result
 
-    async def _decide_all(self, cases: Mapping[str, Case]) -> list[verdict.Decided]:
-        """Decide what waits, a fresh process for each decision."""
+    async def _answer_all(
+        self, cases: Mapping[str, Case]
+    ) -> tuple[list[verdict.Decided], list[verdict.Settled]]:
+        """Answer what waits, a fresh process for each answer."""
         listed = await self._stage.agentflow("approval", "list", "--graph", "refund", *_ALL)
         pending = [approval for approval in listed if approval["run_id"] in cases]
-        turn = asyncio.Semaphore(_DECISIONS_AT_A_TIME)
+        turn = asyncio.Semaphore(_ANSWERS_AT_A_TIME)
+        mails = self._read_mail_log()
+        decided: list[verdict.Decided] = []
+        settled: list[verdict.Settled] = []
 
-        async def decide(approval: Mapping[str, Any]) -> verdict.Decided:
-            review = cases[approval["run_id"]].review
-            if review is None:
-                raise DemoError(f"run {approval['run_id']} asks for an approval that it needs not")
+        async def answer(approval: Mapping[str, Any]) -> None:
+            run_id = approval["run_id"]
+            review = cases[run_id].review
             async with turn:
-                decided = await self._decide(approval, review)
-            self._board.advance("decisions")
-            return decided
+                if approval["kind"] == "effect":
+                    settled.append(await self._settle(approval, was_sent=mails[run_id] > 0))
+                elif review is None:
+                    raise DemoError(f"run {run_id} asks for an approval that it needs not")
+                else:
+                    decided.append(await self._decide(approval, review))
+                    self._board.advance("decisions")
 
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(decide(approval)) for approval in pending]
-        return [task.result() for task in tasks]
+            for approval in pending:
+                group.create_task(answer(approval))
+        return decided, settled
+
+    def _read_mail_log(self) -> Mapping[str, int]:
+        """Count the e-mails that were sent for each run, by the mail service's own log."""
+        with closing(Ledger(self._stage.ledger)) as ledger:
+            return ledger.emails()
+
+    async def _settle(self, approval: Mapping[str, Any], *, was_sent: bool) -> verdict.Settled:
+        """Say what became of an e-mail in doubt; all workers are gone, so none is at it."""
+        facts, run_id = approval["request"]["proposal"], approval["run_id"]
+        if facts["node"] != verdict.EMAIL_NODE:
+            raise DemoError(f"run {run_id} asks about {facts['name']}, which can be repeated")
+        await self._stage.agentflow(
+            *("effect", "resolve", facts["effect"], "--by", _REVIEWER),
+            "--happened" if was_sent else "--did-not-happen",
+            *("--comment", "by the mail service's log"),
+        )
+        answer = "was sent" if was_sent else "was not sent: send it"
+        self._board.say(f"e-mail of run {run_id} in doubt; {_REVIEWER} looks it up: it {answer}")
+        return verdict.Settled(run_id=run_id, was_sent=was_sent)
 
     async def _decide(self, approval: Mapping[str, Any], review: Review) -> verdict.Decided:
         proposal: dict[str, Any] = approval["request"]["proposal"]
@@ -221,17 +267,15 @@ async def run_demo(*, db: str | None, fault: str | None, directory: Path) -> lis
     with board.progress:
         async with Stage(db=url, queue=queue, directory=directory, fault=fault) as stage:
             outcome = await Demo(db=url, queue=queue, stage=stage, board=board).perform(cases)
-    ledger = Ledger(stage.ledger)
-    console.print(verdict.table(outcome, ledger))
-    found = [f"does not add up: {problem}" for problem in verdict.problems(outcome, ledger)]
-    ledger.close()
-    return found
+    with closing(Ledger(stage.ledger)) as ledger:
+        console.print(verdict.table(outcome, ledger))
+        return [f"does not add up: {problem}" for problem in verdict.problems(outcome, ledger)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="The refund agent, with kills and approvals.")
     parser.add_argument("--db", help="database URL; default: a new SQLite file")
-    parser.add_argument("--fault", choices=get_args(Fault), help="make one payment go wrong")
+    parser.add_argument("--fault", choices=get_args(Fault), help="make one go wrong")
     options = parser.parse_args()
 
     directory = Path(tempfile.mkdtemp(prefix="refunds-"))

@@ -2,6 +2,8 @@
 
 classify (model) → look up the order (tool) → propose a refund (model) → approval, if the shop's
 rules ask for it → pay → e-mail. A ticket that needs no refund goes straight to the e-mail.
+
+The payment and the e-mail are effects: a node that is executed again does not repeat them.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
+import httpx
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import (
     AIMessage,
@@ -25,8 +28,9 @@ from langgraph.graph import END, START, StateGraph
 from langgraph.graph.message import add_messages
 from pydantic import TypeAdapter, ValidationError
 
+from agentflow import RetryPolicy, effect, effect_context
 from agentflow.nodes import ToolPolicy, approval_node, llm_node, tool_node
-from examples.refunds.client import ServiceClient
+from examples.refunds.client import Payment, ServiceClient
 from examples.refunds.policy import Refund, reasons_to_ask
 from examples.refunds.shop import Money, Order, Ticket, read_orders
 
@@ -43,6 +47,8 @@ _PROPOSE = (
     "the customer in one or two sentences."
 )
 _REFUND = TypeAdapter(Refund)
+_UNSENT = RetryPolicy(retry_on=(httpx.ConnectError, httpx.ConnectTimeout))
+"""Of these it is certain that nothing was sent."""
 
 
 class RefundState(TypedDict):
@@ -52,7 +58,7 @@ class RefundState(TypedDict):
     messages: Annotated[NotRequired[list[AnyMessage]], add_messages]
     approval: NotRequired[dict[str, Any]]
     """The decision, with the refund as it was approved or edited."""
-    payment: NotRequired[dict[str, Any]]
+    payment: NotRequired[Payment]
 
 
 @tool
@@ -88,9 +94,9 @@ def build_graph(
         "approve",
         approval_node(approvable_refund, title="Refund", response=Refund, when=needs_approval),
     )
-    outside = _ServiceNodes(services)
-    graph.add_node("pay", outside.pay)
-    graph.add_node("email", outside.email)
+    outside = _Outside(services)
+    graph.add_node("pay", outside.pay_node)
+    graph.add_node("email", outside.email_node)
 
     graph.add_edge(START, "classify")
     graph.add_conditional_edges("classify", _after_classify)
@@ -166,30 +172,44 @@ def _after_approve(state: RefundState) -> Literal["pay", "email"]:
     return "email" if state["approval"]["type"] == "reject" else "pay"
 
 
-class _ServiceNodes:
-    """The nodes that act on the outside world."""
+class _Outside:
+    """The two effects of the agent on the outside world, and the nodes that call them."""
 
     def __init__(self, services: ServiceClient) -> None:
-        self._services = services
+        # The payment service makes a payment once per idempotency key, so one in doubt is
+        # requested again.
+        @effect(name="refunds:pay", key="payment", on_in_doubt="retry")
+        async def pay(reference: str, order_id: str, amount: int, currency: str) -> Payment:
+            return await services.pay(
+                idempotency_key=effect_context().idempotency_key,
+                reference=reference,
+                order_id=order_id,
+                amount=amount,
+                currency=currency,
+            )
 
-    async def pay(self, state: RefundState, config: RunnableConfig) -> dict[str, Any]:
+        # The mail service sends whatever arrives, so a person is asked about an e-mail in doubt.
+        # The timeout is shorter than the client's: an answer that does not come is a doubt too.
+        @effect(name="refunds:email", key="email", timeout=20, retry=_UNSENT)
+        async def send_email(reference: str, to: str, subject: str, text: str) -> None:
+            await services.send_email(reference=reference, to=to, subject=subject, text=text)
+
+        self._pay = pay
+        self._send_email = send_email
+
+    async def pay_node(self, state: RefundState, config: RunnableConfig) -> dict[str, Any]:
         # What was approved, not what the model proposed: a person may have changed the amount.
         refund: Refund = state["approval"]["proposal"]
-        payment = await self._services.pay(
-            idempotency_key=f"{config['metadata']['run_id']}:payment",
-            order_id=refund["order_id"],
-            amount=refund["amount"],
-            currency=refund["currency"],
+        payment = await self._pay(
+            config["metadata"]["run_id"], refund["order_id"], refund["amount"], refund["currency"]
         )
         return {"payment": payment}
 
-    async def email(self, state: RefundState, config: RunnableConfig) -> dict[str, Any]:
-        await self._services.send_email(
-            idempotency_key=f"{config['metadata']['run_id']}:email",
-            to=state["ticket"]["email"],
-            subject=f"Re: {state['ticket']['subject']}",
-            text=_email_text(state),
-        )
+    async def email_node(self, state: RefundState, config: RunnableConfig) -> dict[str, Any]:
+        ticket = state["ticket"]
+        subject = f"Re: {ticket['subject']}"
+        run_id = config["metadata"]["run_id"]
+        await self._send_email(run_id, ticket["email"], subject, _email_text(state))
         return {}
 
 

@@ -1,5 +1,6 @@
 """Hold points: a request is acted on, but its answer is withheld until its sender is gone.
 
+Or it is not even acted on, as if it had been lost on its way. Either way its sender cannot know.
 That is how the demo knows *exactly* where a worker stands when it is killed.
 """
 
@@ -9,7 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import count
 from threading import Condition
-from typing import Any
+from typing import Any, Literal, TypeAlias
+
+Moment: TypeAlias = Literal["arrival", "reply"]
+"""When a request is caught: before it is acted on, or after."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,19 +28,24 @@ class Request:
 
 @dataclass(slots=True, kw_only=True)
 class Hold:
-    """Catch one request to `path` whose body contains `match`, after `skip` others like it."""
+    """Catch one request to `path` whose body contains `match`, after `skip` others like it.
+
+    One that is caught at its `arrival` is on record, and never acted on.
+    """
 
     path: str
     match: Mapping[str, Any] = field(default_factory=dict)
     skip: int = 0
+    moment: Moment = "reply"
     caught: Request | None = None
     is_over: bool = False
 
-    def wants(self, request: Request) -> bool:
+    def wants(self, request: Request, moment: Moment) -> bool:
         """Whether the hold waits for a request like this one."""
         return (
             self.caught is None
             and not self.is_over
+            and moment == self.moment
             and request.path == self.path
             and self.match.items() <= request.body.items()
         )
@@ -70,10 +79,11 @@ class Holds:
             self._holds.pop(hold_id).is_over = True
             self._changed.notify_all()
 
-    def pass_by(self, request: Request) -> bool:
-        """Return whether a request may be answered; if a hold catches it, only when that ends."""
+    def pass_by(self, request: Request, moment: Moment) -> bool:
+        """Return whether a request may go on; if a hold catches it, only when that ends."""
         with self._changed:
-            hold = next((hold for hold in self._holds.values() if hold.wants(request)), None)
+            wanting = (hold for hold in self._holds.values() if hold.wants(request, moment))
+            hold = next(wanting, None)
             if hold is None:
                 return True
             if hold.skip > 0:

@@ -30,13 +30,15 @@ CREATE INDEX IF NOT EXISTS requests_by_key ON requests (path, idempotency_key);
 CREATE TABLE IF NOT EXISTS payments (
     id INTEGER PRIMARY KEY,
     idempotency_key TEXT NOT NULL,
+    reference TEXT NOT NULL,
     order_id TEXT NOT NULL,
     amount INTEGER NOT NULL,
     currency TEXT NOT NULL
 );
 CREATE TABLE IF NOT EXISTS emails (
     id INTEGER PRIMARY KEY,
-    idempotency_key TEXT NOT NULL UNIQUE,
+    request INTEGER NOT NULL REFERENCES requests,
+    reference TEXT NOT NULL,
     recipient TEXT NOT NULL,
     subject TEXT NOT NULL
 );
@@ -48,8 +50,19 @@ Outcome: TypeAlias = Literal["replied", "dropped"]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AppliedPayment:
     idempotency_key: str
+    reference: str
+    """The run that it was made for."""
     order_id: str
     money: Money
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestedPayment:
+    """A request to pay; whether money moved is another question."""
+
+    seq: int
+    idempotency_key: str
+    outcome: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,42 +117,44 @@ class Ledger:
                 "UPDATE requests SET outcome = ? WHERE seq = ?", (outcome, seq)
             )
 
-    def first_request(self, path: str, key: str | None = None) -> tuple[str, str]:
-        """Return key and body of the first request to a path, or of the first with that key."""
-        condition, arguments = ("AND idempotency_key = ?", (key,)) if key else ("", ())
-        found: tuple[str, str] = self._one(
-            f"SELECT idempotency_key, body FROM requests WHERE path = ? {condition} "  # noqa: S608
+    def first_reference(self, path: str) -> str:
+        """Return what the first request to a path was for."""
+        found: str = self._one(
+            "SELECT json_extract(body, '$.reference') FROM requests WHERE path = ? "
             "ORDER BY seq LIMIT 1",
             path,
-            *arguments,
-        )
+        )[0]
         return found
 
     def is_repeat(self, path: str, key: str, body: Mapping[str, Any]) -> bool:
         """Whether a request says the same as the first one with its key."""
-        return self.first_request(path, key)[1] == _canonical(body)
+        first = self._one(
+            "SELECT body FROM requests WHERE path = ? AND idempotency_key = ? ORDER BY seq LIMIT 1",
+            path,
+            key,
+        )
+        return bool(first[0] == _canonical(body))
 
     def find_payment(self, key: str) -> int | None:
         found = self._one("SELECT min(id) FROM payments WHERE idempotency_key = ?", key)
         payment_id: int | None = found[0]
         return payment_id
 
-    def add_payment(self, key: str, order_id: str, money: Money) -> int:
+    def add_payment(self, key: str, reference: str, order_id: str, money: Money) -> int:
         """Move the money. Nothing here stops a second payment under one key: callers do."""
         cursor = self._connection.execute(
-            "INSERT INTO payments (idempotency_key, order_id, amount, currency) "
-            "VALUES (?, ?, ?, ?)",
-            (key, order_id, money.amount, money.currency),
+            "INSERT INTO payments (idempotency_key, reference, order_id, amount, currency) "
+            "VALUES (?, ?, ?, ?, ?)",
+            (key, reference, order_id, money.amount, money.currency),
         )
         assert cursor.lastrowid is not None
         return cursor.lastrowid
 
-    def add_email(self, key: str, recipient: str, subject: str) -> None:
-        """Send an e-mail, unless one was sent under this key."""
+    def add_email(self, request: int, reference: str, recipient: str, subject: str) -> None:
+        """Send an e-mail. Nothing stops a second one: whoever asks again sends it again."""
         self._connection.execute(
-            "INSERT INTO emails (idempotency_key, recipient, subject) VALUES (?, ?, ?) "
-            "ON CONFLICT DO NOTHING",
-            (key, recipient, subject),
+            "INSERT INTO emails (request, reference, recipient, subject) VALUES (?, ?, ?, ?)",
+            (request, reference, recipient, subject),
         )
 
     def counts(self) -> Counts:
@@ -155,18 +170,34 @@ class Ledger:
     def payments(self) -> list[AppliedPayment]:
         """Return every payment that was made, in order."""
         rows = self._all(
-            "SELECT idempotency_key, order_id, amount, currency FROM payments ORDER BY id"
+            "SELECT idempotency_key, reference, order_id, amount, currency FROM payments "
+            "ORDER BY id"
         )
         return [
             AppliedPayment(
-                idempotency_key=key, order_id=order, money=Money(amount=amount, currency=currency)
+                idempotency_key=key,
+                reference=reference,
+                order_id=order,
+                money=Money(amount=amount, currency=currency),
             )
-            for key, order, amount, currency in rows
+            for key, reference, order, amount, currency in rows
         ]
 
     def emails(self) -> Counter[str]:
-        """Count the e-mails that were sent, by idempotency key."""
-        return Counter(key for (key,) in self._all("SELECT idempotency_key FROM emails"))
+        """Count the e-mails that were sent, by the run that each was for."""
+        return Counter(reference for (reference,) in self._all("SELECT reference FROM emails"))
+
+    def email_requests(self) -> Counter[str]:
+        """Count the requests to send an e-mail, by the run that each was for."""
+        rows = self._all(
+            "SELECT json_extract(body, '$.reference') FROM requests WHERE path = '/emails'"
+        )
+        return Counter(reference for (reference,) in rows)
+
+    def has_sent(self, request: int) -> bool:
+        """Whether a request to send an e-mail was acted on."""
+        found = self._one("SELECT count(*) FROM emails WHERE request = ?", request)
+        return bool(found[0])
 
     def executions(self, event: Literal["started", "finished"]) -> Counter[tuple[str, str]]:
         """Count the node executions that began or finished, by run and node."""
@@ -185,13 +216,17 @@ class Ledger:
         )
         return [event for (event,) in rows]
 
-    def payment_requests(self, key: str) -> list[tuple[int, str | None]]:
-        """Return number and outcome of each request to pay under a key, in order."""
-        return self._all(
-            "SELECT seq, outcome FROM requests WHERE path = '/payments' AND idempotency_key = ? "
-            "ORDER BY seq",
-            key,
+    def payment_requests(self, reference: str) -> list[RequestedPayment]:
+        """Return every request to pay for a run, in order."""
+        rows = self._all(
+            "SELECT seq, idempotency_key, outcome FROM requests WHERE path = '/payments' "
+            "AND json_extract(body, '$.reference') = ? ORDER BY seq",
+            reference,
         )
+        return [
+            RequestedPayment(seq=seq, idempotency_key=key, outcome=outcome)
+            for seq, key, outcome in rows
+        ]
 
     def outcome(self, seq: int) -> str | None:
         """Return what became of a request; `None` while it has no answer."""

@@ -2,7 +2,8 @@
 
     python -m examples.refunds.services --ledger refunds.sqlite --port 8085
 
-- `POST /payments`, `POST /emails`: applied once per `Idempotency-Key`, however often they arrive.
+- `POST /payments`: made once per `Idempotency-Key`, however often it arrives.
+- `POST /emails`: sent each time that it arrives.
 - `POST /executions`, `POST /model-calls`: what the agent is doing, to be counted.
 - `/control/...`: hold points and counts, for the demo.
 
@@ -30,8 +31,9 @@ from examples.refunds.holds import Hold, Holds, Request
 from examples.refunds.ledger import Ledger
 from examples.refunds.shop import Money
 
-Fault: TypeAlias = Literal["double", "drop", "alter"]
-"""How the service may misbehave on the first payment: pay twice, not at all, or another amount."""
+Fault: TypeAlias = Literal["double", "drop", "alter", "double-email", "drop-email"]
+"""How the services may misbehave on the first payment (pay twice, not at all, or another amount) or
+on the first e-mail (send it twice, or not at all)."""
 
 _REPORTS = ("/executions", "/model-calls")
 _STOP_INTERVAL = 0.05
@@ -88,16 +90,15 @@ class Services:
             return Answer(HTTPStatus.OK, {})
         if request.path not in {"/payments", "/emails"}:
             return Answer(HTTPStatus.NOT_FOUND, {"error": f"no such path: {request.path}"})
+        if request.path == "/emails":
+            with self._ledger.transaction():
+                return self._send(request.seq, request.body)
         if not request.key:
             return Answer(HTTPStatus.BAD_REQUEST, {"error": "an Idempotency-Key is required"})
         with self._ledger.transaction():
             if not self._ledger.is_repeat(request.path, request.key, request.body):
                 problem = f"key {request.key!r} was used for another request"
                 return Answer(HTTPStatus.UNPROCESSABLE_ENTITY, {"error": problem})
-            if request.path == "/emails":
-                body = request.body
-                self._ledger.add_email(request.key, body["to"], body["subject"])
-                return Answer(HTTPStatus.OK, {})
             return self._pay(request.key, request.body)
 
     def _tell_changed(self) -> None:
@@ -107,12 +108,22 @@ class Services:
 
     def _pay(self, key: str, body: Mapping[str, Any]) -> Answer:
         asked = Money(amount=int(body["amount"]), currency=str(body["currency"]))
+        reference, order_id = str(body["reference"]), str(body["order_id"])
         payment_id = self._ledger.find_payment(key)
         if payment_id is None:
-            is_first = key == self._ledger.first_request("/payments")[0]
+            is_first = reference == self._ledger.first_reference("/payments")
             for money in _faulty(asked, self._fault) if is_first else [asked]:
-                payment_id = self._ledger.add_payment(key, body["order_id"], money)
+                payment_id = self._ledger.add_payment(key, reference, order_id, money)
         return Answer(HTTPStatus.OK, {"id": f"P-{payment_id}", **body})
+
+    def _send(self, seq: int, body: Mapping[str, Any]) -> Answer:
+        reference = str(body["reference"])
+        times = 1
+        if self._fault is not None and reference == self._ledger.first_reference("/emails"):
+            times = {"double-email": 2, "drop-email": 0}.get(self._fault, 1)
+        for _ in range(times):
+            self._ledger.add_email(seq, reference, str(body["to"]), str(body["subject"]))
+        return Answer(HTTPStatus.OK, {})
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -136,13 +147,14 @@ class Handler(BaseHTTPRequestHandler):
             self._answer(Answer(HTTPStatus.OK, {"hold": self._services.holds.add(Hold(**body))}))
             return
         request = self._services.receive(self.path, self.headers.get("Idempotency-Key"), body)
-        answer = self._services.apply(request)
-        if not self._services.holds.pass_by(request):
-            self._services.dropped(request)
-            self.close_connection = True
-            return
-        self._answer(answer)
-        self._services.answered(request)
+        if self._services.holds.pass_by(request, "arrival"):
+            answer = self._services.apply(request)
+            if self._services.holds.pass_by(request, "reply"):
+                self._answer(answer)
+                self._services.answered(request)
+                return
+        self._services.dropped(request)
+        self.close_connection = True
 
     def do_GET(self) -> None:
         url = urlsplit(self.path)
@@ -205,7 +217,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Payments and e-mail for the refunds example.")
     parser.add_argument("--ledger", type=Path, required=True, help="the SQLite file to keep")
     parser.add_argument("--port", type=int, default=8085, help="0: any free port")
-    parser.add_argument("--fault", choices=get_args(Fault), help="misbehave on one payment")
+    parser.add_argument("--fault", choices=get_args(Fault), help="misbehave once")
     options = parser.parse_args()
 
     ledger = Ledger(options.ledger)
@@ -226,7 +238,7 @@ def _faulty(asked: Money, fault: Fault | None) -> list[Money]:
             return []
         case "alter":
             return [Money(amount=asked.amount + 100, currency=asked.currency)]
-        case None:
+        case _:
             return [asked]
 
 

@@ -1,4 +1,8 @@
-"""`make demo`, as a user runs it: it passes, and it notices a payment service that cheats."""
+"""`make demo`, as a user runs it: it passes, and it notices a payment service that cheats.
+
+One fault is tried here. That each is noticed is shown by `tests/unit/test_refunds_verdict.py` and
+`tests/integration/test_refunds_services.py`.
+"""
 
 from __future__ import annotations
 
@@ -31,15 +35,16 @@ def test_demo_adds_up_on_every_database(database_url: str, tmp_path: Path) -> No
     assert ended.returncode == 0, ended.stderr
     assert "48 succeeded" in ended.stdout
     assert "6 approve, 3 edit, 3 reject" in ended.stdout
+    assert "looks it up: it was sent" in ended.stdout
+    assert "looks it up: it was not sent: send it" in ended.stdout
+    assert "48, to 48 customers" in ended.stdout
 
 
-@pytest.mark.parametrize("fault", ["double", "drop", "alter"])
-def test_demo_fails_when_one_payment_goes_wrong(fault: str, tmp_path: Path) -> None:
-    ended = demo(tmp_path, "--fault", fault)
+def test_demo_fails_when_one_payment_goes_wrong(tmp_path: Path) -> None:
+    ended = demo(tmp_path, "--fault", "double")
     assert ended.returncode == 1
     (problem,) = [line for line in ended.stderr.splitlines() if "does not add up" in line]
-    wrong = {"double": " and ", "drop": "nothing was paid", "alter": "was paid instead of"}
-    assert wrong[fault] in problem
+    assert " and " in problem
 
 
 def test_demo_names_an_option_that_it_does_not_know(tmp_path: Path) -> None:

@@ -33,7 +33,8 @@ _TEST_LIMIT = 3600
 _PATIENCE = 120.0
 """Seconds for pytest to stop its servers, once it is told to end."""
 _MODULES = {
-    "kills": ("test_kills", "test_refunds_kills"),
+    "kills": ("test_kills",),
+    "refunds": ("test_refunds_kills",),
     "transitions": ("test_transitions",),
     "recovery": ("test_recovery", "test_attempts", "test_misbehaviour"),
     "effects": (

@@ -1,7 +1,9 @@
-"""The refunds example, killed at every commit and in the middle of every node: it pays once.
+"""The refunds example, killed at every commit and in the middle of every node.
 
-The services are a process of their own; what was executed, paid and mailed is counted in their
-ledger. One ticket serves all: a person changes its amount, so every node of the graph is passed.
+It pays once and writes once. The payment is idempotent; the e-mail is not, so a person is asked
+about one in doubt, and says what the mail service's log has. The services are a process of their
+own; what was executed, requested, paid and mailed is counted in their ledger. One ticket serves
+all: a person changes its amount, so every node of the graph is passed.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ import httpx
 import pytest
 from langchain_core.messages import AIMessage, ToolMessage
 
-from agentflow.types import Decision, Run, RunStatus
+from agentflow.types import Approval, Decision, Run, RunStatus
 from examples.refunds.client import ServiceClient
 from examples.refunds.ledger import Ledger as Books
 from examples.refunds.shop import Case, read_cases
@@ -45,6 +47,8 @@ class Shop:
     scene: Scene
     books: Books
     control: httpx.AsyncClient
+    doubts: dict[str, tuple[str, bool]] = field(default_factory=dict)
+    """What a person was asked about effects: the run, and whether it had happened, by question."""
 
     async def submit(self, name: str) -> None:
         await self.scene.app.submit("refund", {"ticket": CASE.ticket}, run_id=name, queue=name)
@@ -52,14 +56,27 @@ class Shop:
     async def decide(self) -> None:
         """Do what people do: look for requests, and answer them."""
         for approval in (await self.scene.app.approvals.list()).items:
-            assert CASE.review is not None
-            edited = {**approval.request.proposal, "amount": CASE.review.amount}
+            if approval.kind == "effect":
+                decision = self._settle(approval)
+            else:
+                assert CASE.review is not None
+                edited = {**approval.request.proposal, "amount": CASE.review.amount}
+                decision = Decision(type="edit", value=edited)
             await self.scene.app.approvals.decide(
-                approval.id,
-                Decision(type="edit", value=edited),
-                by="alice",
-                idempotency_key=approval.id,
+                approval.id, decision, by="alice", idempotency_key=approval.id
             )
+
+    def _settle(self, approval: Approval) -> Decision:
+        """Say of an e-mail in doubt what the mail service's log has."""
+        assert approval.request.proposal["node"] == "email", "all others can be repeated"
+        _, was_sent = self.doubts.setdefault(
+            approval.id, (approval.run_id, self.books.emails()[approval.run_id] > 0)
+        )
+        return Decision(type="respond", value={"happened": was_sent})
+
+    def asked(self, run_id: str) -> list[bool]:
+        """Return whether the e-mail had been sent, for each time that a run asked."""
+        return [was_sent for run, was_sent in self.doubts.values() if run == run_id]
 
     async def ended_well(self, names: list[str]) -> list[Run]:
         runs = await self.scene.ended(names)
@@ -133,21 +150,54 @@ async def test_refund_killed_in_the_middle_of_any_node_ends_as_its_twin(
         for node in ("classify", "propose")
         for event in ("started", "finished")
     ]
-    middles += [("/payments", {}), ("/emails", {})]
     names = []
-    for path, match in sampler.some(middles, 4):
-        name = "-".join([path.strip("/"), *match.values()])
-        names.append(name)
-        await shop.submit(name)
-        reply = await shop.control.post("/holds", json={"path": path, "match": match})
-        hold = f"/holds/{reply.json()['hold']}"
-        victim = shop.scene.worker(lease=LONG, queues=[name])
-        await shop.scene.until(partial(caught, shop, hold), f"a request to {path} with {match}")
-        victim.kill()
-        victim.wait()
-        await shop.control.delete(hold)
+    for path, match in sampler.some(middles, 3):
+        names.append("-".join([path.strip("/"), *match.values()]))
+        await kill_at(shop, names[-1], path, match=match)
     shop.scene.expire(names)
     await settle_and_compare(shop, names, tally)
+
+
+async def test_refund_killed_in_the_middle_of_an_effect_pays_and_writes_once(
+    shop: Shop, tally: Tally
+) -> None:
+    """A request is lost on its way, or acted on, and the worker is killed before it knows."""
+    await survey(shop)
+    tried = {
+        f"{path.strip('/')}-{moment}": (path, moment)
+        for path in ("/payments", "/emails")
+        for moment in ("arrival", "reply")
+    }
+    for name, (path, moment) in tried.items():
+        await kill_at(shop, name, path, moment=moment)
+    shop.scene.expire(tried)
+    await settle_and_compare(shop, list(tried), tally)
+    asked = {name: shop.asked(name) for name in tried}
+    assert asked == {
+        "payments-arrival": [],
+        "payments-reply": [],
+        "emails-arrival": [False],
+        "emails-reply": [True],
+    }
+    requested = {name: len(shop.books.payment_requests(name)) for name in tried}
+    assert requested == {
+        "payments-arrival": 2,
+        "payments-reply": 2,
+        "emails-arrival": 1,
+        "emails-reply": 1,
+    }
+
+
+async def kill_at(shop: Shop, name: str, path: str, **hold: Any) -> None:
+    """Submit a run, and kill its worker when the services have its request."""
+    await shop.submit(name)
+    reply = await shop.control.post("/holds", json={"path": path, **hold})
+    armed = f"/holds/{reply.json()['hold']}"
+    victim = shop.scene.worker(lease=LONG, queues=[name])
+    await shop.scene.until(partial(caught, shop, armed), f"a request to {path} with {hold}")
+    victim.kill()
+    victim.wait()
+    await shop.control.delete(armed)
 
 
 async def caught(shop: Shop, hold: str) -> Any:
@@ -166,10 +216,10 @@ async def settle_and_compare(shop: Shop, names: list[str], tally: Tally) -> None
         assert comparable((await app.state(run.id)).values) == expected, run.id
         assert comparable(run.output) == expected, run.id
         again = Counter(node for node in NODES if begun[run.id][node] > saved[run.id][node])
+        # Who asks about an e-mail begins once more when there is an answer.
+        again += Counter(email=len(shop.asked(run.id)))
         assert executions(shop, run.id) == usual + again, (run.id, begun[run.id], saved[run.id])
-    paid = Counter((payment.idempotency_key, payment.money) for payment in shop.books.payments())
-    assert paid == {(f"{name}:payment", CASE.refund): 1 for name in [*names, "twin"]}
-    assert shop.books.emails() == {f"{name}:email": 1 for name in [*names, "twin"]}
+    assert_once(shop, [*names, "twin"])
     assert_sound(scene.url, [*names, "twin"])
     executed_again = sum((begun[name] - saved[name]).total() for name in names)
     tally(
@@ -177,7 +227,25 @@ async def settle_and_compare(shop: Shop, names: list[str], tally: Tally) -> None
         executed_again=executed_again,
         payments_requested=shop.books.counts().payments_requested,
         payments_applied=shop.books.counts().payments_applied,
+        emails_in_doubt=len(shop.doubts),
+        emails_requested=shop.books.counts().emails_requested,
+        emails_applied=shop.books.counts().emails_applied,
     )
+
+
+def assert_once(shop: Shop, names: list[str]) -> None:
+    """Hold what the services have counted against what effects promise."""
+    paid = Counter((payment.reference, payment.money) for payment in shop.books.payments())
+    assert paid == {(name, CASE.refund): 1 for name in names}
+    assert shop.books.emails() == dict.fromkeys(names, 1)
+    requested = shop.books.email_requests()
+    for name in names:
+        requests = shop.books.payment_requests(name)
+        assert len({request.idempotency_key for request in requests}) == 1, name
+        # One worker was killed, so one call at most was in doubt.
+        assert len(requests) <= 2, name
+        # The mail service sends whatever is requested: only a person's word allows another one.
+        assert requested[name] <= 1 + shop.asked(name).count(False), name
 
 
 def executions(shop: Shop, run_id: str) -> Counter[str]:
@@ -203,7 +271,8 @@ def comparable(values: Any) -> dict[str, Any]:
         for m in state["messages"]
     ]
     state["approval"] = {k: v for k, v in state["approval"].items() if k != "at"}
-    state["payment"] = {k: v for k, v in state["payment"].items() if k != "id"}
+    own = ("id", "reference")
+    state["payment"] = {k: v for k, v in state["payment"].items() if k not in own}
     return state
 
 

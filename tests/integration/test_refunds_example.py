@@ -68,11 +68,10 @@ async def test_every_ticket_ends_as_expected(app: AgentFlow, ledger: Ledger) -> 
     }
     runs = (await app.list_runs(limit=1000)).items
     assert {run.status for run in runs} == {RunStatus.SUCCEEDED}
-    paid = {payment.idempotency_key: payment.money for payment in ledger.payments()}
-    assert paid == {
-        f"{ticket_id}:payment": case.refund for ticket_id, case in CASES.items() if case.refund
-    }
-    assert ledger.emails() == {f"{ticket_id}:email": 1 for ticket_id in CASES}
+    paid = {payment.reference: payment.money for payment in ledger.payments()}
+    assert paid == {ticket_id: case.refund for ticket_id, case in CASES.items() if case.refund}
+    assert ledger.counts().payments_requested == len(paid)
+    assert ledger.emails() == ledger.email_requests() == dict.fromkeys(CASES, 1)
 
 
 async def test_observer_reports_each_node_and_model_call_once(

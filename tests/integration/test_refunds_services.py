@@ -15,7 +15,8 @@ from examples.refunds.ledger import Ledger
 from examples.refunds.services import Fault, Server, Services
 from examples.refunds.shop import Money
 
-PAYMENT = {"order_id": "R-1", "amount": 1250, "currency": "EUR"}
+PAYMENT = {"reference": "run", "order_id": "R-1", "amount": 1250, "currency": "EUR"}
+EMAIL = {"reference": "run", "to": "someone@example.com", "subject": "Re: mugs", "text": "Done."}
 PAID = Money(amount=1250, currency="EUR")
 
 
@@ -30,6 +31,9 @@ class World:
         return self.http.post(
             "/payments", json={**PAYMENT, **changes}, headers={"Idempotency-Key": key}
         )
+
+    def write(self, **changes: Any) -> httpx.Response:
+        return self.http.post("/emails", json={**EMAIL, **changes})
 
     def paid(self) -> list[Money]:
         return [payment.money for payment in self.ledger.payments()]
@@ -58,13 +62,11 @@ def test_payment_is_applied_once_per_key(start: Callable[..., World]) -> None:
     assert world.ledger.counts().payments_requested == 3
 
 
-def test_email_is_sent_once_per_key(start: Callable[..., World]) -> None:
+def test_email_is_sent_each_time(start: Callable[..., World]) -> None:
     world = start()
-    body = {"to": "someone@example.com", "subject": "Re: mugs", "text": "Done."}
     for _ in range(2):
-        world.http.post("/emails", json=body, headers={"Idempotency-Key": "a"}).raise_for_status()
-    assert world.ledger.emails() == {"a": 1}
-    assert world.ledger.counts().emails_requested == 2
+        assert world.write().status_code == 200
+    assert world.ledger.emails() == world.ledger.email_requests() == {"run": 2}
 
 
 def test_key_used_for_another_request_is_refused(start: Callable[..., World]) -> None:
@@ -99,8 +101,19 @@ def test_fault_spoils_the_first_payment_only(
     for _ in range(2):
         assert world.pay("a").status_code == 200, "the service does not admit to anything"
     assert world.paid() == paid
-    world.pay("b")
+    world.pay("b", reference="other run")
     assert world.paid() == [*paid, PAID]
+
+
+@pytest.mark.parametrize(("fault", "sent"), [("double-email", 2), ("drop-email", 0)])
+def test_fault_spoils_the_first_email_only(
+    start: Callable[..., World], fault: Fault, sent: int
+) -> None:
+    world = start(fault)
+    for reference in ("first", "second"):
+        assert world.write(reference=reference).status_code == 200
+    assert world.ledger.emails()["first"] == sent
+    assert world.ledger.emails()["second"] == 1
 
 
 def test_held_request_is_applied_and_never_answered(start: Callable[..., World]) -> None:
@@ -120,8 +133,23 @@ def test_held_request_is_applied_and_never_answered(start: Callable[..., World])
     counts = world.http.get("/control/counts").json()
     world.http.delete(f"/control/holds/{hold}").raise_for_status()
     world.http.get(f"/control/counts?since={counts['changes']}&timeout=5")
-    outcomes = [outcome for _, outcome in world.ledger.payment_requests("held")]
-    assert outcomes == ["dropped", "replied"]
+    outcomes = [request.outcome for request in world.ledger.payment_requests("run")]
+    assert outcomes == ["replied", "dropped", "replied"]
+
+
+def test_request_held_at_its_arrival_is_on_record_and_not_acted_on(
+    start: Callable[..., World],
+) -> None:
+    world = start()
+    lost = {"path": "/emails", "moment": "arrival"}
+    hold = world.http.post("/control/holds", json=lost).json()["hold"]
+    with pytest.raises(httpx.ReadTimeout):
+        world.http.post("/emails", json=EMAIL, timeout=0.05)
+    caught = world.http.get(f"/control/holds/{hold}?timeout=5").json()["caught"]
+    world.http.delete(f"/control/holds/{hold}").raise_for_status()
+    assert world.ledger.email_requests() == {"run": 1}
+    assert world.ledger.emails() == {}
+    assert not world.ledger.has_sent(caught["seq"])
 
 
 def test_request_of_a_sender_killed_in_the_middle_is_not_one(

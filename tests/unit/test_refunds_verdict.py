@@ -5,14 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from examples.refunds.holds import Request
 from examples.refunds.ledger import Ledger
 from examples.refunds.shop import Case, Money, Review, Ticket
-from examples.refunds.verdict import Decided, Kill, Outcome, executed_again, problems, table
+from examples.refunds.verdict import (
+    Decided,
+    Kill,
+    Outcome,
+    Settled,
+    executed_again,
+    problems,
+    table,
+)
 
+Reply = Literal["replied", "dropped"]
 SMALL, LARGE = Money(amount=1250, currency="EUR"), Money(amount=20000, currency="EUR")
 
 
@@ -40,6 +50,7 @@ class Story:
                 Decided(run_id="held", decision="approve", money=LARGE),
                 Decided(run_id="refused", decision="reject", money=None),
             ],
+            settled=[],
             statuses=dict.fromkeys(CASES, "succeeded"),
             concurrency=10,
             seconds=1.0,
@@ -47,7 +58,7 @@ class Story:
         # The payment's reply never arrived, so its node was executed again.
         first = self.execute("auto", "pay")
         caught = self.request_payment("auto", "dropped")
-        self.outcome.kills.append(Kill(where="before the reply", exit_code=-9, caught=caught))
+        self.kill("before the reply", caught)
         self.execute("auto", "pay")
         self.request_payment("auto", "replied")
         self.request_payment("held", "replied")
@@ -56,28 +67,50 @@ class Story:
             self.execute(run_id, "approve")
         assert first.seq == 1
 
+    def kill(self, where: str, caught: Request, worker: str = "worker 1") -> None:
+        self.outcome.kills.append(Kill(worker=worker, where=where, exit_code=-9, caught=caught))
+
     def execute(self, run_id: str, node: str) -> Request:
         fact = {"run": run_id, "node": node, "event": "started"}
         seq = self.ledger.record_request("/executions", None, fact)
         return Request(seq=seq, path="/executions", key=None, body=fact)
 
-    def request_payment(self, run_id: str, outcome: str | None) -> Request:
-        seq = self.ledger.record_request("/payments", f"{run_id}:payment", {})
-        if outcome is not None:
-            self.ledger.record_outcome(seq, outcome)  # type: ignore[arg-type]  # spelled by a test
-        return Request(seq=seq, path="/payments", key=f"{run_id}:payment", body={})
+    def request_payment(self, run_id: str, outcome: Reply, *, key: str = "k") -> Request:
+        body = {"reference": run_id}
+        seq = self.ledger.record_request("/payments", f"{key}-{run_id}", body)
+        self.ledger.record_outcome(seq, outcome)
+        return Request(seq=seq, path="/payments", key=f"{key}-{run_id}", body=body)
 
     def pay(self, run_id: str, money: Money) -> None:
-        self.ledger.add_payment(f"{run_id}:payment", "R-1", money)
+        self.ledger.add_payment(f"k-{run_id}", run_id, "R-1", money)
 
-    def send_email(self, run_id: str) -> None:
-        self.ledger.add_email(f"{run_id}:email", "someone@example.com", "Re: mugs")
+    def request_email(self, run_id: str, *, times: int = 1, outcome: Reply = "replied") -> Request:
+        """Have an e-mail requested once, and sent so many times."""
+        body = {"reference": run_id}
+        seq = self.ledger.record_request("/emails", None, body)
+        for _ in range(times):
+            self.ledger.add_email(seq, run_id, "someone@example.com", "Re: mugs")
+        self.ledger.record_outcome(seq, outcome)
+        return Request(seq=seq, path="/emails", key=None, body=body)
 
-    def end(self, *, without: str = "") -> None:
+    def interrupt_email(self, run_id: str, *, was_sent: bool, told: bool | None) -> None:
+        """Kill a worker at a run's e-mail; then a person is asked, and says something."""
+        self.execute(run_id, "email")
+        caught = self.request_email(run_id, times=int(was_sent), outcome="dropped")
+        self.kill("in the e-mail", caught, "worker 2")
+        if told is not None:
+            self.execute(run_id, "email")
+            self.outcome.settled.append(Settled(run_id=run_id, was_sent=told))
+        self.execute(run_id, "email")
+        if told is False:
+            self.request_email(run_id)
+
+    def end(self, *, without: str = "", unsent: str = "") -> None:
         for run_id, story in CASES.items():
             if story.refund and run_id != without:
                 self.pay(run_id, story.refund)
-            self.send_email(run_id)
+            if run_id != unsent:
+                self.request_email(run_id)
 
 
 @pytest.fixture
@@ -147,9 +180,56 @@ def test_run_that_did_not_succeed(story: Story, status: str | None, told: str) -
 def test_run_without_email(story: Story) -> None:
     story.pay("auto", SMALL)
     story.pay("held", LARGE)
-    story.send_email("auto")
-    story.send_email("held")
+    story.request_email("auto")
+    story.request_email("held")
     assert problems(story.outcome, story.ledger) == ["run refused sent 0 e-mails instead of one"]
+
+
+def test_email_sent_twice_by_one_request(story: Story) -> None:
+    story.end(unsent="held")
+    story.request_email("held", times=2)
+    assert problems(story.outcome, story.ledger) == ["run held sent 2 e-mails instead of one"]
+
+
+def test_email_requested_again_without_a_word_from_anybody(story: Story) -> None:
+    story.end()
+    story.request_email("held", times=0)
+    assert problems(story.outcome, story.ledger) == [
+        "run held requested its e-mail 2 times, and 0 times a person had said that it was not sent"
+    ]
+
+
+def test_email_for_nobody(story: Story) -> None:
+    story.end()
+    story.request_email("stranger")
+    assert problems(story.outcome, story.ledger) == [
+        "an e-mail was sent for stranger, which is none of the runs"
+    ]
+
+
+@pytest.mark.parametrize("was_sent", [True, False], ids=["sent", "lost"])
+def test_email_in_doubt_is_settled(story: Story, was_sent: bool) -> None:
+    story.end(unsent="held")
+    story.interrupt_email("held", was_sent=was_sent, told=was_sent)
+    assert problems(story.outcome, story.ledger) == []
+    assert executed_again(story.outcome, story.ledger) == 2
+
+
+def test_email_in_doubt_that_nobody_was_asked_about(story: Story) -> None:
+    story.end(unsent="held")
+    story.interrupt_email("held", was_sent=True, told=None)
+    assert problems(story.outcome, story.ledger) == [
+        "in the e-mail: nobody was asked whether run held had sent its e-mail"
+    ]
+
+
+def test_email_in_doubt_about_which_a_person_was_wrong(story: Story) -> None:
+    story.end(unsent="held")
+    story.interrupt_email("held", was_sent=True, told=False)
+    assert problems(story.outcome, story.ledger) == [
+        "in the e-mail: run held was told that its e-mail was not sent, wrongly",
+        "run held sent 2 e-mails instead of one",
+    ]
 
 
 def test_decision_that_was_not_asked_for(story: Story) -> None:
@@ -174,6 +254,24 @@ def test_kill_that_came_too_late(story: Story) -> None:
     ]
 
 
+def test_payment_requested_under_two_keys(story: Story) -> None:
+    story.end()
+    story.request_payment("held", "replied", key="other")
+    assert problems(story.outcome, story.ledger) == [
+        "run held: one payment was requested under 2 keys"
+    ]
+
+
+def test_payment_in_doubt_that_is_not_requested_again(story: Story) -> None:
+    story.end()
+    story.execute("held", "pay")
+    story.execute("held", "pay")
+    story.kill("in the payment", story.request_payment("held", "dropped"))
+    assert problems(story.outcome, story.ledger) == [
+        "in the payment: the payment was not requested again"
+    ]
+
+
 def test_kill_between_reply_and_checkpoint(story: Story) -> None:
     story.end()
     story.execute("held", "pay")
@@ -181,13 +279,12 @@ def test_kill_between_reply_and_checkpoint(story: Story) -> None:
     finished = {"run": "held", "node": "pay", "event": "finished"}
     seq = story.ledger.record_request("/executions", None, finished)
     story.ledger.record_outcome(seq, "dropped")
-    caught = Request(seq=seq, path="/executions", key=None, body=finished)
-    story.outcome.kills.append(Kill(where="after the reply", exit_code=-9, caught=caught))
-    assert problems(story.outcome, story.ledger) == [
-        "after the reply: the payment was not requested again"
-    ]
-    story.request_payment("held", "replied")
+    story.kill("after the reply", Request(seq=seq, path="/executions", key=None, body=finished))
     assert problems(story.outcome, story.ledger) == []
+    story.request_payment("held", "replied")
+    assert problems(story.outcome, story.ledger) == [
+        "after the reply: the payment was requested again, although its reply was on record"
+    ]
 
 
 def test_kill_that_came_before_the_reply_it_should_follow(story: Story) -> None:
@@ -195,8 +292,8 @@ def test_kill_that_came_before_the_reply_it_should_follow(story: Story) -> None:
     finished = {"run": "auto", "node": "pay", "event": "finished"}
     caught = Request(seq=1, path="/executions", key=None, body=finished)
     kill = replace(story.outcome.kills[0], caught=caught)
-    assert problems(replace(story.outcome, kills=[kill]), story.ledger)[-1] == (
-        "before the reply: the payment had no reply when the worker was killed"
+    assert "before the reply: the payment had no reply when the worker was killed" in problems(
+        replace(story.outcome, kills=[kill]), story.ledger
     )
 
 
@@ -209,7 +306,7 @@ def test_model_call_that_was_finished(story: Story) -> None:
     ]
     story.ledger.record_outcome(seqs[0], "dropped")
     caught = Request(seq=seqs[0], path="/model-calls", key=None, body=body)
-    story.outcome.kills.append(Kill(where="inside a call", exit_code=-9, caught=caught))
+    story.kill("inside a call", caught)
     assert problems(story.outcome, story.ledger) == [
         "inside a call: node propose of run auto was not executed again",
         "inside a call: the model call was not cut short",
