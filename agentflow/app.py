@@ -762,7 +762,7 @@ class AgentFlow:
         cancel it here once it is imported elsewhere.
 
         Raises:
-            ConflictError: It is being driven.
+            ConflictError: It is being driven, or shares its effects with other runs.
             InvalidInputError: The checkpointer is not agentflow's.
         """
         return await export_run(self._store, self._saver, self.tenant, run_id)

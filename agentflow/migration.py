@@ -32,6 +32,7 @@ from langgraph.types import Interrupt, PregelTask, Send, _interrupt_id
 
 from agentflow.checkpoint import Saver
 from agentflow.drive import RegisteredGraph, acquire, is_begun, marks_of, store_fingerprint
+from agentflow.effects import NAMES, SHIFT, names_before, shift_of
 from agentflow.errors import AgentflowError, FencedError, MigrationError, ThreadBusyError
 from agentflow.failpoints import failpoint
 from agentflow.inspection import list_unfinished
@@ -351,7 +352,8 @@ class _Carrier:
         waits: dict[str, tuple[str, str]] = {}
         open_tasks = {task.id for task in tasks.values()}
         asks_again = any(step.ask_again for step in self._way)
-        for old_id, (key, node) in self._tasks_before().items():
+        before = self._tasks_before()
+        for old_id, (key, node) in before.items():
             await self._refuse_inside(node, old_id)
             found = [(c, v) for writer, c, v in head.pending_writes or () if writer == old_id]
             task = tasks.get(key)
@@ -364,6 +366,9 @@ class _Carrier:
                 open_tasks.discard(task.id)
                 writes.append(_Write(task.id, task_path_str(task.path), carried))
             waits |= asked
+        # Effects that are known by their place in the graph are known by what it was before.
+        metadata[NAMES] = json.dumps(names_before(self._named(before), dict(head.metadata)))
+        metadata[SHIFT] = shift_of(head, run) + 1
         metadata[MIGRATION] = json.dumps(
             {
                 "from": run.version,
@@ -375,6 +380,16 @@ class _Carrier:
             sort_keys=True,
         )
         return _Plan(head.config, made, cast("CheckpointMetadata", metadata), writes)
+
+    def _named(self, tasks: Mapping[str, tuple[tuple[str, int | None], str]]) -> dict[str, str]:
+        """Return what due nodes were called, by what they are called now."""
+        named: dict[str, str] = {}
+        for (new, _), node in tasks.values():
+            if named.setdefault(new, node) != node:
+                raise TransformationError(
+                    f"nodes {named[new]!r} and {node!r} are both due and would become one, {new!r}"
+                )
+        return named
 
     def _is_deferred(self, node: str) -> bool:
         return bool(self._registered.fingerprint.graph["nodes"][node].get("deferred"))

@@ -12,7 +12,7 @@ from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.pregel import Pregel
 
 from agentflow.checkpoint import Retention, Saver, SweepReport
-from agentflow.effects import shift_of
+from agentflow.effects import NAMES, shift_of
 from agentflow.errors import InvalidInputError, NotFoundError
 from agentflow.keys import KeyRing
 from agentflow.storage import RunStore
@@ -163,6 +163,9 @@ async def copy_for_fork(
     found = await saver.aget_tuple({"configurable": {"thread_id": run.thread_id, **place}})
     if found is None:
         raise NotFoundError("checkpoint", checkpoint_id)
+    if values is not None and NAMES in found.metadata:
+        problem = "values: cannot be given where a migration has made the checkpoint; fork from a "
+        raise InvalidInputError("fork", (problem + "later one, or from the one before",))
     await saver.acopy_thread(run.thread_id, thread_id)
     shift = shift_of(found, run)
     if values is None:

@@ -43,6 +43,7 @@ from agentflow.drive.compatibility import (
     store_fingerprint,
 )
 from agentflow.drive.failures import Failed
+from agentflow.drive.forks import copy_migrated
 from agentflow.drive.gate import Gate
 from agentflow.drive.graph import RegisteredGraph
 from agentflow.drive.questions import Key, Question, Waits, open_questions, owed
@@ -234,6 +235,8 @@ class Attempt:
             state = await self._state(config)  # the graph is not driven any more
         if await self._prepare(config):
             state = await self._state(config)
+        moved = self._journal.places.follow(state.metadata or {})
+        self._shift = self._shift if moved is None else moved
         if self._shift:
             # What follows is known by the steps that it has in common with what was forked.
             config["metadata"][SHIFT] = self._journal.places.shift = self._shift
@@ -316,9 +319,10 @@ class Attempt:
             found = await self._saver.aget_tuple({"configurable": place})
             self._shift = 1 + shift_of(found, self._run)
             # The state of that checkpoint becomes the head, and its tasks are due again.
-            await self._graph.aupdate_state(
-                {**config, "configurable": place}, None, as_node="__copy__"
-            )
+            if found is None or not await copy_migrated(self._saver, found):
+                await self._graph.aupdate_state(
+                    {**config, "configurable": place}, None, as_node="__copy__"
+                )
             await self._flush()
             return True
         return False

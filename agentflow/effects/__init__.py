@@ -18,11 +18,12 @@ from __future__ import annotations
 
 from agentflow.effects.definition import effect, effect_context, run_effect
 from agentflow.effects.journal import Journal, current_journal, recording
-from agentflow.effects.places import SHIFT, Places, shift_of
+from agentflow.effects.places import NAMES, SHIFT, Places, names_before, shift_of
 from agentflow.effects.policy import EffectContext, Happened, InDoubt, Policy
 from agentflow.effects.sagas import compensate, count_undone
 
 __all__ = [
+    "NAMES",
     "SHIFT",
     "EffectContext",
     "Happened",
@@ -35,6 +36,7 @@ __all__ = [
     "current_journal",
     "effect",
     "effect_context",
+    "names_before",
     "recording",
     "run_effect",
     "shift_of",

@@ -2,13 +2,15 @@
 
 Such a key has to be the same when the node runs again: in another attempt, after a requeue from an
 earlier checkpoint, in a fork. So it holds no ids of tasks or checkpoints, which change then. What
-stays is the superstep, counted without those that forks add, the nodes on the way from the root
-with their positions in the step, and the step in each subgraph.
+stays is the superstep, counted without those that forks and migrations add, the nodes on the way
+from the root with their positions in the step, and the step in each subgraph. A node that was due
+when a migration renamed it keeps its old name in that superstep.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 from collections import Counter
 from collections.abc import Mapping
@@ -24,6 +26,8 @@ from agentflow.types import Run
 
 SHIFT = "effect_shift"
 """The key in checkpoints' metadata under which stands how many supersteps forks have added."""
+NAMES = "effect_names"
+"""The key under which stands, in that of a migrated checkpoint, what its due nodes were called."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,26 +51,44 @@ class Places:
         """Know of none."""
         self.shift = 0
         self._step = -1
+        self._names: Mapping[str, str] = {}
+        self._named_step = -1
         self._segments: dict[str, tuple[Any, ...]] = {}
         self._counts: dict[str, Counter[str]] = {}
         self._lock = threading.Lock()
+
+    def follow(self, metadata: Mapping[str, Any]) -> int | None:
+        """Learn from the metadata of the head what due nodes were called before a migration.
+
+        Returns:
+            How many supersteps had been added up to it, if a migration has made it.
+        """
+        if NAMES not in metadata:
+            return None
+        self._names, self._named_step = json.loads(metadata[NAMES]), metadata["step"] + 1
+        shift: int = metadata[SHIFT]
+        return shift
 
     def enter(self, metadata: Mapping[str, Any]) -> None:
         """Note that a node is called, perhaps once more."""
         ns: str = metadata.get("langgraph_checkpoint_ns", "")
         step: int = metadata.get("langgraph_step", 0)
-        segment = (
-            metadata.get("langgraph_node"),
-            step,
-            _without_ids(metadata.get("langgraph_path", ())),
-        )
+        node: str | None = metadata.get("langgraph_node")
+        path = _without_ids(metadata.get("langgraph_path", ()))
         with self._lock:
             if "|" not in ns:
                 if step != self._step:
                     self._segments.clear()
                     self._counts.clear()
                     self._step = step
-                segment = (segment[0], step - self.shift, segment[2])
+                names = self._names if step == self._named_step else {}
+                node = names.get(str(node), node)
+                segment = (node, step - self.shift, _renamed(path, names))
+            else:
+                names = self._names if self._step == self._named_step else {}
+                # Of a task of the functional API, which stands in the node that has called it.
+                inside = [_renamed(p, names) if isinstance(p, tuple) else p for p in path]
+                segment = (node, step, tuple(inside))
             self._segments[ns] = segment
             self._counts.pop(ns, None)
 
@@ -119,6 +141,23 @@ def _without_ids(path: Any) -> Any:
     if isinstance(path, (list, tuple)):
         return tuple(_without_ids(part) for part in path[:3])
     return path
+
+
+def _renamed(path: Any, names: Mapping[str, str]) -> Any:
+    if isinstance(path, tuple):
+        return tuple(_renamed(part, names) for part in path)
+    return names.get(path, path) if isinstance(path, str) else path
+
+
+def names_before(named: Mapping[str, str], metadata: Mapping[str, Any]) -> dict[str, str]:
+    """Return what due nodes were called at first, by what one more migration calls them.
+
+    Args:
+        named: What they were called before that migration, by what they are called after it.
+        metadata: Of the checkpoint that is migrated, perhaps not for the first time.
+    """
+    first: Mapping[str, str] = json.loads(metadata.get(NAMES, "{}"))
+    return {new: first.get(old, old) for new, old in named.items()}
 
 
 def _plain(path: Any) -> Any:

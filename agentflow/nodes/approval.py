@@ -12,6 +12,7 @@ from agentflow.errors import InvalidInputError
 from agentflow.interrupts import request_approval
 from agentflow.nodes.state import read
 from agentflow.types import DecisionType
+from agentflow.versions import declare_parts
 
 _NOT_REQUIRED = "not_required"
 
@@ -82,6 +83,9 @@ def approval_node(
             update[write_to] = decision["proposal"]
         return update if routes is None else Command(update=update, goto=routes[decision["type"]])
 
+    declare_parts(
+        ask, proposal, when, title, into, write_to, *allowed, leads_anywhere=routes is not None
+    )
     return ask
 
 

@@ -20,6 +20,7 @@ from agentflow.errors import AgentflowError, InvalidInputError, MissingDriverErr
 from agentflow.interrupts.plain import digest, to_plain
 from agentflow.nodes.history import repaired
 from agentflow.nodes.state import read
+from agentflow.versions import declare_parts
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +103,7 @@ def llm_node(
         update: dict[str, Any] = {messages_key: [answer]}
         return update if response_format is None else {**update, into: parsed}
 
+    declare_parts(call_model, prompt, trim, messages_key, into)
     return call_model
 
 

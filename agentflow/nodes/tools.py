@@ -36,6 +36,7 @@ from agentflow.nodes.outcomes import from_stored, to_stored
 from agentflow.nodes.policy import ToolPolicy
 from agentflow.nodes.state import find
 from agentflow.retry import RetryPolicy
+from agentflow.versions import declare_parts
 
 Tools = Sequence[BaseTool | Callable[..., Any]]
 Result = ToolMessage | Command[Any]
@@ -88,6 +89,9 @@ def tool_node(
         found.append("max_concurrency: must be at least 1")
     if found:
         raise InvalidInputError("tool node", tuple(found))
+    own = [each for _, each in sorted((policies or {}).items())]
+    approvals = [each.approval for each in own]
+    declare_parts(node, *approvals, None if policy is None else policy.approval)
     return node
 
 

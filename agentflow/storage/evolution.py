@@ -74,14 +74,15 @@ class VersionVerbs(ABC):
     async def get_rows(self, tenant: str, run_id: str) -> Mapping[str, Any]:
         """Return all that is stored of a run, as plain data, for `import_run`.
 
-        A run that is being driven is `ConflictError`; `NotFoundError` if there is none.
+        A run that is being driven, or whose effects are not its own alone, is `ConflictError`;
+        `NotFoundError` if there is none.
         """
 
     @abstractmethod
     async def import_run(
         self, tenant: str, rows: Mapping[str, Any], *, by: str | None, origin: str
     ) -> Run:
-        """Store a run that `get_rows` of another store has returned, with its waits and events.
+        """Store a run that `get_rows` of another store has returned, with what belongs to it.
 
         It comes as it was, with its id. What does not fit together is `HashMismatchError`; a run of
         that id, or an unfinished one of its thread, is `ConflictError`. `origin` is told in the

@@ -39,6 +39,8 @@ from agentflow.types import (
 )
 
 _WHOLE = 1_000_000
+_OF_ATTEMPTS = frozenset({"effect", "budget"})
+"""Kinds of questions that no place in the graph asks, and that the next attempt finds again."""
 
 
 def create_fingerprint(
@@ -159,7 +161,11 @@ def migrate_run(
     row = get_held_run(connection, lease, now)
     asked = _move_waits(connection, row, moved)
     named = {wait.wait_id for wait in moved}
-    gone = [wait for wait in _waits_of(connection, row) if wait.wait_id not in named]
+    gone = [
+        wait
+        for wait in _waits_of(connection, row)
+        if wait.wait_id not in named and wait.kind not in _OF_ATTEMPTS
+    ]
     log = supersede(connection, gone, now)
     facts = {
         "from": row.version,
@@ -171,7 +177,9 @@ def migrate_run(
     }
     log.append(NewEvent(type="run.migrated", data=facts))
     is_answered = WaitStatus.RESOLVED.value in asked
-    is_waiting = bool(asked) and not is_answered and not has_work
+    # What is being undone asks nothing any more.
+    is_asking = WaitStatus.PENDING.value in asked and row.saga_cause is None
+    is_waiting = is_asking and not is_answered and not has_work
     changes: dict[str, Any] = {**RELEASED, **CLEARED}
     if is_answered:
         changes["wake_reason"] = "approval"

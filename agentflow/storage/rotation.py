@@ -58,8 +58,8 @@ def _read(
     table: sa.Table, after: Mapping[str, Any] | None, connection: Connection
 ) -> Sequence[Mapping[str, Any]]:
     key = [table.c[name] for name in KEYS[table.name]]
-    hashes = [waits.c.proposal_hash] if table is waits else []
-    columns = (*key, *_payload_columns(table), *hashes)
+    hashes = [waits.c.proposal_hash, effects.c.key_hash]
+    columns = (*key, *_payload_columns(table), *(each for each in hashes if each.table is table))
     query = sa.select(*columns).order_by(*key).limit(_ROWS_AT_ONCE)
     if after is not None:
         query = query.where(sa.tuple_(*key) > tuple(after[column.name] for column in key))

@@ -1,7 +1,8 @@
 """A run with all that is stored of it, as plain data: out of one database, into another.
 
 Payloads stay sealed as they are: they open in the same place of the same tenant, under the same
-keys. What has a number of its own in a database gets a new one in the other.
+keys. What has a number of its own in a database gets a new one in the other, and the
+key of an effect is hashed by the keys of that one.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from agentflow.database.tables import (
     Length,
     Timestamp,
     dead_letters,
+    effects,
     events,
     fingerprints,
     runs,
@@ -32,7 +34,9 @@ from agentflow.errors import (
     HashMismatchError,
     InvalidInputError,
 )
+from agentflow.journal import GLOBAL
 from agentflow.storage.claims import lock_thread
+from agentflow.storage.effect_rows import key_hashes, repack_request, to_effect
 from agentflow.storage.rows import (
     GENESIS,
     RELEASED,
@@ -52,9 +56,12 @@ _TABLES = {
     "events": events,
     "dead_letters": dead_letters,
     "fingerprints": fingerprints,
+    "effects": effects,
 }
+_LATER = frozenset({"effects"})
+"""What files lack that were made by programs which had none of it."""
 _OWN = ("run_id", "tenant")
-_NUMBERED = frozenset({runs.name, waits.name})
+_NUMBERED = frozenset({runs.name, waits.name, effects.name})
 """Tables whose `seq` is a number of the database's; that of events is part of the run."""
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
@@ -71,6 +78,7 @@ def get_rows(
             f"run {run_id!r} is being driven; wait until it is parked, or pause it, and call again"
         )
     del payloads
+    _refuse_shared(connection, row)
     found: dict[str, Any] = {}
     for name, table in _TABLES.items():
         query = sa.select(table).where(table.c.tenant == tenant)
@@ -82,6 +90,35 @@ def get_rows(
         rows = connection.execute(query.order_by(*order)).mappings()
         found[name] = [_packed(table, each) for each in rows]
     return found
+
+
+def _refuse_shared(connection: Connection, run: sa.Row[Any]) -> None:
+    """Refuse a run whose effects are not its own alone: some would be called again elsewhere.
+
+    Raises:
+        ConflictError: Others share the keys of its effects, or it those of others.
+    """
+    root = run.root or run.run_id
+    of_run = sa.and_(effects.c.scope == root, effects.c.run_id == run.run_id)
+    query = sa.select(effects).where(
+        effects.c.tenant == run.tenant,
+        sa.or_(effects.c.scope == root, effects.c.run_id == run.run_id),
+        sa.not_(of_run) if root == run.run_id else sa.true(),
+    )
+    shared = connection.execute(query.order_by(effects.c.seq).limit(1)).first()
+    if shared is None:
+        return
+    what = f"effect {shared.effect_id!r} ({shared.name})"
+    if shared.scope == GLOBAL:
+        why = "has a key that is unique in the whole tenant"
+    elif root != run.run_id:
+        why = f"is shared with run {root!r}, of which this is a fork"
+    else:
+        why = f"was called by its fork {shared.run_id!r}"
+    raise ConflictError(
+        f"run {run.run_id!r} cannot be exported: {what} {why}, and would be called again "
+        "in another database; let the run end here"
+    )
 
 
 def import_run(
@@ -96,7 +133,11 @@ def import_run(
     """See `RunStore.import_run`."""
     now = database_now(connection)
     found = {
-        name: [_unpacked(table, each) for each in given[name]] for name, table in _TABLES.items()
+        name: [
+            _unpacked(table, each)
+            for each in (given.get(name, ()) if name in _LATER else given[name])
+        ]
+        for name, table in _TABLES.items()
     }
     run = found["run"][0]
     run_id, thread_id = run["run_id"], run["thread_id"]
@@ -114,6 +155,11 @@ def import_run(
     for name in ("run", "waits", "events", "dead_letters"):
         if found[name]:
             connection.execute(sa.insert(_TABLES[name]), found[name])
+    is_known = sa.select(effects.c.seq).where(effects.c.tenant == tenant, effects.c.scope == run_id)
+    if connection.execute(is_known.limit(1)).first() is not None:
+        raise ConflictError(f"a fork of run {run_id!r} has effects here; nothing was imported")
+    for effect in found["effects"]:
+        _add_effect(connection, payloads, run, effect)
     _add_fingerprints(connection, found["fingerprints"])
     row = get_run(connection, tenant, run_id, lock=True)
     event = NewEvent(type="run.imported", data={"by": by, "origin": origin})
@@ -126,6 +172,23 @@ def import_run(
 def _add_fingerprints(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
     if rows:
         insert_new(connection, fingerprints, rows)
+
+
+def _add_effect(
+    connection: Connection, payloads: Payloads, run: Mapping[str, Any], row: Mapping[str, Any]
+) -> None:
+    """Store what is known of an effect; one in doubt stays in doubt."""
+    own = ("tenant", "run_id", "thread_id")
+    is_own = all(row[name] == run[name] for name in own) and row["scope"] == run["run_id"]
+    if not is_own:
+        raise HashMismatchError(f"effect {row['effect_id']!r}", "it is not of this run")
+    # Read whole, so that it is not called again because what is known cannot be read here.
+    effect = to_effect(row, payloads)
+    if payloads.strict.redact is None and row["key_hash"] not in key_hashes(payloads, effect.key):
+        raise HashMismatchError(f"effect {effect.id!r}", "its key is another one")
+    # Tokens of another database say nothing here, and must not be taken for one of this one.
+    changes = {"token": 0, **(repack_request(payloads, row) or {})}
+    connection.execute(sa.insert(effects), {**row, **changes})
 
 
 def _verify(payloads: Payloads, run: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> None:

@@ -33,11 +33,11 @@ from agentflow.tasks.results import (
     TaskResult,
     TaskStatus,
     check_json,
-    code_tag,
     inputs_tag,
     read_results,
 )
 from agentflow.types import Clock
+from agentflow.versions import code_tag, declare_parts
 
 _PREFIX = "result:"
 
@@ -98,6 +98,7 @@ class _Node:
         self._clock = clock
         self._progress = progress
         self._code = code_tag(task.run)
+        declare_parts(self, task.run, task.condition)
 
     async def __call__(self, state: dict[str, Any]) -> dict[str, Any]:
         name = self._task.name

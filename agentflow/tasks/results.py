@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from hashlib import sha256
-from types import CodeType
 from typing import Any, Literal, NoReturn
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -177,30 +176,6 @@ def inputs_tag(dependencies: Mapping[str, TaskResult]) -> str:
     """Identify what a task is given by its dependencies."""
     given = {name: [each.status.value, each.data] for name, each in dependencies.items()}
     return _tag(json.dumps(given, sort_keys=True))
-
-
-def code_tag(function: Any) -> str | None:
-    """Identify the code of a function: what it does, not where it stands.
-
-    `None` for what has no code of its own to look at. What it calls is not part of it.
-    """
-    inner = getattr(function, "func", function)  # a partial's
-    # What is called of an object is a method of its class.
-    code = getattr(inner, "__code__", None) or getattr(
-        vars(type(inner)).get("__call__"), "__code__", None
-    )
-    return None if code is None else _tag(_described(code))
-
-
-def _described(constant: Any) -> str:
-    """Describe code, or a constant of it, the same in every process."""
-    if isinstance(constant, CodeType):
-        constants = [_described(each) for each in constant.co_consts]
-        names = (constant.co_names, constant.co_varnames)
-        return repr((constant.co_code, names, constants))
-    if isinstance(constant, frozenset):
-        return repr(sorted(map(_described, constant)))  # which has another order in each process
-    return repr(constant)
 
 
 def _tag(text: str) -> str:

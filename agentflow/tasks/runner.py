@@ -169,7 +169,12 @@ class TaskRunner:
         """Yield an app that knows these tasks alone, with this context."""
         app = AgentFlow(self._url) if self._app is None else self._app.without_graphs()
         app.register(
-            self.graph, name=self._name, version=self._plan.shape, context=lambda _run: context
+            self.graph,
+            name=self._name,
+            version=self._plan.shape,
+            context=lambda _run: context,
+            # A task is mended, and the run goes on with it; of successes the node warns.
+            on_change={"code_changed": "accept"},
         )
         self._running = app
         try:

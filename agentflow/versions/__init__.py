@@ -20,6 +20,8 @@ from agentflow.versions.frontier import due_nodes as due_nodes
 from agentflow.versions.policy import ChangeAction as ChangeAction
 from agentflow.versions.policy import ChangePolicy as ChangePolicy
 from agentflow.versions.source import CodeChangedWarning as CodeChangedWarning
+from agentflow.versions.source import code_tag as code_tag
+from agentflow.versions.source import declare_parts as declare_parts
 from agentflow.versions.source import redefined_in_main as redefined_in_main
 from agentflow.versions.transformation import GraphMigration as GraphMigration
 from agentflow.versions.transformation import Names as Names

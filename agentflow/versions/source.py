@@ -3,7 +3,8 @@
 A function is read as the syntax tree of its source, without positions, comments, docstrings and its
 own name, written out in a way that does not depend on the version of Python. Functions of the
 project that it names are part of it, one level deep. Values that it closes over and constants of
-its module are not.
+its module are not. Of a function that others are wrapped around, only the inner one is read; what
+agentflow's own nodes are made of, they declare (`declare_parts`).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 _IGNORED = frozenset({"ctx", "kind", "type_comment", "type_ignores"})
 _FOREIGN = ("agentflow", "langchain", "langchain_core", "langgraph", "pydantic")
 _SIZE = 16
+_PARTS = "__agentflow_parts__"
 MAIN = "__main__"
 
 
@@ -49,6 +51,37 @@ class Code:
 def digest(text: str) -> str:
     """Return a short digest."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:_SIZE]
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What a node of ours is made of."""
+
+    callables: tuple[Any, ...]
+    texts: tuple[str, ...]
+    names: frozenset[str]
+
+
+def declare_parts(made: Any, *parts: Any, leads_anywhere: bool = False) -> None:
+    """Say what of the user's a node is made of, which is not to be seen in its own code.
+
+    Args:
+        made: The node: a function of ours, or an object.
+        parts: Callables are read. Of a function, texts count too; whatever else does not.
+        leads_anywhere: Whether it says by a `Command` where to go.
+    """
+    callables = tuple(part for part in parts if callable(part))
+    texts = tuple(part for part in parts if isinstance(part, str))
+    names = frozenset({"Command"} if leads_anywhere else ())
+    vars(made)[_PARTS] = _Parts(callables, texts, names)
+
+
+def code_tag(function: Any) -> str | None:
+    """Identify the code of one callable; `None` for what has none to look at."""
+    if next(functions_in(function), None) is None:
+        return None
+    code = Sources().read(function)
+    return code.tag if code.has_source else None
 
 
 @dataclass(slots=True)
@@ -79,6 +112,9 @@ class Sources:
             for function in functions_in(each):
                 own = self._read(function)
                 tags.append(own.text)
+                if (declared := vars(function).get(_PARTS)) is not None:
+                    tags += map(repr, declared.texts)
+                    names |= declared.names
                 has_source &= own.has_source
                 for path, other in self._called(function, own):
                     called = self._read(other)
@@ -97,7 +133,7 @@ class Sources:
 
     def _read_anew(self, function: types.FunctionType) -> _Function:
         code = function.__code__
-        if _is_foreign(function.__module__):
+        if _is_library(function):
             return _Function(f"{function.__module__}:{function.__qualname__}", has_source=True)
         node = self._find(function)
         if node is None:
@@ -138,7 +174,7 @@ def functions_in(found: Any) -> Iterator[types.FunctionType]:
         if id(each) in seen:
             continue  # functions that call each other
         seen.add(id(each))
-        if isinstance(each, types.FunctionType):
+        if isinstance(each, types.FunctionType) and not _is_wrapper(each):
             yield each
         waiting += reversed(_parts_of(each))
 
@@ -153,7 +189,12 @@ def _parts_of(found: Any) -> list[Any]:
         return [found.func]
     if found is None or isinstance(found, (type, types.ModuleType, types.BuiltinFunctionType)):
         return []
-    parts = _parts_of_runnable(getattr(found, "__dict__", {}))
+    own = getattr(found, "__dict__", {})
+    parts = _parts_of_runnable(own)
+    if _PARTS in own:
+        return [*own[_PARTS].callables, *(parts or ())]
+    if parts is None and "__wrapped__" in own:
+        return [own["__wrapped__"]]  # a cache
     if parts is None:
         call = inspect.getattr_static(type(found), "__call__", None)
         is_own = isinstance(call, types.FunctionType) and not _is_foreign(call.__module__)
@@ -165,8 +206,10 @@ def _parts_of_function(function: types.FunctionType) -> list[Any]:
     inner = getattr(function, "__wrapped__", None)
     if inner is not None:
         return [inner]
+    if _PARTS in vars(function):
+        return list(vars(function)[_PARTS].callables)
     parts = []
-    if _is_foreign(function.__module__):
+    if _is_library(function):
         # What a library's node was made of: the user's functions are among it.
         for cell in function.__closure__ or ():
             with suppress(ValueError):
@@ -341,13 +384,30 @@ def _owner(function: types.FunctionType) -> Any:
 
 def _is_project(function: types.FunctionType, caller: types.FunctionType) -> bool:
     """Whether a function belongs to the user's own code."""
-    if _is_foreign(function.__module__):
+    if _is_library(function):
         return False
     ours = (caller.__module__ or "").partition(".")[0]
     if (function.__module__ or "").partition(".")[0] == ours:
         return True
     file = function.__code__.co_filename
     return not file.startswith(_libraries()) and not file.startswith("<frozen")
+
+
+def _is_library(function: types.FunctionType) -> bool:
+    return _is_foreign(function.__module__) or _is_foreign(_home(function))
+
+
+def _is_wrapper(function: types.FunctionType) -> bool:
+    """Whether a library has put a function around another one; it bears the other's name."""
+    if not hasattr(function, "__wrapped__"):
+        return False
+    return _is_foreign(_home(function)) or function.__code__.co_filename.startswith(_libraries())
+
+
+def _home(function: types.FunctionType) -> str | None:
+    """Return the module in which a function was defined, whatever it says of itself."""
+    home: str | None = function.__globals__.get("__name__")
+    return home
 
 
 def _is_foreign(module: str | None) -> bool:
@@ -375,7 +435,8 @@ def redefined_in_main(*found: Any) -> list[str]:
             if function.__module__ != MAIN or "." in function.__qualname__:
                 continue
             now = getattr(module, function.__name__, None)
-            if now is function or not isinstance(now, types.FunctionType):
+            now = inspect.unwrap(now) if isinstance(now, types.FunctionType) else None
+            if now is None or now is inspect.unwrap(function):
                 continue
             if sources.read(now).tag != sources.read(function).tag:
                 names.append(function.__name__)

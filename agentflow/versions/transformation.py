@@ -106,6 +106,9 @@ def transform(
     kept = {rename.channel(name): value for name, value in inner.items()}
     for name, value in kept.items():
         kept[name] = rename.value(name, value)
+        if not _equal(kept[name], value):
+            # Or whoever copies the checkpoint would take the value from before.
+            versions[name] = next_version(newest, None)
     for name in set(versions) - set(migrated):
         if not _is_inner(name) and name not in graph.channels:
             del versions[name]

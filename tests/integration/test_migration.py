@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import operator
 from collections.abc import AsyncIterator, Callable
 from itertools import count
@@ -12,7 +13,7 @@ from langgraph.graph import START, StateGraph
 from langgraph.types import Send, interrupt
 from typing_extensions import TypedDict
 
-from agentflow import AgentFlow
+from agentflow import AgentFlow, effect
 from agentflow.errors import InvalidInputError, MigrationError, ThreadBusyError
 from agentflow.types import RunStatus, WaitStatus
 from tests.integration.versions import Shape
@@ -272,3 +273,93 @@ def test_migration_to_nowhere_or_twice_is_refused(app: AgentFlow) -> None:
     for way in (("1", "2"), ("2", "2")):
         with pytest.raises(InvalidInputError, match="migration"):
             app.migration("g", from_=way[0], to=way[1])
+
+
+def paying(asker: str, outside: list[str], *, hangs: str = "", sends: bool = False) -> Any:
+    """Build a graph that pays, asks, and ships, beside another one, and then packs."""
+
+    @effect(
+        timeout=0.02, name="migration:call", compensate=lambda done: outside.append(f"un{done}")
+    )
+    async def call(what: str) -> str:
+        outside.append(what)
+        if what == hangs:
+            await asyncio.Event().wait()
+        return what
+
+    async def pays(_: Any) -> Any:
+        return {"log": [await call("pay"), interrupt("ship?")["type"], await call("ship")]}
+
+    async def packs(_: Any) -> Any:
+        return {"log": [await call("pack")]}
+
+    builder: Any = StateGraph(New)
+    builder.add_node("first", lambda _: {"log": ["first"]})
+    builder.add_node(asker, pays)
+    builder.add_node("pack", packs)
+    builder.add_edge(START, "first")
+    if sends:
+        builder.add_conditional_edges("first", lambda _: [Send(asker, {})], [asker])
+    else:
+        builder.add_edge("first", asker)
+    builder.add_edge(asker, "pack")
+    return builder.compile()
+
+
+async def migrated(opened: AgentFlow, outside: list[str], *, sends: bool = False) -> None:
+    """Migrate a run of `paying` twice, each time to another name of the node that is due."""
+    for name, version in (("manager", "2"), ("boss", "3")):
+        old = "ask" if name == "manager" else "manager"
+        opened.register(paying(name, outside, sends=sends), name="pay", version=version)
+        way = {"from_": str(int(version) - 1), "to": version, "nodes": {old: name}}
+        opened.migration("pay", **way)(lambda values: values)
+        await opened.migrate_run("r")
+
+
+@pytest.mark.parametrize("sends", [False, True])
+async def test_effect_of_a_node_that_is_renamed_is_not_called_again(sends: bool) -> None:
+    outside: list[str] = []
+    async with AgentFlow("memory://") as opened:
+        opened.register(paying("ask", outside, sends=sends), name="pay", version="1")
+        await opened.submit("pay", {"log": []}, run_id="r")
+        await opened.drive("r")
+        await migrated(opened, outside, sends=sends)
+        before = await opened.get_run("r")
+        assert (await finish(opened, "r"))[1:] == ["pay", "approve", "ship", "pack"]
+        assert outside == ["pay", "ship", "pack"]
+        # From the migrated checkpoint once more, which a fork copies.
+        assert before.checkpoint_id is not None
+        fork = await opened.fork("r", before.checkpoint_id)
+        assert (await finish(opened, fork.id))[1:] == ["pay", "approve", "ship", "pack"]
+        assert outside == ["pay", "ship", "pack"]
+        with pytest.raises(InvalidInputError, match="a migration has made"):
+            await opened.fork("r", before.checkpoint_id, values={"cents": 1})
+
+
+async def test_effect_in_doubt_stays_in_doubt_and_its_question_the_same() -> None:
+    outside: list[str] = []
+    async with AgentFlow("memory://") as opened:
+        opened.register(paying("ask", outside, hangs="pay"), name="pay", version="1")
+        await opened.submit("pay", {"log": []}, run_id="r")
+        await opened.drive("r")
+        [question] = await opened.handle("r").approvals()
+        await migrated(opened, outside)
+        assert (await opened.drive("r")).status is RunStatus.WAITING
+        assert [each.id for each in await opened.handle("r").approvals()] == [question.id]
+        said = {"happened": True, "outcome": "paid"}
+        await opened.approvals.decide(question.id, {"type": "respond", "value": said}, by="ann")
+        assert (await finish(opened, "r"))[1:] == ["paid", "approve", "ship", "pack"]
+        assert outside == ["pay", "ship", "pack"]
+
+
+async def test_run_that_is_being_undone_is_undone_by_the_new_version() -> None:
+    outside: list[str] = []
+    async with AgentFlow("memory://") as opened:
+        opened.register(paying("ask", outside), name="pay", version="1")
+        await opened.submit("pay", {"log": []}, run_id="r")
+        await opened.drive("r")
+        await opened.cancel("r")
+        await migrated(opened, outside)
+        run = await opened.drive("r")
+        assert (run.version, run.status, run.saga) == ("3", RunStatus.CANCELLED, "compensated")
+        assert outside == ["pay", "unpay"]

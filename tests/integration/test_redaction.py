@@ -100,16 +100,16 @@ async def test_hook_sees_every_payload_of_a_run_as_what_it_is(
         "runs.cancellation": dict,
         "runs.retry": dict,
         "runs.saga_cause": dict,
-        "effects.request": dict,
-        "effects.outcome": dict,
-        "effects.comment": str,
-        "effects.late": list,
         "waits.request": ApprovalRequest,
         "waits.decision": Decision,
         "waits.comment": str,
         "events.data": dict,
         "dead_letters.cause": RunFailure,
         "pauses.reason": str,
+        "effects.request": dict,
+        "effects.outcome": dict,
+        "effects.comment": str,
+        "effects.late": list,
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import hashlib
 import json
@@ -10,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from langgraph.types import interrupt
 
-from agentflow import AgentFlow
+from agentflow import AgentFlow, effect
 from agentflow.errors import (
     AgentflowError,
     ConflictError,
@@ -23,8 +25,9 @@ from agentflow.errors import (
 )
 from agentflow.keys import KeyRing
 from agentflow.testing import replay_stored
-from agentflow.types import RunStatus
+from agentflow.types import Run, RunStatus
 from tests.golden import run_v1
+from tests.integration.graphs import chain
 from tests.integration.versions import CHANGES, Shape
 
 SECRET = "the wire goes to Panama"
@@ -176,3 +179,106 @@ async def test_run_that_the_first_version_exported_goes_on() -> None:
         assert (await app.check_run(run.id)).verdict == "same"
         run = await run_v1.answer(app)
         assert run.output["log"] == ["begun", "approve", "approve", "3 before"]
+
+
+def paying(outside: list[str], *, hangs: str = "", **options: Any) -> Any:
+    """Build a graph that pays, asks, and ships; the call `hangs` does not come back."""
+
+    @effect(timeout=0.02, name="transfer:act", **options)
+    async def called(what: str) -> str:
+        outside.append(what)
+        if what == hangs:
+            await asyncio.Event().wait()
+        return what
+
+    async def node(_: Any) -> Any:
+        done = [await called("pay"), interrupt("ship?")["type"], await called("ship")]
+        return {"log": done}
+
+    return chain(("node", node))
+
+
+async def moved(source: AgentFlow) -> dict[str, Any]:
+    """Drive a run of `paying` to its question, and export it."""
+    await source.submit("pay", {"log": []}, run_id="r")
+    await source.drive("r")
+    found: dict[str, Any] = json.loads(json.dumps(await source.export_run("r")))
+    return found
+
+
+async def answered(app: AgentFlow) -> Run:
+    """Answer what the run asks, and drive it."""
+    [approval] = await app.handle("r").approvals()
+    await app.approvals.decide(approval.id, {"type": "approve"}, by="bob")
+    return await app.drive("r")
+
+
+@pytest.mark.parametrize("key", [None, "one"])
+async def test_effect_that_was_called_before_is_not_called_again(
+    key: str | None, database_url: str
+) -> None:
+    """Also where the key of encryption is another one, by which keys of effects are hashed."""
+    outside: list[str] = []
+    own: dict[str, Any] = {} if key is None else {"key": lambda what: f"{key}-{what}"}
+    old, new = b"o" * 32, b"n" * 32
+    async with AgentFlow("memory://", keys=KeyRing({"a": old})) as source:
+        source.register(paying(outside, **own), name="pay")
+        file = await moved(source)
+    assert outside == ["pay"]
+    ring = KeyRing({"b": new, "a": old})
+    async with AgentFlow(database_url, keys=ring) as target:
+        target.register(paying(outside, **own), name="pay")
+        await target.import_run(file)
+        assert (await answered(target)).output == {"log": ["pay", "approve", "ship"]}
+        assert outside == ["pay", "ship"]
+        assert [each.status for each in (await target.effects.list(run_id="r")).items] == [
+            "succeeded"
+        ] * 2
+
+
+async def test_effect_in_doubt_stays_in_doubt() -> None:
+    outside: list[str] = []
+    async with AgentFlow("memory://") as source, AgentFlow("memory://") as target:
+        source.register(paying(outside, hangs="pay"), name="pay")
+        target.register(paying(outside), name="pay")
+        await target.import_run(await moved(source))
+        [question] = await target.handle("r").approvals()
+        assert (question.kind, outside) == ("effect", ["pay"])
+        said = {"happened": True, "outcome": "pay"}
+        await target.approvals.decide(question.id, {"type": "respond", "value": said}, by="bob")
+        assert (await target.drive("r")).status is RunStatus.WAITING
+        assert (await answered(target)).output == {"log": ["pay", "approve", "ship"]}
+        assert outside == ["pay", "ship"]
+
+
+async def test_what_shares_its_effects_is_not_exported() -> None:
+    outside: list[str] = []
+    async with AgentFlow("memory://") as app:
+        app.register(paying(outside, scope="global", key=lambda what: what), name="pay")
+        with pytest.raises(ConflictError, match="unique in the whole tenant"):
+            await moved(app)
+    async with AgentFlow("memory://") as app:
+        app.register(paying(outside), name="pay")
+        await moved(app)
+        run = await app.get_run("r")
+        assert run.checkpoint_id is not None
+        fork = await app.fork("r", run.checkpoint_id)
+        with pytest.raises(ConflictError, match="of which this is a fork"):
+            await app.export_run(fork.id)
+
+
+async def test_run_that_is_being_undone_is_undone_where_it_came_to() -> None:
+    outside: list[str] = []
+
+    async def undo(outcome: str) -> None:
+        outside.append(f"un{outcome}")
+
+    async with AgentFlow("memory://") as source, AgentFlow("memory://") as target:
+        for app in (source, target):
+            app.register(paying(outside, compensate=undo), name="pay")
+        await moved(source)
+        await source.cancel("r")
+        await target.import_run(await source.export_run("r"))
+        run = await target.drive("r")
+        assert (run.status, run.saga) == (RunStatus.CANCELLED, "compensated")
+        assert outside == ["pay", "unpay"]

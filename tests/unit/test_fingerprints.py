@@ -8,17 +8,23 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
+from langchain_core.tools import StructuredTool
 from langgraph.func import entrypoint, task
 from langgraph.graph import START, StateGraph
 from langgraph.prebuilt import ToolNode
 from pydantic import create_model
+from sqlalchemy import create_engine
 from typing_extensions import TypedDict
 
+from agentflow import effect, transaction
 from agentflow.errors import InvalidInputError, UnknownVersionError
+from agentflow.nodes import ToolPolicy, approval_node, llm_node, tool_node
+from agentflow.tasks import Task, TaskRunner
 from agentflow.versions import Fingerprint, fingerprint_of, source
 from tests.golden import versions_v1
 
@@ -58,6 +64,11 @@ def helper(x):
 
 def node(state):
     return {"log": [helper(1)]}
+"""
+LOOK = """
+def look(what: str) -> str:
+    '''Look something up.'''
+    return what
 """
 SAME = {
     "comments": PLAIN.replace("return x + 1", "return x + 1  # one more"),
@@ -237,3 +248,79 @@ def test_code_reads_the_same_in_every_version_of_python() -> None:
     )
     print(f"read by {', '.join(map(str, others)) or 'no other version: none is installed'}")
     assert {read(python) for python in others} <= {read(sys.executable)}
+
+
+def test_what_is_wrapped_is_read_and_what_is_wrapped_around_it_is_not(tmp_path: Path) -> None:
+    """So neither a release of agentflow's nor one of another library changes what a graph is."""
+
+    def forms(code: str, folder: Path) -> list[Any]:
+        function = define(code, folder)
+        around = define("def around(state):\n    return function(state)\n", folder, "around")
+        calls = around.__globals__
+        made = []
+        for wrap in (effect, transaction(create_engine("sqlite://")), lru_cache):
+            calls["function"] = wrap(function)
+            made += [tag(wrap(function)), tag(around)]
+        return made
+
+    before, after = forms(PLAIN, tmp_path / "a"), forms(OTHER["its code"], tmp_path / "b")
+    assert all(one != other for one, other in zip(before, after, strict=True))
+    assert len({*before[::2]}) == len({*before[1::2]}) == 1
+    plain = define(PLAIN, tmp_path / "c")
+    assert before[0] == tag(plain)
+
+
+def test_what_nodes_of_ours_are_made_of_counts(tmp_path: Path) -> None:
+    """Prompts, tools, conditions, tasks."""
+
+    def forms(code: str, folder: Path, text: str) -> list[str]:
+        function = define(code, folder)
+        tool = StructuredTool.from_function(function, name="look", description="look")
+        asked = ToolPolicy(approval=function)
+        runner = TaskRunner([Task(name="one", run=function)]).graph
+        maybe = TaskRunner([Task(name="one", run=str, condition=function)]).graph
+        return [
+            tag(llm_node("x:y", prompt=function)),
+            tag(llm_node("x:y", prompt=text)),
+            tag(llm_node("x:y", trim=function)),
+            tag(approval_node(function)),
+            tag(approval_node(text)),
+            tag(approval_node("a", when=function)),
+            tag(tool_node([tool])),
+            tag(tool_node([define(LOOK, folder, "look")], policies={"look": asked})),
+            tag(tool_node([define(LOOK, folder, "look")], policy=asked)),
+            fingerprint_of(runner).digest,
+            fingerprint_of(maybe).digest,
+        ]
+
+    before = forms(PLAIN, tmp_path / "a", "be brief")
+    assert before == forms(SAME["comments"], tmp_path / "c", "be brief")
+    after = forms(OTHER["its code"], tmp_path / "b", "be kind")
+    assert all(one != other for one, other in zip(before, after, strict=True))
+
+
+def test_approval_that_says_where_to_go_leads_anywhere() -> None:
+    graph: StateGraph[State, None, State, State] = StateGraph(State)
+    edges = {"approve": "said", "reject": "said"}
+    graph.add_node("asked", approval_node("log"))
+    graph.add_node("open", approval_node("log", edges=edges))
+    graph.add_node("said", approval_node("log", edges=edges), destinations=("open",))
+    graph.add_edge(START, "asked")
+    nodes = fingerprint_of(graph.compile()).graph["nodes"]
+    assert [nodes[name]["open"] for name in ("asked", "open", "said")] == [False, True, False]
+
+
+def test_decorated_function_of_a_notebook_is_known_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def cell() -> Any:
+        def node(state: State) -> State:
+            return {}
+
+        node.__module__, node.__qualname__ = source.MAIN, "node"
+        return effect(node)
+
+    made = cell()
+    monkeypatch.setattr(sys.modules[source.MAIN], "node", made, raising=False)
+    assert source.redefined_in_main(made) == []
+    assert source.redefined_in_main(cell()) == []
+    monkeypatch.setattr(sys.modules[source.MAIN], "node", lambda _: {"log": []})
+    assert source.redefined_in_main(made) == ["node"]

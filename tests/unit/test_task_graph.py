@@ -7,7 +7,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from types import FunctionType
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from hypothesis import strategies as st
 from agentflow.errors import InvalidInputError, SerializationError
 from agentflow.tasks import Task, TaskCall, TaskRunner
 from agentflow.tasks.graph import found_results
-from agentflow.tasks.results import check_json, code_tag
+from agentflow.tasks.results import check_json
 
 NAMES = "abcde"
 STATUSES = ("success", "failure", "skipped", "cancelled")
@@ -224,29 +223,3 @@ def test_what_json_cannot_hold_is_refused_by_place(value: Any, path: str) -> Non
     with pytest.raises(SerializationError) as refused:
         check_json(value)
     assert path in str(refused.value)
-
-
-def test_code_is_told_apart_by_what_it_does() -> None:
-    def one(call: TaskCall) -> int:
-        return len(call.name) + 1
-
-    def same(call: TaskCall) -> int:
-        return len(call.name) + 1
-
-    def other(call: TaskCall) -> int:
-        return len(call.name) + 2
-
-    assert code_tag(one) == code_tag(same) == code_tag(partial(one)) != code_tag(other)
-    assert code_tag(len) is None
-
-
-def test_code_is_the_same_where_a_set_has_another_order() -> None:
-    def one(call: TaskCall) -> bool:
-        return call.name in {"a", "b"}
-
-    # Numbers that share a place in a set's table stand in the order in which they came.
-    there, back = frozenset([0, 1024]), frozenset([1024, 0])
-    assert list(there) != list(back)
-    code = one.__code__
-    made = [FunctionType(code.replace(co_consts=(None, each)), {}) for each in (there, back)]
-    assert code_tag(made[0]) == code_tag(made[1])
