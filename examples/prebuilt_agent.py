@@ -1,4 +1,6 @@
-"""LangGraph's prebuilt agent, unchanged but for its tool node: it asks before it sends.
+"""LangGraph's prebuilt agent with a durable model and tool node: it asks before it sends.
+
+A crash repeats neither what its model has answered nor what its tools have done.
 
 python -m examples.prebuilt_agent
 """
@@ -15,7 +17,7 @@ from langchain_core.tools import tool
 from langgraph.prebuilt import create_react_agent
 
 from agentflow import AgentFlow
-from agentflow.nodes import ToolPolicy, tool_node
+from agentflow.nodes import ToolPolicy, durable_model, tool_node
 from agentflow.testing import ScriptedChatModel
 
 OUTBOX: list[str] = []
@@ -61,7 +63,7 @@ def build_agent() -> Any:
     with warnings.catch_warnings():
         # LangChain's `create_agent` follows it; that makes its tool node by itself.
         warnings.simplefilter("ignore")
-        return create_react_agent(ScriptedChatModel(script=script), TOOLS)
+        return create_react_agent(durable_model(ScriptedChatModel(script=script)), TOOLS)
 
 
 async def main(url: str = "memory://") -> None:

@@ -31,6 +31,7 @@ _RETRY = "tests/unit/test_retry.py"
 _INPUTS = "tests/unit/test_inputs.py"
 _TASKS = "tests/integration/test_tasks.py"
 _TASK_GRAPH = "tests/unit/test_task_graph.py"
+_OUTAGE = "tests/fault/test_outage.py"
 _TASK_KILLS = "tests/fault/test_task_kills.py"
 _AGENT_KILLS = "tests/fault/test_agent_kills.py"
 
@@ -104,7 +105,10 @@ REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
     "S1-11": (
         f"{_TASK_KILLS}::test_effect_of_a_task_that_was_killed_behind_it_does_not_happen_again",
     ),
-    "S1-12": (f"{_TASKS}::test_store_that_fails_in_the_middle_costs_no_finished_task",),
+    "S1-12": (
+        f"{_TASKS}::test_store_that_fails_in_the_middle_costs_no_finished_task",
+        f"{_OUTAGE}::test_tasks_go_on_where_they_were_when_their_server_was_stopped",
+    ),
     "S1-13": (
         f"{_TASKS}::test_result_of_a_task_that_is_no_more_is_carried_along_with_a_warning",
         f"{_TASKS}::test_task_that_the_snapshot_does_not_know_is_run",

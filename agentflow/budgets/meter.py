@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -53,7 +54,7 @@ class Ask:
 
 
 class Meter:
-    """What one attempt may use; used from its event loop."""
+    """What one attempt may use; safe to use from any thread."""
 
     def __init__(
         self,
@@ -74,6 +75,7 @@ class Meter:
         self._under_way = {"model": 0, "tool": 0}
         self._answers: list[Approval] = []
         self._warned: set[tuple[Scope, Limit]] = set()
+        self._lock = threading.Lock()
 
     async def begin(self, waits: Iterable[Approval]) -> None:
         """Read what is durable of what was used, and, from the run's waits, what was granted.
@@ -91,21 +93,23 @@ class Meter:
             BudgetExceededError: Something is used up.
             OverBudget: The same, where a person is asked for more.
         """
-        for budget in self._budgets:
-            for limit, base in budget.limits():
-                allowed = base + self._granted(budget.scope, limit)
-                spent = self._spent(limit, self._used[budget.scope], call)
-                if spent >= allowed:
-                    self._exceeded(budget, limit, base, allowed, spent)
-        self._under_way[call] += 1
+        with self._lock:
+            for budget in self._budgets:
+                for limit, base in budget.limits():
+                    allowed = base + self._granted(budget.scope, limit)
+                    spent = self._spent(limit, self._used[budget.scope], call)
+                    if spent >= allowed:
+                        self._exceeded(budget, limit, base, allowed, spent)
+            self._under_way[call] += 1
 
     def end(self, call: Call, usage: Usage | None = None) -> None:
         """Note that a call has come to its end, and what it has used; `None` if it was not made."""
-        self._under_way[call] -= 1
-        if usage is None:
-            return
-        for scope, before in self._used.items():
-            self._used[scope] = before + usage
+        with self._lock:
+            self._under_way[call] -= 1
+            if usage is None:
+                return
+            for scope, before in self._used.items():
+                self._used[scope] = before + usage
         for budget in self._budgets:
             for limit, base in budget.limits():
                 allowed = base + self._granted(budget.scope, limit)

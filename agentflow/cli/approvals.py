@@ -1,4 +1,4 @@
-"""`agentflow approval`: list, show, approve, reject, edit.
+"""`agentflow approval`: list, show, approve, reject, edit, respond.
 
 A decision is about what was shown: the version that was printed, or that the caller names, goes
 with it, and a request that has changed since is refused.
@@ -195,6 +195,30 @@ async def edit(
         approval_id,
         build,
         verb=f"To be carried out instead:\n{_indented(content)}\n\nApprove this change of",
+        by=by,
+        comment=comment,
+        if_version=if_version,
+    )
+
+
+@command(group, "respond")
+async def respond(
+    call: Call,
+    approval_id: ApprovalId,
+    *,
+    by: By,
+    value: Annotated[str, typer.Option(metavar="JSON|@FILE|-", help="The answer.")],
+    message: Message = None,
+    comment: Comment = None,
+    if_version: IfVersion = None,
+) -> None:
+    """Answer with a value: more for a budget, what came of an effect, or what a node asks for."""
+    content = read_json("--value", value)
+    await _decide(
+        call,
+        approval_id,
+        lambda _: Decision(type="respond", message=message, value=content),
+        verb=f"The answer:\n{_indented(content)}\n\nGive it to",
         by=by,
         comment=comment,
         if_version=if_version,

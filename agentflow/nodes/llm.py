@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -14,11 +14,12 @@ from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.tools import BaseTool
 from langgraph.errors import GraphBubbleUp
 
-from agentflow.budgets import MODEL, Meter, Usage, current_meter, price_of, read_prices
+from agentflow.budgets import MODEL, Meter, Usage, current_meter
 from agentflow.effects import EffectContext, Policy, run_effect
-from agentflow.errors import AgentflowError, InvalidInputError, MissingDriverError
-from agentflow.interrupts.plain import digest, to_plain
+from agentflow.errors import AgentflowError, InvalidInputError
+from agentflow.interrupts.plain import to_plain
 from agentflow.nodes.history import repaired
+from agentflow.nodes.models import is_asking, made, name_of_model, note_of, question, usage_of
 from agentflow.nodes.state import read
 from agentflow.versions import declare_parts
 
@@ -118,14 +119,11 @@ class _Model:
     @property
     def name(self) -> str:
         """What the model is called in the journal."""
-        if isinstance(self._model, str):
-            return self._model
-        params = self._model._identifying_params
-        return str(params.get("model_name") or params.get("model") or self._model._llm_type)
+        return name_of_model(self._model)
 
     @cached_property
     def _bound(self) -> Runnable[Any, Any]:
-        model = _made(self._model) if isinstance(self._model, str) else self._model
+        model = made(self._model) if isinstance(self._model, str) else self._model
         if self._format is not None:
             return model.with_structured_output(self._format, include_raw=True)
         return model.bind_tools(list(self._tools)) if self._tools else model
@@ -159,12 +157,11 @@ async def _journaled(
     async def ask(_: EffectContext) -> dict[str, Any]:
         return await _first(models, messages, config, meter)
 
-    asked = digest([message.model_dump(mode="json") for message in messages])
     kept = await run_effect(
         ask,
         name=MODEL,
         # Not the messages themselves: each step would store the whole conversation once more.
-        arguments={"models": [model.name for model in models], "messages": asked},
+        arguments={"models": [model.name for model in models], "messages": question(messages)},
         on_in_doubt="retry",
         policy=Policy(admit=admit),
     )
@@ -184,6 +181,7 @@ async def _first(
             meter.check_price(model.name)
             meter.admit("model")
         usage: Usage | None = Usage(model_calls=1)
+        token = is_asking.set(True)
         try:
             answer, parsed = await model.ask(messages, config)
         except (GraphBubbleUp, AgentflowError):
@@ -191,40 +189,16 @@ async def _first(
         except Exception as error:  # noqa: BLE001 -- whatever a provider's client raises
             first_error = first_error or error
         else:
-            usage = _usage(answer, model, meter)
-            note = {"cost": usage.cost} if usage.cost else {}
-            answer.response_metadata = {**answer.response_metadata, "agentflow": note}
+            usage = usage_of(answer, model.name, meter)
+            answer.response_metadata = {**answer.response_metadata, "agentflow": note_of(usage)}
             used = asdict(replace(usage, model_calls=number + 1))
             return {"answer": answer, "parsed": parsed, "usage": used}
         finally:
+            is_asking.reset(token)
             if meter is not None:
                 meter.end("model", usage)
     assert first_error is not None
     raise first_error
-
-
-def _usage(answer: AIMessage, model: _Model, meter: Meter | None) -> Usage:
-    told: Mapping[str, Any] = answer.usage_metadata or {}
-    named = [answer.response_metadata.get("model_name"), model.name]
-    models = [name for name in named if isinstance(name, str)]
-    if meter is not None:
-        cost = meter.cost(models, told)
-    else:
-        prices = [price_of(name, read_prices()) for name in models]
-        cost = next((price.cost(told) for price in prices if price is not None), 0.0)
-    return Usage(tokens=told.get("total_tokens", 0), cost=cost, model_calls=1)
-
-
-def _made(name: str) -> BaseChatModel:
-    try:
-        from langchain.chat_models import init_chat_model
-    except ImportError as exc:
-        raise MissingDriverError("langchain", None) from exc
-    model: BaseChatModel = init_chat_model(name)
-    if "max_retries" in type(model).model_fields:
-        # Its client would wait while a worker is occupied.
-        model = init_chat_model(name, max_retries=0)
-    return model
 
 
 def _messages(

@@ -24,6 +24,7 @@ from langgraph.runtime import get_runtime
 from typing_extensions import TypedDict
 
 from agentflow.errors import MissingContextError, StoreError
+from agentflow.retry import Retry, RetryPolicy, decide
 from agentflow.tasks.plan import Plan, Task, TaskCall, TaskContext
 from agentflow.tasks.results import (
     Progress,
@@ -36,7 +37,7 @@ from agentflow.tasks.results import (
     inputs_tag,
     read_results,
 )
-from agentflow.types import Clock
+from agentflow.types import Clock, to_timedelta
 from agentflow.versions import code_tag, declare_parts
 
 _PREFIX = "result:"
@@ -99,6 +100,8 @@ class _Node:
         self._progress = progress
         self._code = code_tag(task.run)
         declare_parts(self, task.run, task.condition)
+        self._retry = None if task.retry is None else RetryPolicy.of(task.retry)
+        self._limit = None if task.timeout is None else to_timedelta(task.timeout).total_seconds()
 
     async def __call__(self, state: dict[str, Any]) -> dict[str, Any]:
         name = self._task.name
@@ -125,7 +128,7 @@ class _Node:
                 self._task.condition, results
             ):
                 return TaskResult(status=TaskStatus.SKIPPED, reason="condition")
-            data = await self._called(self._task.run, results)
+            data = await self._carried_out(results)
             check_json(data)
         except MissingContextError as raised:
             self._progress.missing = raised
@@ -143,6 +146,25 @@ class _Node:
             code=self._code,
             inputs=inputs_tag(results),
         )
+
+    async def _carried_out(self, results: Mapping[str, TaskResult]) -> Any:
+        """Call the task, and again as often as its policy says."""
+        number = 0
+        while True:
+            number += 1
+            try:
+                async with asyncio.timeout(self._limit) as limit:
+                    return await self._called(self._task.run, results)
+            except (MissingContextError, GraphBubbleUp, StoreError):
+                raise
+            except Exception as raised:  # noqa: BLE001 -- user code
+                error: Exception = raised
+                if isinstance(raised, TimeoutError) and limit.expired():
+                    error = TimeoutError(f"task {self._task.name!r} took longer than its timeout")
+                verdict = None if self._retry is None else decide(self._retry, number, error)
+                if not isinstance(verdict, Retry):
+                    raise error from raised.__cause__
+            await asyncio.sleep(verdict.delay.total_seconds())
 
     async def _called(
         self, function: Callable[[TaskCall], Any], results: Mapping[str, TaskResult]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from graphlib import CycleError, TopologicalSorter
 from hashlib import sha256
 from typing import Any
 
 from agentflow.errors import InvalidInputError, MissingContextError
+from agentflow.retry import LangGraphRetryPolicy, RetryPolicy
 from agentflow.tasks.results import TaskResult
+from agentflow.types import Duration, to_timedelta
 
 
 class TaskContext(Mapping[str, Any]):
@@ -73,6 +76,12 @@ class Task:
     """Keys of the context without which nothing is begun."""
     continue_on_error: bool = False
     """Whether the tasks that depend on it run although it has failed."""
+    retry: RetryPolicy | LangGraphRetryPolicy | None = None
+    """Which exceptions are worth another call, how many, and after how long; by default none. It is
+    waited for within the run's attempt: after a crash they are counted anew."""
+    timeout: Duration | None = None
+    """How long a call may take; then it has failed with `TimeoutError`. What is not async cannot be
+    stopped, and goes on unheard."""
 
 
 class Plan:
@@ -123,6 +132,10 @@ def _problems(tasks: Sequence[Task]) -> Iterator[str]:
         if names.count(name) > 1:
             yield f"name: {name!r} is given to {names.count(name)} tasks"
     for task in tasks:
-        for dependency in task.dependencies:
-            if dependency not in names:
-                yield f"{task.name}.dependencies: there is no task {dependency!r}"
+        yield from (
+            f"{task.name}.dependencies: there is no task {dependency!r}"
+            for dependency in task.dependencies
+            if dependency not in names
+        )
+        if task.timeout is not None and to_timedelta(task.timeout) <= timedelta(0):
+            yield f"{task.name}.timeout: must be above 0"

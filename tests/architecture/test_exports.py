@@ -26,7 +26,13 @@ EXPORTS = {
         "SweptThread",
         "open_checkpointer",
     },
-    "agentflow.nodes": {"ToolPolicy", "approval_node", "llm_node", "tool_node"},
+    "agentflow.nodes": {
+        "ToolPolicy",
+        "approval_node",
+        "durable_model",
+        "llm_node",
+        "tool_node",
+    },
     "agentflow.tasks": {
         "StaleResultWarning",
         "Task",

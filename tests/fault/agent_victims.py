@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import os
 import signal
+import warnings
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -12,13 +13,13 @@ from langchain_core.messages import AIMessage, AnyMessage, HumanMessage, ToolCal
 from langchain_core.runnables import RunnableConfig
 from langchain_core.tools import tool
 from langgraph.graph import END, START, MessagesState, StateGraph
-from langgraph.prebuilt import tools_condition
+from langgraph.prebuilt import create_react_agent, tools_condition
 from langgraph.types import Send
 
 from agentflow import AgentFlow
 from agentflow.budgets import Budget
 from agentflow.failpoints import arm, instrument
-from agentflow.nodes import ToolPolicy, llm_node, tool_node
+from agentflow.nodes import ToolPolicy, durable_model, llm_node, tool_node
 from agentflow.storage import RunStore
 from agentflow.storage.sql import SqlRunStore
 from agentflow.testing import ScriptedChatModel
@@ -26,7 +27,8 @@ from tests.fault.ledger import arecord, record
 
 TURNS = 2
 """How often the model calls a tool before it has its answer."""
-EFFECTS = TURNS * 2 + 1
+TOOLS = 3
+"""How many tools the prebuilt agent has, and calls one after the other."""
 BRANCHES = 50
 MOST = 20
 """How many of them the budget allows at first."""
@@ -42,6 +44,7 @@ def app_of(url: str, run_id: str, ledger: str) -> AgentFlow:
     """Return an app that knows the agent."""
     app = AgentFlow(url)
     app.register(agent(run_id, ledger), name="agent")
+    app.register(prebuilt(run_id, ledger), name="prebuilt")
     app.register(
         branches(run_id, ledger),
         name="branches",
@@ -107,6 +110,44 @@ def agent(run_id: str, ledger: str) -> StateGraph[Any, None, Any, Any]:
     graph.add_conditional_edges("model", tools_condition, {"tools": "tools", END: END})
     graph.add_edge("tools", "model")
     return graph
+
+
+def prebuilt(run_id: str, ledger: str) -> Any:
+    """Return LangChain's own agent with three tools, none of which may be called twice."""
+
+    @tool
+    async def reserve(amount: int) -> str:
+        """Reserve."""
+        await arecord(ledger, event="tool", run=run_id, amount=amount)
+        return "reserved"
+
+    @tool
+    async def pay(amount: int) -> str:
+        """Pay."""
+        await arecord(ledger, event="tool", run=run_id, amount=amount)
+        return "paid"
+
+    @tool
+    async def ship(amount: int) -> str:
+        """Ship."""
+        await arecord(ledger, event="tool", run=run_id, amount=amount)
+        return "shipped"
+
+    tools = [reserve, pay, ship]
+
+    def script(messages: Sequence[AnyMessage]) -> AIMessage:
+        turn = sum(isinstance(each, ToolMessage) for each in messages)
+        record(ledger, event="model", run=run_id, turn=turn)
+        if turn == len(tools):
+            return AIMessage("done")
+        call = ToolCall(name=tools[turn].name, args={"amount": turn}, id="call")
+        return AIMessage("", tool_calls=[call])
+
+    model = durable_model(ScriptedChatModel(script=script))
+    with warnings.catch_warnings():
+        # `create_agent` follows it, which makes its tool node by itself.
+        warnings.simplefilter("ignore")
+        return create_react_agent(model, tool_node(tools))
 
 
 async def drive(

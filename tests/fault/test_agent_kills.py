@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from agentflow.types import RunStatus
-from tests.fault.agent_victims import BRANCHES, EFFECTS, MOST, TURNS, app_of
+from tests.fault.agent_victims import BRANCHES, MOST, TOOLS, TURNS, app_of
 from tests.fault.conftest import Sampler, Tally
 from tests.fault.forkserver import ForkServer, Victim
 from tests.fault.ledger import Ledger
@@ -25,36 +25,46 @@ def calls(ledger: Ledger, run_id: str) -> Counter[tuple[str, Any]]:
     return Counter((each["event"], each.get("turn", each.get("amount"))) for each in entries)
 
 
-ONCE: Counter[tuple[str, Any]] = Counter(
-    [*(("model", turn) for turn in range(TURNS + 1)), *(("tool", turn) for turn in range(TURNS))]
-)
+def once(turns: int) -> Counter[tuple[str, Any]]:
+    """Return the calls of a run that calls a tool in so many turns, and then answers."""
+    models, tools = range(turns + 1), range(turns)
+    return Counter([*(("model", turn) for turn in models), *(("tool", turn) for turn in tools)])
 
 
 async def gone(victim: Victim) -> int:
     return await asyncio.to_thread(victim.wait)
 
 
+@pytest.mark.parametrize(("graph", "turns"), [("agent", TURNS), ("prebuilt", TOOLS)])
 async def test_calls_whose_outcome_is_durable_are_not_made_again(
-    sqlite_url: str, ledger: Ledger, forkserver: ForkServer, sampler: Sampler, tally: Tally
+    sqlite_url: str,
+    ledger: Ledger,
+    forkserver: ForkServer,
+    sampler: Sampler,
+    tally: Tally,
+    graph: str,
+    turns: int,
 ) -> None:
     """Killed after each answer and each result; also those whose ids a model uses again."""
-    tried = sampler.some(range(1, EFFECTS + 1), EFFECTS)
+    effects = 2 * turns + 1
+    tried = sampler.some(range(1, effects + 1), effects)
     for number in tried:
         run_id = f"after-{number}"
-        victim = forkserver.spawn(DRIVE, sqlite_url, run_id, ledger.address, number, env=ENV)
+        victim = forkserver.spawn(DRIVE, sqlite_url, run_id, ledger.address, number, graph, env=ENV)
         assert await gone(victim) == -signal.SIGKILL, victim.output()
         assert calls(ledger, run_id).total() == number
     async with app_of(sqlite_url, "reader", ledger.address) as app:
         for number in tried:
             run_id = f"after-{number}"
-            victim = forkserver.spawn(DRIVE, sqlite_url, run_id, ledger.address, env=ENV)
+            again = (DRIVE, sqlite_url, run_id, ledger.address, None, graph)
+            victim = forkserver.spawn(*again, env=ENV)
             while await gone(victim) != 0:  # the lease of the dead one is still good
                 assert "ThreadBusyError" in victim.output()
-                victim = forkserver.spawn(DRIVE, sqlite_url, run_id, ledger.address, env=ENV)
+                victim = forkserver.spawn(*again, env=ENV)
             run = await app.get_run(run_id)
             assert run.status is RunStatus.SUCCEEDED, run.error
             assert run.output["messages"][-1].text == "done"
-            assert calls(ledger, run_id) == ONCE
+            assert calls(ledger, run_id) == once(turns)
     tally(kills=len(tried))
 
 

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 
 from agentflow.errors import StoreUnavailableError
+from agentflow.tasks import Task, TaskCall, TaskRunner
 from agentflow.types import RunStatus
 from tests.fault.conftest import IS_FULL, Tally
 from tests.fault.forkserver import ForkServer
@@ -129,6 +130,36 @@ async def test_server_that_is_stopped_under_load_and_comes_back_loses_and_double
         unfinished_when_it_stopped=len(unfinished),
         executed_again=sum(count - 1 for count in executed.values()),
     )
+
+
+async def test_tasks_go_on_where_they_were_when_their_server_was_stopped(
+    own_server: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped inside of a task, and not waited for: only what was not durable is run again."""
+    monkeypatch.setenv("AGENTFLOW_STORE_TIMEOUT", "0.5")
+    monkeypatch.setenv("AGENTFLOW_LEASE", "1")
+    url = own_server.url(own_server.create_database())
+    ran: Counter[str] = Counter()
+
+    async def work(call: TaskCall) -> str:
+        ran[call.name] += 1
+        if call.name == "parse" and ran["parse"] == 1:
+            await asyncio.to_thread(own_server.stop, immediately=True)
+        return call.name
+
+    tasks = [
+        Task(name="fetch", run=work),
+        Task(name="parse", run=work, dependencies=["fetch"]),
+        Task(name="load", run=work, dependencies=["parse"]),
+    ]
+    try:
+        with pytest.raises(StoreUnavailableError):
+            await TaskRunner(tasks, url=url, run_id="r").execute()
+    finally:
+        await asyncio.to_thread(own_server.start)
+    results = await TaskRunner(tasks, url=url, run_id="r").execute()
+    assert {name: each.data for name, each in results.items()} == {each: each for each in results}
+    assert ran == {"fetch": 1, "parse": 2, "load": 1}
 
 
 def _entered(scene: Scene) -> list[dict[str, object]]:

@@ -20,7 +20,10 @@ from langgraph.types import interrupt
 from typer.testing import CliRunner
 
 from agentflow import AgentFlow, RetryPolicy, request_approval
+from agentflow.budgets import Budget
 from agentflow.cli.program import program
+from agentflow.nodes import durable_model
+from agentflow.testing import ScriptedChatModel
 from agentflow.types import Approval, Run, RunStatus
 
 REPOSITORY = Path(__file__).parents[2]
@@ -57,6 +60,11 @@ def _fail(state: State) -> State:
     raise ValueError("the node says no")
 
 
+async def _call_models(state: State) -> State:
+    model = durable_model(ScriptedChatModel(script=["fine"]))
+    return {"decided": [(await model.ainvoke(each)).text for each in state["proposal"]]}
+
+
 def _graph(node: Any) -> Any:
     builder = StateGraph(State)
     builder.add_node("node", node)
@@ -69,6 +77,7 @@ app = AgentFlow("sqlite:///never-used.db")
 app.register(_graph(_ask), name="refund")
 app.register(_graph(_ask_about_calls), name="calls")
 app.register(_graph(_echo), name="echo")
+app.register(_graph(_call_models), name="models", budget=Budget(model_calls=1, on_exceeded="ask"))
 app.register(_graph(_fail), name="fail", retry=RetryPolicy(max_attempts=1))
 
 not_an_app = {"name": "app"}

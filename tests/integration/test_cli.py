@@ -194,6 +194,15 @@ def test_an_edited_proposal_is_what_the_run_acts_on(cli: Cli, tmp_path: Path) ->
     assert run.output["decided"]["proposal"] == {"amount": 5}
 
 
+def test_run_is_given_more_of_its_budget(cli: Cli) -> None:
+    approval = cli.pending("models", ["one", "two", "three"])
+    respond = ("approval", "respond", approval.id, "--by", "ann", "--value")
+    assert cli(*respond, '{"more": 0}').code != 0
+    assert cli.approval(approval.id) == approval
+    cli.ok(*respond, '{"more": 2}')
+    assert cli.drive(approval.run_id).output["decided"] == ["fine"] * 3
+
+
 @pytest.mark.parametrize(
     ("args", "name"), [((), "refund"), (("--action-name", "credit"), "credit")]
 )

@@ -6,12 +6,13 @@ import asyncio
 import json
 import threading
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from agentflow import AgentFlow, request_approval
+from agentflow import AgentFlow, RetryPolicy, request_approval
 from agentflow.control import current_attempt
 from agentflow.errors import (
     InvalidInputError,
@@ -387,6 +388,46 @@ async def test_run_of_other_tasks_is_refused_and_its_snapshot_begins_another(
         with pytest.raises(NotFoundError):
             await read_snapshot(app, "unknown")
     assert Counter(["top", "left", "right", "bottom", "more"]) == RAN
+
+
+async def test_task_is_called_again_before_it_has_failed_as_its_policy_says() -> None:
+    def flaky(call: TaskCall) -> int:
+        RAN[call.name] += 1
+        if RAN[call.name] < 3:
+            raise ConnectionError(call.name)
+        return RAN[call.name]
+
+    policy = RetryPolicy(initial_interval=0, max_attempts=3, retry_on=ConnectionError)
+    tasks = [
+        Task(name="flaky", run=flaky, retry=policy),
+        Task(name="worse", run=fail, retry=replace(policy, max_attempts=2, retry_on=Exception)),
+        Task(name="other", run=fail, retry=policy),
+    ]
+    results = await TaskRunner(tasks).execute()
+    assert results["flaky"].data == 3
+    assert results["worse"].error == results["other"].error
+    assert Counter(flaky=3, worse=2, other=1) == RAN
+
+
+async def test_task_that_takes_too_long_has_failed() -> None:
+    released = threading.Event()
+
+    async def wait(_: TaskCall) -> None:
+        await asyncio.Event().wait()
+
+    def block(_: TaskCall) -> None:
+        released.wait()
+
+    tasks = [
+        Task(name=name, run=run, timeout=0.05) for name, run in (("wait", wait), ("block", block))
+    ]
+    try:
+        results = await TaskRunner(tasks).execute()
+    finally:
+        released.set()
+    for name, result in results.items():
+        told = f"task {name!r} took longer than its timeout"
+        assert result.error == TaskError(type="builtins.TimeoutError", message=told)
 
 
 async def test_store_that_fails_in_the_middle_costs_no_finished_task(

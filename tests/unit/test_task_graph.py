@@ -175,6 +175,11 @@ def test_tasks_that_make_no_graph_are_refused_by_name(
     assert problem in str(refused.value)
 
 
+def test_time_that_cannot_be_meant_is_refused() -> None:
+    with pytest.raises(InvalidInputError, match="timeout: must be above 0"):
+        TaskRunner([Task(name="a", run=nothing, timeout=0)])
+
+
 @pytest.mark.parametrize(
     ("snapshot", "problem"),
     [
