@@ -219,8 +219,9 @@ class Journal:
                 continue
             if effect.status is EffectStatus.SUCCEEDED:
                 return outcome_of(effect, policy)
-            if effect.status is EffectStatus.FAILED and not is_worth_another(effect, policy):
-                raise rebuild(effect)
+            has_failed = effect.status is EffectStatus.FAILED
+            if has_failed and not is_worth_another(effect, policy, self.codec):
+                raise rebuild(effect, self.codec)
             if effect.status is EffectStatus.INTENDED:
                 found = await self._clear_up(effect, policy)
                 if found is not None:
