@@ -46,7 +46,7 @@ def mend() -> None:
     if _algo._scratchpad is not _checked_scratchpad:
         _algo._scratchpad = _checked_scratchpad
     if PregelRunner._should_route_to_error_handler is not _is_handled:
-        PregelRunner._should_route_to_error_handler = _is_handled  # type: ignore[method-assign]  # mended
+        PregelRunner._should_route_to_error_handler = _is_handled  # type: ignore[assignment,method-assign]  # mended
 
 
 @contextmanager
