@@ -173,7 +173,8 @@ class Approvals:
         if wait.kind != "approval" or wait.status is not WaitStatus.RESOLVED:
             return  # refused by the store, which says why
         place = {"thread_id": wait.thread_id, "checkpoint_ns": wait.ns}
-        head = await saver.aget_tuple({"configurable": place})
+        # As plain data: this process need not know the classes of the run's state.
+        head = await saver.readable_anywhere().aget_tuple({"configurable": place})
         if head is None or head.checkpoint["id"] != wait.checkpoint_id:
             raise ConflictError(
                 f"run {wait.run_id!r} is past the step that asked {wait.id!r}; fork it from a "

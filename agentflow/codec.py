@@ -131,6 +131,10 @@ class Codec:
         """The keys, if what is stored is encrypted."""
         return self._keys
 
+    def allows(self, name: str) -> bool:
+        """Whether a class, as `module:qualname`, may be built from what is stored."""
+        return self._serializer.allows(name)
+
     def with_allowed(self, extra: Collection[type | str]) -> Codec:
         """Return a codec that allows `extra` as well."""
         clone = copy.copy(self)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
@@ -10,9 +11,11 @@ from dataclasses import replace
 from typing import Any
 
 from langgraph._internal._scratchpad import PregelScratchpad
+from langgraph.checkpoint.serde.types import ERROR
 from langgraph.pregel import _algo
 from langgraph.pregel._loop import AsyncPregelLoop
-from langgraph.types import interrupt
+from langgraph.pregel._runner import PregelRunner
+from langgraph.types import PregelExecutableTask, interrupt
 
 Check = Callable[[str, int, Any, Any], None]
 """Gets a task's id, the position of a question in it, what it asks and its `response_schema`."""
@@ -35,11 +38,15 @@ def mend() -> None:
       each superstep for the loop's last put, and fails with `AttributeError` where the loop has no
       checkpointer to put with.
     - Answers go to questions by their position alone: see `answers_checked`.
+    - A node's `error_handler` gets whatever the node raises while other tasks run, also what is no
+      `Exception` and stops everything; of a node that runs alone it gets exceptions only.
     """
     if not hasattr(AsyncPregelLoop, "_put_checkpoint_fut"):
         AsyncPregelLoop._put_checkpoint_fut = _Nothing()  # type: ignore[assignment]  # awaited only
     if _algo._scratchpad is not _checked_scratchpad:
         _algo._scratchpad = _checked_scratchpad
+    if PregelRunner._should_route_to_error_handler is not _is_handled:
+        PregelRunner._should_route_to_error_handler = _is_handled  # type: ignore[assignment,method-assign]  # mended
 
 
 @contextmanager
@@ -56,6 +63,19 @@ def answers_checked(check: Check) -> Iterator[None]:
 
 
 _scratchpad = _algo._scratchpad
+_should_route = PregelRunner._should_route_to_error_handler
+
+
+def _is_handled(runner: PregelRunner, task: PregelExecutableTask) -> bool:
+    """Say whether a task that has failed has somebody who handles that."""
+    # Its error is among its writes by then.
+    stops = any(
+        isinstance(value, BaseException)
+        and not isinstance(value, (Exception, asyncio.CancelledError))
+        for channel, value in task.writes
+        if channel == ERROR
+    )
+    return not stops and _should_route(runner, task)
 
 
 def _checked_scratchpad(*args: Any, **named: Any) -> PregelScratchpad:

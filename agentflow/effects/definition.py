@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, replace
 from typing import Any, ParamSpec, TypeVar, get_args, get_type_hints, overload
 from weakref import WeakValueDictionary
 
@@ -21,7 +21,7 @@ from agentflow.errors import InvalidInputError, RunError
 from agentflow.interrupts.plain import to_plain
 from agentflow.journal import CHECK, GLOBAL, Effect, NewEffect, OnInDoubt, Scope
 from agentflow.retry import LangGraphRetryPolicy, RetryPolicy
-from agentflow.types import Duration, new_id, to_timedelta
+from agentflow.types import Duration, to_timedelta
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -188,6 +188,7 @@ class Definition:
         self.timeout = None if timeout is None else to_timedelta(timeout)
         self._signature = inspect.signature(function)
         self._is_async = inspect.iscoroutinefunction(function)
+        self._policy = Policy(retry=retry, can_be_stopped=self._is_async, restore=self._restore)
         self._warned = False
 
     def wrapped(self) -> Callable[..., Any]:
@@ -258,12 +259,9 @@ class Definition:
             timeout=self.timeout,
             compensate=None if self.compensate is None else name_of(self.compensate),
         )
-        return new, Policy(
-            retry=self.retry,
-            check=None if self._check is None else self._checking(args, named),
-            can_be_stopped=self._is_async,
-            restore=self._restore,
-        )
+        if self._check is None:
+            return new, self._policy
+        return new, replace(self._policy, check=self._checking(args, named))
 
     def _checking(
         self, args: tuple[Any, ...], named: Mapping[str, Any]
@@ -325,7 +323,7 @@ def new_effect(
         raise InvalidInputError("effect", (f"key: must be text that is not empty, for {name}",))
     place = journal.places.here()
     return NewEffect(
-        id=new_id(),
+        id="",  # if it is needed, which it is not for what is on record: an id costs as much
         scope=GLOBAL if scope == "global" else journal.root,
         key=key if key is not None else f"@{journal.places.key(place, name, arguments)}",
         name=name,

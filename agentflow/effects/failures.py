@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from agentflow.codec import Codec
 from agentflow.errors import EffectFailedError, SerializationError
 from agentflow.interrupts.plain import to_plain
 from agentflow.journal import Effect, EffectFailure
@@ -30,15 +31,16 @@ def describe(error: Exception, *, is_final: bool = False) -> EffectFailure:
     )
 
 
-def rebuild(effect: Effect) -> Exception:
+def rebuild(effect: Effect, codec: Codec) -> Exception:
     """Return the exception that an effect raised in an earlier attempt.
 
-    Its class is looked for among the modules that are imported already. Where there is none, or not
-    all of the exception could be kept, an `EffectFailedError` stands for it.
+    Its class is looked for among the modules that are imported already, if the allow-list has it.
+    Where there is none, or not all of the exception could be kept, an `EffectFailedError` stands
+    for it.
     """
     failure = effect.failure
     assert failure is not None
-    cls = find_class(failure)
+    cls = find_class(failure, codec)
     if cls is None or failure.args is None or failure.state is None:
         return EffectFailedError(effect.id, effect.name, failure.type)
     try:
@@ -50,9 +52,11 @@ def rebuild(effect: Effect) -> Exception:
     return error
 
 
-def find_class(failure: EffectFailure) -> type[Exception] | None:
-    """Return the class of an exception, if it is imported."""
+def find_class(failure: EffectFailure, codec: Codec) -> type[Exception] | None:
+    """Return the class of an exception, if it is imported and allowed; Python's own are."""
     module, _, name = failure.type.partition(":")
+    if module != "builtins" and not codec.allows(failure.type):
+        return None
     found: Any = sys.modules.get(module)
     for part in name.split("."):
         found = getattr(found, part, None)

@@ -54,7 +54,7 @@ from agentflow.journal import (
     differences,
 )
 from agentflow.storage import RunStore
-from agentflow.types import Lease
+from agentflow.types import Lease, new_id
 
 _KNOWN = 1000
 """How many records of earlier attempts are read at once; others are looked up one by one."""
@@ -135,8 +135,15 @@ class Journal:
             InDoubt: It is in doubt, and a person is to be asked.
             LeaseLostError: The attempt is over; nothing was called.
         """
+        if self._known is None and new.scope == self.root:
+            # All that is on record at once, so that none of it takes a task or a look of its own.
+            found = await self._recalled()
+            if self._known is None:
+                self._known = found
         if (recorded := self._recorded(new)) is not None:
             return outcome_of(recorded, policy)
+        if not new.id:
+            new = replace(new, id=new_id())
         identity = (new.scope, new.key)
         flight, is_first = self._board(identity, new)
         if not is_first:
@@ -206,7 +213,7 @@ class Journal:
 
     async def _perform(self, flight: _Flight, policy: Policy, call: Call) -> Any:
         self._control.check()
-        begun = await self._recall(flight.new)
+        begun = self._recall(flight.new)
         if begun is None:
             await self._flush()
             begun = await self._begin(flight.new)
@@ -219,8 +226,9 @@ class Journal:
                 continue
             if effect.status is EffectStatus.SUCCEEDED:
                 return outcome_of(effect, policy)
-            if effect.status is EffectStatus.FAILED and not is_worth_another(effect, policy):
-                raise rebuild(effect)
+            has_failed = effect.status is EffectStatus.FAILED
+            if has_failed and not is_worth_another(effect, policy, self.codec):
+                raise rebuild(effect, self.codec)
             if effect.status is EffectStatus.INTENDED:
                 found = await self._clear_up(effect, policy)
                 if found is not None:
@@ -354,13 +362,11 @@ class Journal:
             self._keep(begun.effect)
         return begun
 
-    async def _recall(self, new: NewEffect) -> Begun | None:
+    def _recall(self, new: NewEffect) -> Begun | None:
         """Return what is known of a key without asking the store."""
         if new.scope != self.root:
             return None
-        if self._known is None:
-            self._known = await self._recalled()
-        effect = self._known.get((new.scope, new.key))
+        effect = None if self._known is None else self._known.get((new.scope, new.key))
         if effect is None or effect.status in CALLABLE:
             return None
         _check_same(effect.name, effect.arguments, new)

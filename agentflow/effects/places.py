@@ -55,6 +55,8 @@ class Places:
         self._named_step = -1
         self._segments: dict[str, tuple[Any, ...]] = {}
         self._counts: dict[str, Counter[str]] = {}
+        self._here: dict[str, tuple[Place, list[Any]]] = {}
+        """By namespace, what follows from the segments: the place, and its path as plain data."""
         self._lock = threading.Lock()
 
     def follow(self, metadata: Mapping[str, Any]) -> int | None:
@@ -91,6 +93,7 @@ class Places:
                 segment = (node, step, tuple(inside))
             self._segments[ns] = segment
             self._counts.pop(ns, None)
+            self._here.clear()
 
     def here(self) -> Place:
         """Return the place of the caller, from the node's configuration."""
@@ -99,6 +102,17 @@ class Places:
         except RuntimeError:
             return NOWHERE
         ns: str = config.get("configurable", {}).get("checkpoint_ns", "")
+        return self._at(ns)[0]
+
+    def _at(self, ns: str) -> tuple[Place, list[Any]]:
+        with self._lock:
+            found = self._here.get(ns)
+            if found is None:
+                place = self._place(ns)
+                found = self._here[ns] = (place, _plain(place.path))
+        return found
+
+    def _place(self, ns: str) -> Place:
         parts = ns.split("|") if ns else []
         path = tuple(
             self._segments.get("|".join(parts[: i + 1]), (parts[i].partition(":")[0],))
@@ -111,11 +125,12 @@ class Places:
     def key(self, place: Place, name: str, arguments: Mapping[str, Any]) -> str:
         """Return the key of a call at a place that has none of its own, and count it."""
         what = _hash([name, arguments])
+        known, path = self._at(place.ns)
         with self._lock:
             counts = self._counts.setdefault(place.ns, Counter())
             occurrence = counts[what]
             counts[what] += 1
-        return _hash([_plain(place.path), what, occurrence])
+        return _hash([path if place is known else _plain(place.path), what, occurrence])
 
 
 def shift_of(found: CheckpointTuple | None, run: Run) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
+from agentflow.codec import Codec
 from agentflow.effects.failures import find_class, rebuild
 from agentflow.journal import CHECK, Effect
 from agentflow.retry import Retry, RetryPolicy, decide
@@ -83,16 +84,16 @@ def outcome_of(effect: Effect, policy: Policy) -> Any:
     return policy.restore(effect.outcome) if is_plain else effect.outcome
 
 
-def is_worth_another(effect: Effect, policy: Policy) -> bool:
+def is_worth_another(effect: Effect, policy: Policy, codec: Codec) -> bool:
     """Whether an effect that failed in an earlier attempt may be called again."""
     failure = effect.failure
     if failure is None or failure.is_final:
         return False
     if effect.on_in_doubt == "retry":
         return True
-    if policy.retry is None or (cls := find_class(failure)) is None:
+    if policy.retry is None or (cls := find_class(failure, codec)) is None:
         return False
-    error = rebuild(effect)
+    error = rebuild(effect, codec)
     return isinstance(error, cls) and policy.retry.is_retryable(error)
 
 

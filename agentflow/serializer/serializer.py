@@ -205,7 +205,7 @@ class Serializer:
                 raise RefusedError(
                     "the class cannot be found by its name; define it at the top of a module"
                 )
-            if not self._is_allowed(name):
+            if not self.allows(name):
                 raise RefusedError(f'not in the allow-list; add allow=["{name}"]')
             self._checked[cls] = name
         return name
@@ -223,7 +223,8 @@ class Serializer:
                 raise RefusedError("its class does not find this member by its value")
         return value
 
-    def _is_allowed(self, name: str) -> bool:
+    def allows(self, name: str) -> bool:
+        """Whether the allow-list has a class, as `module:qualname`."""
         if self._names is None or name in self._names:
             return True
         return name.partition(":")[0].startswith(("langchain_core.", "langgraph.", "agentflow."))
@@ -288,7 +289,7 @@ class Serializer:
             module, _, qualname = name.partition(":")
             if module in _KNOWN_MODULES and module not in sys.modules:
                 __import__(module)
-            place = self._places[name] = (module, qualname) if self._is_allowed(name) else None
+            place = self._places[name] = (module, qualname) if self.allows(name) else None
         # Looked up each time: in a notebook the class of that name may be a new one.
         cls = _find(*place) if place else None
         if isinstance(cls, type):

@@ -6,6 +6,7 @@ that nobody goes on with the old answer if whoever holds it dies; another call t
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, Final
 
@@ -68,7 +69,9 @@ def claim_reopening(
     if row.paused_at is None:
         change_run(connection, row, payloads, now, paused_at=now, wake_reason=REOPEN)
         row = get_run(connection, tenant, run_id, lock=True)
-    claimed = take(connection, payloads, row, now, Claimant(worker, worker, lease))
+    # It is not driven: whoever takes it need not know the classes of its input.
+    lenient = replace(payloads, strict=payloads.lenient)
+    claimed = take(connection, lenient, row, now, Claimant(worker, worker, lease))
     if claimed is None:
         raise ThreadBusyError(row.thread_id, None)
     return claimed

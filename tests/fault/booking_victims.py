@@ -57,7 +57,7 @@ async def book(url: str, shop: str, run_ids: list[str], at: list[str] | None) ->
         for what in SEATS:
             under_way[:] = [what]
             pass_by("before")
-            engine.dialect.do_commit = struck_commit  # type: ignore[method-assign]  # of this engine
+            engine.dialect.do_commit = struck_commit  # type: ignore[assignment,method-assign]
             made.append(write(state["value"], what))
             pass_by("returned")
         return {"log": made}

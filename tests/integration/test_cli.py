@@ -175,6 +175,18 @@ def test_the_first_decision_stands_and_is_named_to_the_second(cli: Cli) -> None:
     assert run.output["decided"] == {"type": "reject", "proposal": 10, "message": "no"}
 
 
+def test_a_decision_that_is_taken_back_is_asked_again(cli: Cli) -> None:
+    approval = cli.pending()
+    cli.ok("approval", "reject", approval.id, "--by", "ann")
+    cli.ok("approval", "reopen", approval.id, "--by", "bob", "--comment", "too fast")
+    assert cli.drive(approval.run_id).status is RunStatus.WAITING
+    again = cli.approval(approval.id)
+    assert (again.status, again.version) == ("pending", approval.version + 1)
+    twice = cli("approval", "reopen", approval.id, "--by", "bob")
+    assert twice.code == 4
+    assert "nothing to reopen" in twice.err
+
+
 def test_what_was_withdrawn_cannot_be_decided(cli: Cli) -> None:
     approval = cli.pending()
     cli.ok("run", "cancel", approval.run_id)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from langgraph.graph import START, StateGraph
 from langgraph.types import RetryPolicy as NodeRetry
 from langgraph.types import Send, interrupt
 
@@ -513,3 +514,67 @@ async def test_key_is_found_when_keys_have_been_rotated(sqlite_url: str, outside
             if len(names) > 1:
                 await app.rotate_keys()
     assert outside.calls == {1: 1}
+
+
+async def test_error_handler_of_a_node_hears_nothing_of_an_effect_in_doubt(app: AgentFlow) -> None:
+    """Beside another branch, where LangGraph hands handlers whatever a node raises."""
+    heard: list[str] = []
+    calls: list[int] = []
+
+    @effect(timeout=0.05)
+    async def pay() -> str:
+        calls.append(1)
+        await asyncio.Event().wait()
+        return "paid"
+
+    async def node(state: State) -> State:
+        return {"log": [await pay()]}
+
+    async def beside(state: State) -> State:
+        return {"log": ["beside"]}
+
+    def handler(state: State) -> State:
+        heard.append("handler")
+        return {"log": ["handled"]}
+
+    graph = StateGraph(State)
+    graph.add_node("a", node, error_handler=handler)
+    graph.add_node("b", beside)
+    graph.add_edge(START, "a")
+    graph.add_edge(START, "b")
+    app.register(graph, name="g")
+    await app.submit("g", {"log": []}, run_id="r")
+    assert (await app.drive("r")).status == "waiting"
+    assert heard == []
+    (asked,) = (await app.approvals.list()).items
+    said = {"happened": True, "outcome": "paid"}
+    await app.approvals.decide(asked.id, {"type": "respond", "value": said}, by="ada")
+    run = await app.drive("r")
+    assert (run.status, sorted(run.output["log"])) == ("succeeded", ["beside", "paid"])
+    assert (heard, calls) == ([], [1])
+
+
+@pytest.mark.parametrize("is_allowed", [True, False])
+async def test_exception_on_record_is_built_only_if_the_allow_list_has_it(is_allowed: bool) -> None:
+    raised: list[str] = []
+    name = f"{DeclinedError.__module__}:{DeclinedError.__qualname__}"
+
+    @effect(key="pay")
+    async def pay() -> str:
+        raise DeclinedError(51)
+
+    async def node(state: State) -> State:
+        try:
+            await pay()
+        except Exception as error:  # noqa: BLE001 -- whatever it is
+            raised.append(type(error).__name__)
+        if len(raised) == 1:
+            raise OSError
+        return {"log": ["ended"]}
+
+    async with AgentFlow("memory://", allow=[name] if is_allowed else ["none:None"]) as app:
+        app.register(chain(("a", node)), name="g", retry=AGAIN)
+        await app.submit("g", {"log": []}, run_id="r")
+        run = await app.drive("r")
+    assert run.status == "succeeded", run.error
+    assert raised == ["DeclinedError", "DeclinedError" if is_allowed else "EffectFailedError"]

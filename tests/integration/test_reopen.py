@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -119,6 +120,28 @@ async def test_decision_that_the_run_has_not_taken_yet_is_taken_back(app: AgentF
     await app.approvals.reopen(first.id, by="ada")
     assert (await app.drive("r")).status is RunStatus.WAITING
     assert (await pending(app)).id == first.id
+
+
+@dataclass(frozen=True)
+class Order:
+    """A class of the user's."""
+
+    number: int
+
+
+async def test_decision_is_taken_back_where_nobody_knows_the_classes_of_the_run(
+    app: AgentFlow, database_url: str
+) -> None:
+    app.register(chain(("a", lambda _: {"log": [interrupt(Order(1))]})), name="g", retry=ONCE)
+    await app.submit("g", {"log": [], "value": Order(1)}, run_id="r")
+    await app.drive("r")
+    first = await pending(app)
+    await app.approvals.decide(first.id, {"type": "respond", "value": "typo"}, by="ada")
+    async with AgentFlow(database_url, allow=["none:None"]) as stranger:
+        await stranger.approvals.reopen(first.id, by="bob")
+    assert (await app.drive("r")).status is RunStatus.WAITING
+    assert (await answer(app, "right")).id == first.id
+    assert (await app.get_run("r")).output["log"] == ["right"]
 
 
 async def test_what_cannot_be_taken_back_is_left_as_it_is(app: AgentFlow) -> None:
