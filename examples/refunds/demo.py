@@ -231,8 +231,10 @@ class Demo:
             "--happened" if was_sent else "--did-not-happen",
             *("--comment", "by the mail service's log"),
         )
-        answer = "was sent" if was_sent else "was not sent: send it"
-        self._board.say(f"e-mail of run {run_id} in doubt; {_REVIEWER} looks it up: it {answer}")
+        found = "finds it, so it is not sent again" if was_sent else "finds nothing, so it is sent"
+        self._board.say(
+            f"e-mail of run {run_id} in doubt: {_REVIEWER} looks into the mail log and {found}"
+        )
         return verdict.Settled(run_id=run_id, was_sent=was_sent)
 
     async def _decide(self, approval: Mapping[str, Any], review: Review) -> verdict.Decided:
@@ -269,7 +271,12 @@ async def run_demo(*, db: str | None, fault: str | None, directory: Path) -> lis
             outcome = await Demo(db=url, queue=queue, stage=stage, board=board).perform(cases)
     with closing(Ledger(stage.ledger)) as ledger:
         console.print(verdict.table(outcome, ledger))
-        return [f"does not add up: {problem}" for problem in verdict.problems(outcome, ledger)]
+        found = [f"does not add up: {problem}" for problem in verdict.problems(outcome, ledger)]
+    if not found:
+        console.print(
+            "Everything adds up: each payment and each e-mail once, by the services' ledger."
+        )
+    return found
 
 
 def main() -> None:

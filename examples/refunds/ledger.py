@@ -216,6 +216,13 @@ class Ledger:
         )
         return [event for (event,) in rows]
 
+    def payment_keys(self) -> int:
+        """Count the keys under which payments were requested."""
+        found: int = self._one(
+            "SELECT count(DISTINCT idempotency_key) FROM requests WHERE path = '/payments'"
+        )[0]
+        return found
+
     def payment_requests(self, reference: str) -> list[RequestedPayment]:
         """Return every request to pay for a run, in order."""
         rows = self._all(

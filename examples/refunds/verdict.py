@@ -106,13 +106,13 @@ def table(outcome: Outcome, ledger: Ledger) -> Table:
         **{f"  {worker}": where for worker, where in _places(outcome)},
         "Nodes executed again after a kill": str(executed_again(outcome, ledger)),
         "Payments requested": f"{counts.payments_requested} "
-        f"({counts.payments_requested - len(paid)} again, under the same key)",
+        f"({counts.payments_requested - ledger.payment_keys()} again, under the same key)",
         "Payments made": f"{len(paid)}: {_totals(payment.money for payment in paid)}",
         "Payments expected": f"{len(expected)}: {_totals(expected)}",
         "E-mails in doubt (person asked)": _settled(outcome),
         "E-mails requested": f"{counts.emails_requested} "
         f"({counts.emails_requested - len(ledger.email_requests())} again)",
-        "E-mails sent": f"{counts.emails_applied}, to {len(outcome.cases)} customers",
+        "E-mails sent": f"{counts.emails_applied}, for {len(ledger.emails())} tickets",
         "Time": f"{outcome.seconds:.1f} s",
     }
     result = Table(title="Refunds", show_header=False, title_justify="left")
