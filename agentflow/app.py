@@ -37,7 +37,14 @@ from agentflow.errors import (
     ThreadBusyError,
 )
 from agentflow.handle import RunHandle, Until
-from agentflow.inputs import check_input, check_options, check_share, member, pause_scope
+from agentflow.inputs import (
+    check_input,
+    check_options,
+    check_share,
+    check_worker,
+    member,
+    pause_scope,
+)
 from agentflow.inspection import CheckedRun, check_run, check_runs
 from agentflow.keys import KeyRing
 from agentflow.lease import LeaseKeeper
@@ -661,10 +668,7 @@ class AgentFlow:
             queues: The queues that it takes runs from.
             name: Shown in audit events; need not be unique.
         """
-        if concurrency < 1 or not queues:
-            raise InvalidInputError(
-                "worker", ("concurrency: must be at least 1; queues: must not be empty",)
-            )
+        check_worker(concurrency, queues)
         return Worker(
             self._store,
             self._saver,

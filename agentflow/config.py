@@ -12,6 +12,9 @@ from agentflow.keys import KeyRing
 
 DEFAULT_URL = "sqlite:///agentflow.db"
 
+_LONGEST = 365 * 24 * 60 * 60
+_DIGITS = 15
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
@@ -85,8 +88,9 @@ def _seconds(env: Mapping[str, str], name: str, default: timedelta) -> timedelta
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 0 < value < float("inf"):
-        raise InvalidInputError("setting", (f"{name}: must be a positive number of seconds",))
+    if not 0 < value <= _LONGEST:
+        advice = f"must be a positive number of seconds, at most {_LONGEST} (a year)"
+        raise InvalidInputError("setting", (f"{name}: {advice}",))
     return timedelta(seconds=value)
 
 
@@ -94,6 +98,6 @@ def _count(env: Mapping[str, str], name: str, default: int) -> int:
     text = env.get(name)
     if not text:
         return default
-    if not text.isdecimal():
+    if not text.isdecimal() or len(text) > _DIGITS:
         raise InvalidInputError("setting", (f"{name}: must be a whole number, 0 or more",))
     return int(text)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from datetime import datetime, timedelta
 from types import UnionType
@@ -124,6 +124,22 @@ def pause_scope(graph: str | None, queue: str | None) -> tuple[PauseScope, str]:
     if not _is_name(name):
         raise InvalidInputError("pause", (f"{scope}: must be text, not empty and without NUL",))
     return scope, name
+
+
+def check_worker(concurrency: int, queues: Sequence[str]) -> None:
+    """Check how a worker is to work.
+
+    Raises:
+        InvalidInputError: Names each option that is out of range.
+    """
+    found = []
+    if not (isinstance(concurrency, int) and concurrency >= 1):  # type: ignore[redundant-expr]  # user code made it
+        found.append("concurrency: must be a whole number, at least 1")
+    # A text would be a queue for each of its letters.
+    if isinstance(queues, str) or not queues or not all(map(_is_name, queues)):
+        found.append('queues: must be a list of names that is not empty, as ["default"]')
+    if found:
+        raise InvalidInputError("worker", tuple(found))
 
 
 def check_share(graph: str, version: str, share: float | None) -> None:

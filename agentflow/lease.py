@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from threading import TIMEOUT_MAX
 from typing import Self
 
 from agentflow.control import AttemptControl, monotonic
@@ -113,7 +114,7 @@ class LeaseKeeper:
                 soonest = min((entry.control.next_look for entry in held), default=None)
                 pause = None if soonest is None else soonest - monotonic()
                 if pause is None or pause > 0:
-                    self._changed.wait(pause)
+                    self._changed.wait(None if pause is None else min(pause, TIMEOUT_MAX))
                     continue
             for entry in held:
                 self._look(entry)
@@ -137,7 +138,7 @@ class LeaseKeeper:
 
     async def _beat(self) -> None:
         while not self._stopped.is_set():
-            self._is_urgent.wait(self._interval)
+            self._is_urgent.wait(min(self._interval, TIMEOUT_MAX))
             self._is_urgent.clear()
             with self._changed:
                 held = list(self._held.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -128,13 +129,13 @@ class RetryPolicy:
             InvalidInputError: Names each field that is out of range.
         """
         found = [
-            f"{name}: must not be negative"
+            f"{name}: must be a timedelta or seconds, and not negative"
             for name in ("initial_interval", "max_interval")
-            if to_timedelta(getattr(self, name)) < timedelta(0)
+            if not _is_wait(getattr(self, name))
         ]
-        if not self.backoff_factor > 0:
-            found.append("backoff_factor: must be above 0")
-        if self.max_attempts < 1:
+        if not 0 < self.backoff_factor < math.inf:
+            found.append("backoff_factor: must be a number above 0")
+        if not (isinstance(self.max_attempts, int) and self.max_attempts >= 1):  # type: ignore[redundant-expr]  # user code made it
             found.append("max_attempts: must be at least 1; the first attempt counts")
         if self.on_exhausted not in get_args(OnExhausted):
             found.append(f"on_exhausted: must be one of {', '.join(get_args(OnExhausted))}")
@@ -183,6 +184,13 @@ class RetryPolicy:
             "jitter": self.jitter,
             "on_exhausted": self.on_exhausted,
         }
+
+
+def _is_wait(value: Duration) -> bool:
+    try:
+        return to_timedelta(value) >= timedelta(0)
+    except (OverflowError, ValueError, TypeError):
+        return False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -311,8 +311,8 @@ async def migrated(opened: AgentFlow, outside: list[str], *, sends: bool = False
     for name, version in (("manager", "2"), ("boss", "3")):
         old = "ask" if name == "manager" else "manager"
         opened.register(paying(name, outside, sends=sends), name="pay", version=version)
-        way = {"from_": str(int(version) - 1), "to": version, "nodes": {old: name}}
-        opened.migration("pay", **way)(lambda values: values)
+        before = str(int(version) - 1)
+        opened.migration("pay", from_=before, to=version, nodes={old: name})(lambda values: values)
         await opened.migrate_run("r")
 
 

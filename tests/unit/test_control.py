@@ -6,11 +6,13 @@ import asyncio
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from functools import partial
 from uuid import UUID, uuid4
 
 import pytest
 
+from agentflow import AgentFlow
 from agentflow.control import (
     AttemptControl,
     check_attempt,
@@ -20,6 +22,7 @@ from agentflow.control import (
     shield,
 )
 from agentflow.errors import LeaseLostError
+from agentflow.lease import LeaseKeeper
 from agentflow.threads import NodeThreads, on_loop
 from agentflow.types import FencingToken, Lease
 
@@ -240,3 +243,21 @@ def test_event_loop_ends_although_a_node_never_does() -> None:
     with pytest.raises(RuntimeError, match="after its event loop"), entered(held()):
         threads.submit(int)
     go_on.set()
+
+
+async def test_guard_looks_after_nodes_however_long_a_lease_is() -> None:
+    """No thread can wait for as long as that."""
+    control = AttemptControl()
+    async with AgentFlow("memory://") as app:
+        with LeaseKeeper(app._store, lease=timedelta.max, heartbeat=timedelta.max) as keeper:
+            guard = keeper._threads[-1]
+            keeper.hold(LEASE, control, since=monotonic())
+            waiting = keeper._changed._waiters  # type: ignore[attr-defined]  # Python's own
+            while guard.is_alive() and not waiting:  # noqa: ASYNC110 -- a thread's condition
+                await asyncio.sleep(0)
+            assert guard.is_alive()
+            task = asyncio.create_task(asyncio.Event().wait())
+            control.attach(task)  # type: ignore[arg-type]  # of whatever result
+            control.watch(uuid4(), "node", 0)
+            await asyncio.wait([task], timeout=FAR)
+            assert task.cancelled()

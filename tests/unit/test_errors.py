@@ -116,7 +116,7 @@ def test_settings_come_from_the_environment() -> None:
     assert load_settings({}) == Settings()
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "soon", "nan", "inf", "1e999", "1,5"])
+@pytest.mark.parametrize("value", ["0", "-1", "soon", "nan", "inf", "1e999", "1e99", "1,5"])
 @pytest.mark.parametrize(
     "name", ["AGENTFLOW_LEASE", "AGENTFLOW_POLL_INTERVAL", "AGENTFLOW_STORE_TIMEOUT"]
 )

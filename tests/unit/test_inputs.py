@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from agentflow import RetryPolicy
 from agentflow.drive import RegisteredGraph
 from agentflow.errors import InvalidInputError
-from agentflow.inputs import check_input, check_options
+from agentflow.inputs import check_input, check_options, check_worker
 from agentflow.versions import fingerprint_of
 
 
@@ -154,3 +154,13 @@ def test_good_options_are_kept() -> None:
         on_existing="reject",
     )
     assert (kept.config, kept.metadata) == (config, {"m": 1})
+
+
+@pytest.mark.parametrize(
+    ("concurrency", "queues", "named"),
+    [(0, ["q"], "concurrency"), (1.5, ["q"], "concurrency"), (1, "default", "queues")]
+    + [(1, bad, "queues") for bad in ([], [""], [1])],
+)
+def test_worker_that_could_not_work_is_refused(concurrency: Any, queues: Any, named: str) -> None:
+    with pytest.raises(InvalidInputError, match=f"{named}: must be"):
+        check_worker(concurrency, queues)

@@ -137,7 +137,11 @@ def test_predicate_that_raises_is_not_the_failure_to_report() -> None:
         ("max_interval", timedelta(seconds=-1)),
         ("backoff_factor", 0),
         ("backoff_factor", float("nan")),
+        ("initial_interval", float("inf")),
+        ("max_interval", "1"),
+        ("backoff_factor", float("inf")),
         ("max_attempts", 0),
+        ("max_attempts", 1.5),
         ("on_exhausted", "explode"),
     ],
 )
