@@ -31,6 +31,13 @@ def monotonic() -> float:
     return time.clock_gettime(_CLOCK)
 
 
+class AsksPerson(BaseException):
+    """Stops the attempt, since a person has to be asked something.
+
+    It is no interrupt of LangGraph's, which matches answers by their position in a node.
+    """
+
+
 @dataclass(frozen=True, slots=True)
 class NodeCall:
     """A call of a node whose time is limited."""

@@ -12,6 +12,7 @@ from typing import Any, Literal, cast
 
 from agentflow.budgets.budget import Budget, Limit, Scope, Usage
 from agentflow.budgets.prices import price_of, read_prices
+from agentflow.control import AsksPerson
 from agentflow.errors import BudgetExceededError, UnknownPriceError
 from agentflow.journal import Effect, EffectStatus
 from agentflow.storage import RunStore
@@ -31,11 +32,8 @@ Call = Literal["model", "tool"]
 _PAGE = 200
 
 
-class OverBudget(BaseException):
-    """Stops the attempt: a budget is used up, and a person is asked for more.
-
-    It is no interrupt of LangGraph's, which matches answers by their position in a node.
-    """
+class OverBudget(AsksPerson):
+    """A budget is used up, and a person is asked for more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from langgraph.errors import GraphBubbleUp
 
 from agentflow.codec import Codec
-from agentflow.control import AttemptControl
+from agentflow.control import AsksPerson, AttemptControl
 from agentflow.effects.callers import Aside, Caller, running_loop
 from agentflow.effects.failures import describe, rebuild
 from agentflow.effects.places import Places
@@ -250,7 +250,7 @@ class Journal:
                 outcome = await self._timed(call(context_of_call(effect, number)), effect, policy)
             except (FencedError, StoreUnavailableError):
                 raise  # of a call inside this one: nothing more is known of it
-            except GraphBubbleUp:
+            except (GraphBubbleUp, AsksPerson):
                 # The call asks somebody: with the answer it starts from its top, as a node does.
                 await self._leave_uncalled(effect)
                 raise

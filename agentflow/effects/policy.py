@@ -9,6 +9,7 @@ from datetime import timedelta
 from typing import Any
 
 from agentflow.codec import Codec
+from agentflow.control import AsksPerson
 from agentflow.effects.failures import find_class, rebuild
 from agentflow.journal import CHECK, Effect
 from agentflow.retry import Retry, RetryPolicy, decide
@@ -54,11 +55,8 @@ class EffectContext:
     """Whether an earlier call may have happened."""
 
 
-class InDoubt(BaseException):
-    """Stops the attempt: whether an effect happened is not known, and a person is to say so.
-
-    It is no interrupt of LangGraph's, which matches answers by their position in a node.
-    """
+class InDoubt(AsksPerson):
+    """Whether an effect happened is not known, and a person is to say so."""
 
     def __init__(self, effect: Effect) -> None:
         """Name the effect."""

@@ -29,6 +29,7 @@ from langchain_core.utils.utils import LC_ID_PREFIX
 from agentflow.budgets import MODEL, Meter, OverBudget, Usage, current_meter
 from agentflow.effects import EffectContext, Journal, Policy, current_journal, run_effect
 from agentflow.effects.definition import new_effect
+from agentflow.errors import InvalidInputError
 from agentflow.interrupts.plain import digest, to_plain
 from agentflow.journal import NewEffect
 from agentflow.nodes.models import is_asking, made, name_of_model, note_of, question, usage_of
@@ -68,8 +69,16 @@ def durable_model(model: M | str) -> M:
 
     Returns:
         An instance of a class that is derived from the model's.
+
+    Raises:
+        InvalidInputError: It is no chat model, but something that is made of one.
     """
     original = made(model) if isinstance(model, str) else model
+    if not isinstance(original, BaseChatModel):
+        raise InvalidInputError(
+            "durable model",
+            ("model: must be a chat model; bind tools and the like to what durable_model returns",),
+        )
     copied = original.model_copy()
     if not isinstance(copied, _Durable):
         # The same fields and the same layout: pydantic's own way to have another class.
@@ -218,10 +227,7 @@ class _StreamsAsync(_Base):
                 last.message.response_metadata = told
             yield last
         finally:
-            if not asking.done():
-                # Nobody listens any more. What was asked is kept nevertheless, if it comes soon.
-                asking.cancel()
-                await asyncio.wait([asking])
+            await _let_go(asking)
 
 
 class _Question:
@@ -304,6 +310,15 @@ class _Question:
         told = answers[0].response_metadata
         answers[0].response_metadata = {**told, "agentflow": note_of(usage)}
         return {"answers": answers, "usage": asdict(usage)}
+
+
+async def _let_go(asking: asyncio.Task[Kept]) -> None:
+    """End a call to which nobody listens any more; an answer that comes soon is kept."""
+    if not asking.done():
+        asking.cancel()
+        await asyncio.wait([asking])
+    if not asking.cancelled():
+        asking.exception()  # heard of, also if nobody has waited for it
 
 
 def _is_plain() -> bool:

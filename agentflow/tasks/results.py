@@ -16,9 +16,13 @@ from enum import StrEnum
 from hashlib import sha256
 from typing import Any, Literal, NoReturn
 
+from langchain_core.messages.base import TextAccessor
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from agentflow.errors import InvalidInputError, MissingContextError, SerializationError
+
+_SCALARS = {bool, int, float, str, TextAccessor}
+"""The last is what a LangChain message's `text` is: plain text, once it is stored."""
 
 Snapshot = dict[str, dict[str, Any]]
 """Results by the names of tasks, as plain data."""
@@ -143,7 +147,7 @@ def check_json(value: Any, path: str = "") -> None:
     Raises:
         SerializationError: Names the first such place, and its type.
     """
-    if value is None or type(value) in {bool, int, float, str}:
+    if value is None or type(value) in _SCALARS:
         _check_scalar(value, path)
     elif type(value) is list:
         for index, item in enumerate(value):
@@ -160,7 +164,7 @@ def check_json(value: Any, path: str = "") -> None:
 def _check_scalar(value: Any, path: str) -> None:
     if type(value) is float and not math.isfinite(value):
         _refuse(value, path, "JSON has no NaN and no infinity")
-    if type(value) is str and not value.isprintable():
+    if isinstance(value, str) and not value.isprintable():
         try:
             value.encode()
         except UnicodeEncodeError:

@@ -97,15 +97,15 @@ async def test_tool_that_was_killed_within_its_call_is_called_again_only_if_it_m
 
 
 async def test_fifty_branches_keep_to_their_budget_although_their_process_is_killed(
-    sqlite_url: str, ledger: Ledger, forkserver: ForkServer
+    database_url: str, ledger: Ledger, forkserver: ForkServer
 ) -> None:
     victim = forkserver.spawn(
-        DRIVE, sqlite_url, "r", ledger.address, MOST // 2, "branches", env=ENV
+        DRIVE, database_url, "r", ledger.address, MOST // 2, "branches", env=ENV
     )
     assert await gone(victim) == -signal.SIGKILL, victim.output()
     done = calls(ledger, "r")
     assert done.total() <= MOST
-    async with app_of(sqlite_url, "r", ledger.address) as app, app.worker():
+    async with app_of(database_url, "r", ledger.address) as app, app.worker():
         run = await app.wait("r", until="parked", timeout=30)
         assert run.status is RunStatus.WAITING, run.error
         # What was under way is not known to have come to nothing, and counts.

@@ -12,7 +12,7 @@ import pytest
 from langchain_core.messages import AIMessage, AnyMessage, HumanMessage, ToolCall
 from langchain_core.messages.ai import UsageMetadata
 from langchain_core.runnables import RunnableConfig
-from langchain_core.tools import tool
+from langchain_core.tools import BaseTool, tool
 from langgraph.graph import END, START, MessagesState, StateGraph
 from langgraph.prebuilt import tools_condition
 from langgraph.types import Send
@@ -20,7 +20,7 @@ from langgraph.types import Send
 from agentflow import AgentFlow, RetryPolicy
 from agentflow.budgets import Budget, Price, price_of, read_prices
 from agentflow.errors import BudgetExceededError, InvalidInputError, UnknownPriceError
-from agentflow.nodes import ToolPolicy, llm_node, tool_node
+from agentflow.nodes import ToolPolicy, durable_model, llm_node, tool_node
 from agentflow.testing import ScriptedChatModel
 from agentflow.types import Run, RunStatus
 from tests.integration.spans import recorded
@@ -45,16 +45,18 @@ class Calls:
         return AIMessage("", tool_calls=[call], usage_metadata=usage)
 
 
-def agent(calls: Calls) -> StateGraph[Any, None, Any, Any]:
+def agent(calls: Calls, own: BaseTool | None = None) -> StateGraph[Any, None, Any, Any]:
     @tool
     async def look() -> str:
         """Look."""
         calls.tools += 1
         return "seen"
 
+    tools = [look if own is None else own]
+    policy = ToolPolicy(idempotent=own is None)
     graph: StateGraph[Any, None, Any, Any] = StateGraph(MessagesState)
-    graph.add_node("model", llm_node(ScriptedChatModel(script=calls.script), tools=[look]))
-    graph.add_node("tools", tool_node([look], policy=ToolPolicy(idempotent=True)))
+    graph.add_node("model", llm_node(ScriptedChatModel(script=calls.script), tools=tools))
+    graph.add_node("tools", tool_node(tools, policy=policy))
     graph.add_edge(START, "model")
     graph.add_conditional_edges("model", tools_condition, {"tools": "tools", END: END})
     graph.add_edge("tools", "model")
@@ -136,6 +138,27 @@ async def test_run_asks_for_more_and_goes_on_with_what_it_is_given(app: AgentFlo
     await app.approvals.decide(last.id, "reject", by="ada")
     assert (await app.drive("r")).status is RunStatus.FAILED
     assert calls.models == 5
+
+
+async def test_tool_that_calls_a_model_starts_again_when_it_was_given_more(app: AgentFlow) -> None:
+    """Its own call has not happened, and nobody is asked about it."""
+    calls, expert = Calls(1), Calls(0)
+
+    @tool
+    async def look() -> str:
+        """Ask somebody who knows."""
+        calls.tools += 1
+        return (await durable_model(ScriptedChatModel(script=expert.script)).ainvoke("?")).text
+
+    app.register(agent(calls, look), name="agent", budget=Budget(model_calls=1, on_exceeded="ask"))
+    await app.submit("agent", GO, run_id="r")
+    run = await app.drive("r")
+    assert run.status is RunStatus.WAITING, run.error
+    (asked,) = (await app.approvals.list(run_id="r")).items
+    await app.approvals.decide(asked.id, {"type": "respond", "value": {"more": 5}}, by="ada")
+    run = await app.drive("r")
+    assert run.status is RunStatus.SUCCEEDED, run.error
+    assert (calls.models, expert.models, calls.tools) == (2, 1, 2)
 
 
 async def test_thread_is_held_to_its_budget_over_all_of_its_runs(app: AgentFlow) -> None:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, SecretStr
 
 from agentflow import AgentFlow, RetryPolicy
 from agentflow.budgets import Budget
+from agentflow.errors import InvalidInputError
 from agentflow.nodes import durable_model, llm_node
 from agentflow.testing import ScriptedChatModel
 from agentflow.types import Run, RunStatus
@@ -146,6 +147,12 @@ def test_outside_of_a_run_it_is_the_model() -> None:
     assert durable.invoke("hi").text == "x"
     assert type(durable_model(durable)) is type(durable)
     assert type(model) is ScriptedChatModel
+
+
+def test_what_is_made_of_a_model_is_refused() -> None:
+    model: Any = ScriptedChatModel(script=["x"]).bind(stop=["."])
+    with pytest.raises(InvalidInputError, match="must be a chat model"):
+        durable_model(model)
 
 
 async def test_calls_of_a_prebuilt_agent_are_counted_and_kept(app: AgentFlow) -> None:

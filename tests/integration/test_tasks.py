@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from langchain_core.messages import AIMessage
 
 from agentflow import AgentFlow, RetryPolicy, request_approval
 from agentflow.control import current_attempt
@@ -388,6 +389,16 @@ async def test_run_of_other_tasks_is_refused_and_its_snapshot_begins_another(
         with pytest.raises(NotFoundError):
             await read_snapshot(app, "unknown")
     assert Counter(["top", "left", "right", "bottom", "more"]) == RAN
+
+
+async def test_text_of_a_message_is_text() -> None:
+    async def answer(_: TaskCall) -> str:
+        return AIMessage("fine").text
+
+    runner = TaskRunner([Task(name="ask", run=answer)])
+    results = await runner.execute()
+    assert type(results["ask"].data) is str
+    assert json.loads(json.dumps(runner.snapshot()))["ask"]["data"] == "fine"
 
 
 async def test_task_is_called_again_before_it_has_failed_as_its_policy_says() -> None:
