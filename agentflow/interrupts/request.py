@@ -74,7 +74,8 @@ def request_approval(
         response: The form of the value that the reviewer gives: a pydantic model, TypedDict,
             dataclass or JSON Schema. It is that of a `respond`; where `respond` is not allowed, of
             the edited proposal, for which a typed proposal is its own form. The value stays plain.
-        key: A name for this question, if a node asks several: no other one gets its answer.
+        key: A name for this question: no other one gets its answer. Without one its title is its
+            name, so give a key where the title may be another one when the node runs again.
         on_change: What to do when the proposal differs on replay. `use_approved` returns what was
             approved. `ask_again` asks about the new one, three times at most; a rejection stands.
 
