@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import partial
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast
@@ -41,6 +41,7 @@ from agentflow.inputs import (
     check_input,
     check_options,
     check_share,
+    check_wait,
     check_worker,
     member,
     pause_scope,
@@ -70,7 +71,6 @@ from agentflow.types import (
     RunStatus,
     SystemClock,
     new_id,
-    to_timedelta,
 )
 from agentflow.upkeep import Progress, Rotation
 from agentflow.versions import ChangeAction
@@ -500,8 +500,10 @@ class AgentFlow:
 
         Raises:
             TimeoutError: It took longer than `timeout`.
+            InvalidInputError: There is nothing of that kind to wait for.
         """
-        limit = None if timeout is None else to_timedelta(timeout).total_seconds()
+        check_wait(until, timeout)
+        limit = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
         with self._listen(run_id) as listener:
             async with asyncio.timeout(limit):
                 while True:

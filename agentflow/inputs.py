@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from datetime import datetime, timedelta
@@ -196,8 +197,30 @@ def _metadata_problems(metadata: Any) -> list[str]:
     return ["metadata.run_id: is set by agentflow"] if "run_id" in metadata else []
 
 
+def check_wait(until: str, timeout: Any) -> None:
+    """Check what is waited for, and for how long.
+
+    Raises:
+        InvalidInputError: Names the option that is none.
+    """
+    found = []
+    if until not in {"ended", "parked"}:
+        found.append("until: must be ended or parked")
+    is_number = isinstance(timeout, (int, float)) and not math.isnan(timeout)
+    if not (timeout is None or is_number or isinstance(timeout, timedelta)):
+        found.append("timeout: must be a timedelta or seconds")
+    if found:
+        raise InvalidInputError("wait", tuple(found))
+
+
 def _is_name(value: object) -> bool:
-    return isinstance(value, str) and value != "" and "\0" not in value
+    if not isinstance(value, str) or value == "" or "\0" in value:
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # half of a character, which no database takes
+        return False
+    return True
 
 
 def check_input(registered: RegisteredGraph, value: Any) -> None:

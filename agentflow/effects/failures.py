@@ -12,6 +12,8 @@ from agentflow.interrupts.plain import to_plain
 from agentflow.journal import Effect, EffectFailure
 
 _MESSAGE = 16_000
+_SIZE = 1_000_000
+"""How large what an exception carries may be, as text; more is not kept."""
 
 
 def describe(error: Exception, *, is_final: bool = False) -> EffectFailure:
@@ -69,7 +71,22 @@ def _storable(value: Any) -> Any:
         plain = to_plain(value)
     except SerializationError:
         return None
-    return plain if _is_plain(value) else None
+    is_small = _size(plain, _SIZE) <= _SIZE
+    return plain if is_small and _is_plain(value) else None
+
+
+def _size(plain: Any, most: int) -> int:
+    """Return about how large plain data is; no more is counted than is too much."""
+    if isinstance(plain, Mapping):
+        plain = [part for item in plain.items() for part in item]
+    if isinstance(plain, str):
+        return len(plain)
+    size = 1
+    for each in plain if isinstance(plain, list) else ():
+        size += _size(each, most)
+        if size > most:
+            break
+    return size
 
 
 def _is_plain(value: Any) -> bool:

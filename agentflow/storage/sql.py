@@ -611,6 +611,8 @@ class SqlRunStore(SqlVersionVerbs, RunStore):
     async def _page(
         self, query: sa.Select[Any], limit: int, build: Callable[[sa.Row[Any], Payloads], T]
     ) -> Page[T]:
+        if limit < 0:
+            raise InvalidInputError("limit", ("it must not be negative",))
         rows = await self._database.read(
             lambda connection: connection.execute(query.limit(limit + 1)).all()
         )

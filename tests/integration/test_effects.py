@@ -218,6 +218,26 @@ async def test_exception_stands_and_is_raised_again_as_it_was(
     assert caught == [(51, "declined: 51")] * 2
 
 
+async def test_exception_that_is_too_large_to_be_kept_leaves_no_doubt(
+    app: AgentFlow, outside: Outside
+) -> None:
+    """It says that the call has ended, if not all that it said."""
+
+    @effect
+    async def pay(n: int) -> None:
+        outside.call(n)
+        raise DeclinedError("x" * app._settings.max_payload)  # type: ignore[arg-type]  # the point
+
+    async def node(state: State) -> State:
+        await pay(1)
+        return {}
+
+    run = await drive(app, chain(("a", node)))
+    assert (run.status, outside.calls) == (RunStatus.FAILED, {1: 1})
+    [kept] = (await app.effects.list()).items
+    assert (kept.status, kept.failure and kept.failure.args) == (EffectStatus.FAILED, None)
+
+
 async def test_retry_policy_says_which_exceptions_are_worth_another_call(
     app: AgentFlow, outside: Outside
 ) -> None:

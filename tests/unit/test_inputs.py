@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from agentflow import RetryPolicy
 from agentflow.drive import RegisteredGraph
 from agentflow.errors import InvalidInputError
-from agentflow.inputs import check_input, check_options, check_worker
+from agentflow.inputs import check_input, check_options, check_wait, check_worker
 from agentflow.versions import fingerprint_of
 
 
@@ -135,6 +135,7 @@ def test_schema_of_the_registration_goes_before_the_graphs() -> None:
         ({"metadata": {1: 2}}, "metadata: keys must be text"),
         ({"metadata": {"run_id": "r"}}, "metadata.run_id: is set by agentflow"),
         ({"start_at": datetime(2026, 1, 1)}, "start_at: must have a time zone"),  # noqa: DTZ001 -- the point
+        ({"names": {"run_id": "half \udc80"}}, "run_id: must be text"),
         ({"on_existing": "replace"}, "on_existing: must be one of return, reject"),
     ],
 )
@@ -164,3 +165,12 @@ def test_good_options_are_kept() -> None:
 def test_worker_that_could_not_work_is_refused(concurrency: Any, queues: Any, named: str) -> None:
     with pytest.raises(InvalidInputError, match=f"{named}: must be"):
         check_worker(concurrency, queues)
+
+
+@pytest.mark.parametrize(
+    ("until", "timeout", "named"),
+    [("never", 1, "until"), ("ended", float("nan"), "timeout"), ("ended", "1", "timeout")],
+)
+def test_what_cannot_be_waited_for_is_refused(until: str, timeout: Any, named: str) -> None:
+    with pytest.raises(InvalidInputError, match=f"{named}: must be"):
+        check_wait(until, timeout)
