@@ -106,7 +106,7 @@ async def test_fifty_branches_keep_to_their_budget_although_their_process_is_kil
     done = calls(ledger, "r")
     assert done.total() <= MOST
     async with app_of(database_url, "r", ledger.address) as app, app.worker():
-        run = await app.wait("r", until="parked", timeout=30)
+        run = await app.wait("r", until="parked", timeout=60)
         assert run.status is RunStatus.WAITING, run.error
         # What was under way is not known to have come to nothing, and counts.
         assert calls(ledger, "r").total() <= MOST
@@ -114,7 +114,7 @@ async def test_fifty_branches_keep_to_their_budget_although_their_process_is_kil
         assert asked.request.proposal["used"] >= MOST
         decision = {"type": "respond", "value": {"more": BRANCHES}}
         await app.approvals.decide(asked.id, decision, by="alice")
-        run = await app.wait("r", timeout=30)
+        run = await app.wait("r", timeout=60)
     assert run.status is RunStatus.SUCCEEDED, run.error
     assert len(run.output["log"]) == BRANCHES
     found = calls(ledger, "r")
