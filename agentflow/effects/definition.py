@@ -21,7 +21,7 @@ from agentflow.errors import InvalidInputError, RunError
 from agentflow.interrupts.plain import to_plain
 from agentflow.journal import CHECK, GLOBAL, Effect, NewEffect, OnInDoubt, Scope
 from agentflow.retry import LangGraphRetryPolicy, RetryPolicy
-from agentflow.types import Duration, to_timedelta
+from agentflow.types import Duration, new_id, to_timedelta
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -200,7 +200,8 @@ class Definition:
             async def awaited(*args: Any, **named: Any) -> Any:
                 journal = self._journal()
                 if journal is None:
-                    return await function(*args, **named)
+                    with called_as(_alone()):
+                        return await function(*args, **named)
                 new, policy = self._prepare(journal, args, named)
 
                 async def call(context: EffectContext) -> Any:
@@ -216,7 +217,8 @@ class Definition:
             def called(*args: Any, **named: Any) -> Any:
                 journal = self._journal()
                 if journal is None:
-                    return function(*args, **named)
+                    with called_as(_alone()):
+                        return function(*args, **named)
                 new, policy = self._prepare(journal, args, named)
 
                 def call(context: EffectContext) -> Any:
@@ -297,6 +299,14 @@ class Definition:
         return TypeAdapter(returned).validate_python(plain) if is_typed else plain
 
 
+def _alone() -> EffectContext:
+    """Return what a call outside of a run can know about itself: it is like no other."""
+    made = new_id()
+    return EffectContext(
+        effect_id=made, key=made, idempotency_key=made, attempt=1, call=1, may_have_run=False
+    )
+
+
 def find_definition(name: str) -> Definition | None:
     """Return the function of an effect, if it was decorated in this process."""
     return _definitions.get(name)
@@ -365,11 +375,7 @@ async def run_effect(
     """
     journal = current_journal()
     if journal is None:
-        return await call(
-            EffectContext(
-                effect_id="", key="", idempotency_key="", attempt=1, call=1, may_have_run=False
-            )
-        )
+        return await call(_alone())
     new = new_effect(
         journal,
         name=name,

@@ -488,6 +488,19 @@ async def test_outside_of_a_run_it_is_called_and_warns_once() -> None:
         effect_context()
 
 
+def test_call_outside_of_a_run_has_a_key_to_send_along() -> None:
+    @effect
+    def pay() -> tuple[str, bool]:
+        context = effect_context()
+        return context.idempotency_key, context.may_have_run
+
+    with pytest.warns(UserWarning, match="outside of a run"):
+        first, second = pay(), pay()
+    assert first[0]
+    assert first[0] != second[0]
+    assert not first[1]
+
+
 @pytest.mark.parametrize(
     "options",
     [
