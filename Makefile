@@ -6,6 +6,8 @@ SHELL := /bin/sh
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
+# Most tests wait for disks and for other processes. Each worker has servers of its own.
+PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 FAST := not postgres and not slow and not fault and not acceptance
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -21,7 +23,7 @@ demo: $(INSTALLED) ## the refund agent, with kills and approvals, in under a min
 	@$(PYTHON) -m examples.refunds.demo
 
 test: $(INSTALLED) servers ## every test, with the real servers that they need
-	@$(PYTHON) -m pytest
+	@$(PYTHON) -m pytest $(PARALLEL)
 
 test-fast: $(INSTALLED) ## the tests that need no server, in under a minute
 	@$(PYTHON) -m pytest -m "$(FAST)"
