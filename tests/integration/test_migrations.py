@@ -44,7 +44,7 @@ def test_status_changes_nothing(sqlite_url: str) -> None:
     """Asking an empty database where it stands leaves it empty."""
     status = migrate.status(sqlite_url)
     assert status.current is None
-    assert status.pending == ("0001", "0002", "0003", migrate.HEAD)
+    assert status.pending == ("0001", "0002", "0003", "0004", migrate.HEAD)
     assert migrate.status(sqlite_url) == status
 
 
