@@ -12,7 +12,8 @@ import sqlalchemy as sa
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import Checkpoint, empty_checkpoint
 
-from agentflow.checkpoint import Saver, open_checkpointer, sql
+from agentflow.checkpoint import Saver, open_checkpointer
+from agentflow.checkpoint.sql import rows, sqlite
 
 LIMIT = 1000
 """Parameters of a statement; some builds of SQLite allow no more."""
@@ -50,7 +51,8 @@ async def fill(saver: Saver) -> list[Checkpoint]:
 def test_long_threads_are_listed_and_deleted_in_parts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sql, "_MAX_PARAMETERS", LIMIT)
+    for module in (rows, sqlite):
+        monkeypatch.setattr(module, "MAX_PARAMETERS", LIMIT)
     with open_checkpointer(f"sqlite:///{tmp_path}/a.db") as saver:
 
         @sa.event.listens_for(saver._database._connections.engine, "connect")
