@@ -34,6 +34,11 @@ _TASK_GRAPH = "tests/unit/test_task_graph.py"
 _OUTAGE = "tests/fault/test_outage.py"
 _TASK_KILLS = "tests/fault/test_task_kills.py"
 _AGENT_KILLS = "tests/fault/test_agent_kills.py"
+_KILLS = "tests/fault/test_kills.py"
+_EFFECT_KILLS = "tests/fault/test_effects.py"
+_MISBEHAVIOUR = "tests/fault/test_misbehaviour.py"
+_LETTERS = "tests/conformance/test_run_store_letters.py"
+_PROCESSES = "tests/integration/test_cli_processes.py"
 
 REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
     "S0-1": (
@@ -42,6 +47,12 @@ REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
         f"{_VALUES}::test_unstorable_value_is_refused_with_path_type_and_advice",
         f"{_RUNS}::test_unstorable_state_fails_the_run_naming_channel_path_and_type",
     ),
+    "S0-4": (f"{_KILLS}::test_run_killed_at_any_place_ends_as_its_twin",),
+    "S0-5": (
+        f"{_EFFECT_KILLS}::test_worker_killed_around_an_effect_pays_once",
+        f"{_EFFECT_KILLS}::test_call_that_happened_unheard_of_is_not_repeated",
+    ),
+    "S0-7": (f"{_KILLS}::test_run_killed_at_any_place_ends_as_its_twin",),
     "S0-8": (
         f"{_VALUES}::test_stored_bytes_of_version_one_are_still_read",
         f"{_VALUES}::test_newer_version_is_named",
@@ -57,6 +68,13 @@ REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
         f"{_DEPLOYS}::test_rolling_deploy_under_waiting_runs",
         f"{_VERSIONS}::test_run_goes_on_with_what_changed_behind_it_and_that_is_noted",
     ),
+    "S0-11": (
+        "tests/fault/test_soak.py::test_random_kills_and_stops_lose_nothing",
+        f"{_KILLS}::test_run_killed_at_any_place_ends_as_its_twin",
+    ),
+    "S0-13": (
+        f"{_PROCESSES}::test_a_run_is_submitted_driven_approved_and_finished_by_separate_processes",
+    ),
     "S0-17": (
         f"{_RUNS}::test_events_are_followed_to_the_end_and_resumed_by_number",
         f"{_STORE}::test_audit_log_is_gapless_and_its_hashes_recompute",
@@ -70,6 +88,11 @@ REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
         f"{_VERSIONS}::test_refused_run_is_paused_told_by_doctor_and_goes_on_when_resumed",
         f"{_DEPLOYS}::test_migration_goes_on_wherever_its_process_is_killed",
     ),
+    "S0-23": (
+        "tests/integration/test_encryption.py::test_no_payload_is_in_any_file_of_the_database",
+        "tests/integration/test_redaction.py::test_hook_sees_every_payload_of_a_run_as_what_it_is",
+    ),
+    "S0-24": ("tests/fault/test_soak.py::test_random_kills_and_stops_lose_nothing",),
     "S1-1": (
         f"{_TASKS}::test_snapshot_is_names_to_results_as_json_during_a_run_and_after_it",
         f"{_TASKS}::test_snapshot_is_a_copy",
@@ -124,6 +147,14 @@ REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
         f"{_GRAPHS}::test_any_checkpoint_can_be_continued_and_the_branch_is_the_latest",
         f"{_GRAPHS}::test_update_of_an_old_checkpoint_branches",
     ),
+    "S2-10": (
+        "tests/integration/test_sagas.py::test_failure_at_any_step_undoes_what_came_before_it_the_last_first",
+        f"{_EFFECT_KILLS}::test_worker_killed_while_it_undoes_a_run_undoes_all_of_it_in_order",
+    ),
+    "S2-11": (
+        f"{_EFFECT_KILLS}::test_worker_killed_around_an_effect_pays_once",
+        "tests/integration/test_effects.py::test_key_names_an_effect_in_its_run_or_in_the_tenant",
+    ),
     "S2-13": (
         f"{_RUNS}::test_bad_submissions_leave_no_row",
         f"{_INPUTS}::test_input_that_does_not_fit_is_refused_by_place",
@@ -135,10 +166,17 @@ REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
         f"{_GRAPHS}::test_failed_checkpoint_stops_the_graph_and_finished_nodes_are_not_run_again",
         f"{_GRAPHS}::test_unstorable_write_stops_the_graph_before_the_next_node",
     ),
+    "S2-15": (f"{_KILLS}::test_run_killed_at_any_place_ends_as_its_twin",),
     "S2-18": (
         f"{_OFFLOAD}::test_large_value_is_neither_copied_nor_stored_again_by_the_steps_after",
         f"{_ARCHIVE}::test_all_kinds_of_threads_come_back_as_they_were",
         f"{_ARCHIVE}::test_restored_thread_is_resumed",
+    ),
+    "S2-19": (
+        f"{_MISBEHAVIOUR}::test_node_that_ends_its_process_ends_in_the_dead_letter_and_others_do_not",
+        f"{_MISBEHAVIOUR}::test_what_cannot_be_stored_or_said_fails_its_run_by_name_and_no_other",
+        "tests/integration/test_stops.py::test_langgraphs_timeout_of_an_async_node_fails_the_attempt_and_counts",
+        "tests/fault/test_zombies.py::test_stopped_worker_that_continues_changes_nothing",
     ),
     "S2-20": (
         f"{_SUITE}::test_latest_is_the_newest_put_whatever_the_ids_say",
@@ -164,6 +202,12 @@ REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
         f"{_RETRY}::test_jitter_shortens_by_at_most_a_half",
         f"{_RUNS}::test_backoff_is_a_time_in_the_row",
     ),
+    "S2-25": (
+        f"{_STORE}::test_failed_run_and_its_dead_letter_come_together",
+        f"{_LETTERS}::test_dead_letter_keeps_what_is_needed_to_judge",
+        f"{_LETTERS}::test_requeue_works_exactly_once",
+        "tests/fault/test_transitions.py::test_process_killed_at_each_transition_leaves_nothing_undone",
+    ),
     "S3-2": (f"{_SUITE}::test_listing_filters_limits_and_pages_over_all_threads",),
     "S3-3": (f"{_GRAPHS}::test_any_checkpoint_can_be_continued_and_the_branch_is_the_latest",),
     "S3-5": (
@@ -177,6 +221,17 @@ REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
     "S3-8": (
         f"{_SPANS}::test_segment_names_run_thread_step_and_checkpoint",
         f"{_SPANS}::test_nodes_and_checkpoints_belong_to_the_segment",
+    ),
+    "S3-9": (
+        f"{_SUITE}::test_list_grows_by_some_elements_at_a_time",
+        "tests/integration/test_verify.py::TestDamage::test_deleted_value",
+        "tests/integration/test_growth.py::test_twice_the_steps_store_twice_as_much",
+    ),
+    "S3-11": (
+        f"{_KILLS}::test_run_killed_at_any_place_ends_as_its_twin",
+        f"{_PROCESSES}::test_a_run_is_submitted_driven_approved_and_finished_by_separate_processes",
+        "tests/fault/test_recovery.py::test_run_goes_over_from_a_draining_process_to_a_new_one_at_once",
+        f"{_DEPLOYS}::test_rolling_deploy_under_waiting_runs",
     ),
     "S3-12": (
         f"{_STORE}::test_what_is_not_there_is_not_found",
