@@ -39,6 +39,7 @@ _EFFECT_KILLS = "tests/fault/test_effects.py"
 _MISBEHAVIOUR = "tests/fault/test_misbehaviour.py"
 _LETTERS = "tests/conformance/test_run_store_letters.py"
 _PROCESSES = "tests/integration/test_cli_processes.py"
+_STEPS = "tests/acceptance/test_steps.py"
 
 REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
     "S0-1": (
@@ -46,6 +47,9 @@ REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
         f"{_VALUES}::test_any_state_comes_back_equal",
         f"{_VALUES}::test_unstorable_value_is_refused_with_path_type_and_advice",
         f"{_RUNS}::test_unstorable_state_fails_the_run_naming_channel_path_and_type",
+    ),
+    "S0-3": (
+        f"{_STEPS}::test_every_step_is_a_checkpoint_and_a_run_killed_behind_it_goes_on_with_the_next",
     ),
     "S0-4": (f"{_KILLS}::test_run_killed_at_any_place_ends_as_its_twin",),
     "S0-5": (
@@ -137,6 +141,7 @@ REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
         f"{_TASKS}::test_task_that_the_snapshot_does_not_know_is_run",
     ),
     "S2-1": (f"{_RUNS}::test_result_is_there_for_another_process",),
+    "S2-3": (f"{_STEPS}::test_cursor_counts_the_committed_steps_wherever_a_process_was_killed",),
     "S2-4": (
         f"{_STORE}::test_only_the_changes_in_the_table_of_statuses_are_legal",
         f"{_STORE}::test_each_verb_changes_a_run_only_as_the_table_allows",
