@@ -8,14 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from langgraph.checkpoint.base import CheckpointTuple
 
 from agentflow.checkpoint import Save, open_checkpointer
-from tests.acceptance.victims import NODES, WALK, done, on, steps
+from agentflow.errors import StoreUnavailableError
+from tests.acceptance.victims import ABREAST, FAN, NODES, WALK, branches, done, on, steps
 from tests.fault.forkserver import ForkServer, Victim
+from tests.fault.scene import connected
+from tests.integration.graphs import State, chain, logs
 
 BEFORE_THE_FIRST = 2
 """Checkpoints before the first node: of the input, and of what LangGraph makes of it."""
+LOCK = {
+    "sqlite": "INSERT INTO agentflow_threads SELECT * FROM agentflow_threads WHERE FALSE",
+    "postgresql": "LOCK TABLE agentflow_threads IN EXCLUSIVE MODE",
+}
+"""What lets nobody else write, until it is rolled back."""
 AT_ONCE = 4
 
 
@@ -118,10 +127,11 @@ def test_cursor_counts_the_committed_steps_wherever_a_process_was_killed(walk: W
     assert cursors == set(range(-BEFORE_THE_FIRST, len(NODES) + 1)), "killed at every step"
 
 
-def test_run_that_is_saved_at_marked_steps_repeats_exactly_what_came_after_them(
+def test_run_that_is_saved_at_marked_steps_repeats_what_came_after_them(
     walk: Walk,
 ) -> None:
-    marked, options = "c", {"save": ["c"]}
+    marked = "c"
+    options: dict[str, Any] = {"save": [marked]}
     places = {f"in-{name}": {**options, "die_in": name} for name in NODES}
     places["behind"] = {**options, "dies_behind": True}
     assert walk.kill(places) == list(places)
@@ -135,3 +145,44 @@ def test_run_that_is_saved_at_marked_steps_repeats_exactly_what_came_after_them(
             assert repeated == list(tail) or (name in "ef" and repeated == list(tail[1:]))
     assert [each.metadata["step"] for each in walk.stored("behind")] == [2, 3, 6]
     assert walk.go_on("behind", [marked]) == []
+
+
+def test_of_branches_those_that_were_done_before_a_crash_are_not_run_again(
+    database_url: str, tmp_path: Path, forkserver: ForkServer
+) -> None:
+    trace = str(tmp_path / "trace.txt")
+    victim = forkserver.spawn(FAN, database_url, trace)
+    assert victim.wait() == -signal.SIGKILL, victim.output()
+    before = done(trace)
+    assert sorted(before) == sorted(ABREAST)
+    with open_checkpointer(database_url) as saver:
+        output = branches(saver, trace).invoke(None, on("t"))
+    assert output["log"] == [*ABREAST, "then"]
+    assert done(trace)[len(before) :] == ["slow", "then"]
+
+
+def test_save_that_takes_too_long_ends_the_step_and_the_next_one_is_not_begun(
+    database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AGENTFLOW_STORE_TIMEOUT", "0.5")
+    trace = tmp_path / "trace.txt"
+
+    def locks(_: State) -> State:
+        if not repaired:
+            rival.execute(sa.text(LOCK[rival.dialect.name]))
+        return {"log": ["b"]}
+
+    def traced(state: State) -> State:
+        trace.touch()
+        return {"log": [*state["log"], "c"]}
+
+    repaired: list[bool] = []
+    graph = chain(("a", logs("a")), ("b", locks), ("c", traced))
+    with open_checkpointer(database_url) as saver, connected(database_url) as rival:
+        compiled = graph.compile(checkpointer=saver)
+        with pytest.raises(StoreUnavailableError):
+            compiled.invoke({"log": []}, on("t"), durability="sync")
+        assert not trace.exists()
+        rival.rollback()
+        repaired.append(True)
+        assert compiled.invoke(None, on("t"))["log"] == ["a", "b", "a", "b", "c"]

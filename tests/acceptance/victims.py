@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -17,11 +18,14 @@ from langchain_core.runnables import RunnableConfig
 from agentflow import AgentFlow, request_approval
 from agentflow.checkpoint import Saver, open_checkpointer
 from agentflow.failpoints import arm
-from tests.integration.graphs import State, chain
+from tests.integration.graphs import State, chain, fan
 
 WALK = "tests.acceptance.victims:walk"
 ASK = "tests.acceptance.victims:ask"
+FAN = "tests.acceptance.victims:fan_out"
+HOST = "tests.acceptance.victims:host"
 NODES = "abcdef"
+ABREAST = ("left", "middle", "slow")
 
 
 def on(thread: str) -> RunnableConfig:
@@ -88,6 +92,50 @@ async def ask(url: str, trace: str, run_id: str) -> None:
         await app.submit("interview", {"log": []}, run_id=run_id)
         await app.drive(run_id)
         _die()
+
+
+def branches(saver: Saver, trace: str, *, die_when_alone: bool = False) -> Any:
+    """Make three nodes abreast, and one behind them.
+
+    The slow one may kill its process, once what the others have written is durable.
+    """
+
+    def node(name: str, _: State) -> State:
+        _note(trace, name)
+        while die_when_alone and name == "slow":
+            found = saver.get_tuple(on("t"))
+            if found is not None and len(found.pending_writes or ()) >= len(ABREAST) - 1:
+                _die()
+        return {"log": [name]}
+
+    named = [(name, partial(node, name)) for name in ABREAST]
+    return fan(*named, then=partial(node, "then")).compile(checkpointer=saver)
+
+
+def fan_out(url: str, trace: str) -> None:
+    """Be killed when all branches but one are done."""
+    with open_checkpointer(url) as saver:
+        branches(saver, trace, die_when_alone=True).invoke({"log": []}, on("t"), durability="sync")
+
+
+async def host(url: str, trace: str, folder: str, options: dict[str, Any]) -> None:
+    """Be a machine whose own disk is a folder; drive what there is, or die in a node."""
+    os.chdir(folder)
+    tempfile.tempdir = None  # the fork server may have asked for another one
+    assert tempfile.gettempdir() == folder
+
+    def node(name: str, _: State) -> State:
+        _note(trace, name)
+        Path(f"scratch-{name}").write_text("of the node's own", encoding="utf-8")
+        if name == options.get("die_in"):
+            _die()
+        return {"log": [name]}
+
+    async with AgentFlow(url) as app:
+        app.register(chain(*((name, partial(node, name)) for name in NODES)), name="g")
+        handle = await app.submit("g", {"log": []}, run_id="r")
+        async with app.worker():
+            await handle.result(timeout=60)
 
 
 def _note(trace: str, name: str) -> None:
