@@ -39,6 +39,10 @@ _EFFECT_KILLS = "tests/fault/test_effects.py"
 _MISBEHAVIOUR = "tests/fault/test_misbehaviour.py"
 _LETTERS = "tests/conformance/test_run_store_letters.py"
 _PROCESSES = "tests/integration/test_cli_processes.py"
+_RECORDS = "tests/acceptance/test_records.py"
+_HOSTS = "tests/acceptance/test_hosts.py"
+_GROWTH = "tests/integration/test_growth.py"
+_STEPS = "tests/acceptance/test_steps.py"
 
 REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
     "S0-1": (
@@ -47,10 +51,16 @@ REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
         f"{_VALUES}::test_unstorable_value_is_refused_with_path_type_and_advice",
         f"{_RUNS}::test_unstorable_state_fails_the_run_naming_channel_path_and_type",
     ),
+    "S0-3": (
+        f"{_STEPS}::test_every_step_is_a_checkpoint_and_a_run_killed_behind_it_goes_on_with_the_next",
+    ),
     "S0-4": (f"{_KILLS}::test_run_killed_at_any_place_ends_as_its_twin",),
     "S0-5": (
         f"{_EFFECT_KILLS}::test_worker_killed_around_an_effect_pays_once",
         f"{_EFFECT_KILLS}::test_call_that_happened_unheard_of_is_not_repeated",
+    ),
+    "S0-6": (
+        f"{_RECORDS}::test_checkpoint_holds_step_state_question_and_history_for_another_process",
     ),
     "S0-7": (f"{_KILLS}::test_run_killed_at_any_place_ends_as_its_twin",),
     "S0-8": (
@@ -72,9 +82,11 @@ REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
         "tests/fault/test_soak.py::test_random_kills_and_stops_lose_nothing",
         f"{_KILLS}::test_run_killed_at_any_place_ends_as_its_twin",
     ),
+    "S0-12": (f"{_HOSTS}::test_run_goes_on_when_the_machine_that_began_it_is_lost_with_its_disk",),
     "S0-13": (
         f"{_PROCESSES}::test_a_run_is_submitted_driven_approved_and_finished_by_separate_processes",
     ),
+    "S0-16": (f"{_HOSTS}::test_ten_thousand_suspended_runs_cost_a_worker_nothing",),
     "S0-17": (
         f"{_RUNS}::test_events_are_followed_to_the_end_and_resumed_by_number",
         f"{_STORE}::test_audit_log_is_gapless_and_its_hashes_recompute",
@@ -87,6 +99,10 @@ REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
         f"{_VERSIONS}::test_policy_of_the_graph_and_of_the_kind_of_change_decides",
         f"{_VERSIONS}::test_refused_run_is_paused_told_by_doctor_and_goes_on_when_resumed",
         f"{_DEPLOYS}::test_migration_goes_on_wherever_its_process_is_killed",
+    ),
+    "S0-22": (
+        f"{_GROWTH}::test_each_checkpoint_costs_so_many_bytes_and_statements",
+        f"{_GROWTH}::test_twice_the_steps_store_twice_as_much",
     ),
     "S0-23": (
         "tests/integration/test_encryption.py::test_no_payload_is_in_any_file_of_the_database",
@@ -137,10 +153,13 @@ REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
         f"{_TASKS}::test_task_that_the_snapshot_does_not_know_is_run",
     ),
     "S2-1": (f"{_RUNS}::test_result_is_there_for_another_process",),
+    "S2-2": (f"{_RECORDS}::test_versions_count_one_up_with_each_commit_and_no_other_is_taken",),
+    "S2-3": (f"{_STEPS}::test_cursor_counts_the_committed_steps_wherever_a_process_was_killed",),
     "S2-4": (
         f"{_STORE}::test_only_the_changes_in_the_table_of_statuses_are_legal",
         f"{_STORE}::test_each_verb_changes_a_run_only_as_the_table_allows",
     ),
+    "S2-6": (f"{_RECORDS}::test_history_is_of_step_time_and_hash_and_cannot_be_changed",),
     "S2-7": (f"{_RUNS}::test_exhausted_run_is_a_dead_letter_with_its_cause",),
     "S2-8": (f"{_SUITE}::test_loaded_values_cannot_change_what_is_stored",),
     "S2-9": (
@@ -210,6 +229,9 @@ REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
     ),
     "S3-2": (f"{_SUITE}::test_listing_filters_limits_and_pages_over_all_threads",),
     "S3-3": (f"{_GRAPHS}::test_any_checkpoint_can_be_continued_and_the_branch_is_the_latest",),
+    "S3-4": (
+        f"{_RECORDS}::test_record_names_run_step_nodes_that_are_done_state_checkpoint_and_time",
+    ),
     "S3-5": (
         f"{_RUNS}::test_ended_run_is_not_driven_again",
         f"{_RUNS}::test_drained_run_is_queued_and_continues_where_it_stopped",
@@ -225,7 +247,11 @@ REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
     "S3-9": (
         f"{_SUITE}::test_list_grows_by_some_elements_at_a_time",
         "tests/integration/test_verify.py::TestDamage::test_deleted_value",
-        "tests/integration/test_growth.py::test_twice_the_steps_store_twice_as_much",
+        f"{_GROWTH}::test_twice_the_steps_store_twice_as_much",
+    ),
+    "S3-10": (
+        f"{_RECORDS}::test_compression_keeps_values_and_what_was_stored_without_it_is_still_read",
+        "tests/unit/test_codec.py::test_bomb_is_refused_before_it_takes_memory",
     ),
     "S3-11": (
         f"{_KILLS}::test_run_killed_at_any_place_ends_as_its_twin",
@@ -236,6 +262,12 @@ REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
     "S3-12": (
         f"{_STORE}::test_what_is_not_there_is_not_found",
         f"{_URLS}::test_database_that_cannot_be_reached_is_named_without_its_password",
+    ),
+    "S3-13": (
+        f"{_STEPS}::test_of_branches_those_that_were_done_before_a_crash_are_not_run_again",
+        "tests/integration/test_stops.py::test_langgraphs_timeout_of_an_async_node_fails_the_attempt_and_counts",
+        "tests/integration/test_stops.py::test_thread_that_is_too_slow_is_left_behind_and_its_late_result_dropped",
+        f"{_STEPS}::test_save_that_takes_too_long_ends_the_step_and_the_next_one_is_not_begun",
     ),
 }
 
