@@ -59,9 +59,6 @@ REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
         f"{_EFFECT_KILLS}::test_worker_killed_around_an_effect_pays_once",
         f"{_EFFECT_KILLS}::test_call_that_happened_unheard_of_is_not_repeated",
     ),
-    "S0-6": (
-        f"{_RECORDS}::test_checkpoint_holds_step_state_question_and_history_for_another_process",
-    ),
     "S0-7": (f"{_KILLS}::test_run_killed_at_any_place_ends_as_its_twin",),
     "S0-8": (
         f"{_VALUES}::test_stored_bytes_of_version_one_are_still_read",
