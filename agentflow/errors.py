@@ -52,6 +52,7 @@ The tree::
         │   └── NotDeadLetterError
         ├── EffectFailedError
         ├── EffectInDoubtError
+        ├── OutcomeUnknownError
         ├── NonDeterministicNodeError
         └── ProposalUnstableError
 
@@ -905,6 +906,13 @@ class EffectInDoubtError(RunError):
             f"whether effect {self.name!r} ({self.effect_id}) happened is not known; find out, "
             f"run 'agentflow effect resolve {self.effect_id}' to say so, and requeue the run"
         )
+
+
+class OutcomeUnknownError(RunError):
+    """Raised by a function with an effect: whether its call has happened is not known to it.
+
+    The effect is in doubt then, as after a crash, and `on_in_doubt` says what follows.
+    """
 
 
 class NonDeterministicNodeError(RunError):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
+from agentflow.effects import find_definition
 from agentflow.interrupts import proposal_hash
 from agentflow.interrupts.plain import to_plain
 from agentflow.journal import Effect, question_id
@@ -13,15 +14,8 @@ from agentflow.storage import RunStore
 from agentflow.types import ApprovalRequest, Lease, NewWait, new_id
 
 _SHAPE = "effect"
-_SCHEMA = {
-    "type": "object",
-    "properties": {
-        "happened": {"type": "boolean", "description": "Whether the call has happened."},
-        "outcome": {"description": "What it returned, if it has happened."},
-    },
-    "required": ["happened"],
-    "additionalProperties": False,
-}
+_HAPPENED = {"type": "boolean", "description": "Whether the call has happened."}
+_OUTCOME = {"description": "What it returned, if it has happened."}
 _ERRORS = ("InDoubt(", "OverBudget(")
 """How the text begins that a checkpoint has of the exceptions that stop an attempt."""
 
@@ -73,20 +67,45 @@ def _request(effect: Effect, *, is_over: bool, seen_at: datetime | None) -> Appr
         "intended_at": effect.intended_at,
         "safe_at": effect.intended_at if is_over else effect.safe_at,
     }
+    if effect.failure is not None:
+        facts["raised"] = {"type": effect.failure.type, "message": effect.failure.message}
     return ApprovalRequest(
         shape=_SHAPE,
         title=f"Did {effect.name} happen?",
         proposal=to_plain(facts, lenient=True),
         allowed=("respond", "reject"),
-        response_schema=_SCHEMA,
+        response_schema=_schema(effect),
         description=_advice(effect, is_over=is_over, seen_at=seen_at),
     )
 
 
+def _schema(effect: Effect) -> dict[str, Any]:
+    """Return the form of an answer; with an outcome that the function's type can be built from."""
+    definition = find_definition(effect.name)
+    outcome = None if definition is None else definition.outcome_schema()
+    schema: dict[str, Any] = {
+        "type": "object",
+        "properties": {"happened": _HAPPENED, "outcome": _OUTCOME},
+        "required": ["happened"],
+        "additionalProperties": False,
+    }
+    if outcome is None:
+        return schema
+    shared = {key: outcome.pop(key) for key in ("$defs",) if key in outcome}
+    happened = {"properties": {"happened": {"const": True}}}
+    fits = {"properties": {"outcome": outcome}, "required": ["outcome"]}
+    return {**schema, **shared, "if": happened, "then": fits}
+
+
 def _advice(effect: Effect, *, is_over: bool, seen_at: datetime | None) -> str:
     """Say how to find out, and from when on the answer holds."""
+    known = (
+        "It was about to be called, and nothing is known of what came of it."
+        if effect.failure is None
+        else "It was called, and raised what leaves open whether it has happened."
+    )
     how = (
-        "It was about to be called, and nothing is known of what came of it. Look into the system "
+        f"{known} Look into the system "
         'that it calls; then respond with {"happened": true, "outcome": ...}, or with '
         '{"happened": false} to have it called. A reject cancels the run.'
     )

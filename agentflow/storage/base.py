@@ -16,7 +16,7 @@ from datetime import datetime, timedelta
 from typing import Any, Literal
 
 from agentflow.codec import Codec
-from agentflow.journal import Begun, Effect, NewEffect, Outcome, Resolution
+from agentflow.journal import Begun, Effect, EffectStatus, NewEffect, Outcome, Resolution
 from agentflow.storage.evolution import VersionVerbs
 from agentflow.types import (
     Approval,
@@ -504,7 +504,8 @@ class RunStore(VersionVerbs, ABC):
         """Record what somebody says of an effect that is in doubt or failed.
 
         Pending questions about it become `superseded`, and a waiting run is queued. One that is
-        under way, or of which the outcome is known, is `ConflictError`. Event: `effect.resolved`.
+        under way, or of which the outcome is known, is `ConflictError`; but an outcome that a
+        person gave may be corrected when its run has failed. Event: `effect.resolved`.
         """
 
     @abstractmethod
@@ -518,6 +519,8 @@ class RunStore(VersionVerbs, ABC):
         *,
         run_id: str | None = None,
         scope: str | None = None,
+        status: EffectStatus | None = None,
+        in_doubt: bool = False,
         limit: int = 100,
         cursor: str | None = None,
         strict: bool = False,
@@ -525,6 +528,7 @@ class RunStore(VersionVerbs, ABC):
         """Return a page of effects, the first intended first.
 
         `run_id` names the run that intended them last, `scope` where their keys are unique;
+        `in_doubt` leaves those that were intended by an attempt that does not hold its lease now;
         `strict` refuses outcomes of classes that are not known here.
         """
 

@@ -172,6 +172,10 @@ def resolve(
     """
     status = EffectStatus(row.status)
     is_known = status in {EffectStatus.SUCCEEDED, *CALLABLE}
+    if status is EffectStatus.SUCCEEDED and resolution.happened:
+        # Of a run that has failed on it, what a person said may be corrected.
+        is_told = row.resolved_by not in {None, CHECK}
+        is_known = not (is_told and run.status == RunStatus.FAILED)
     is_running = status is EffectStatus.INTENDED and _has_living_owner(run, row, now)
     if is_known or (is_running and resolution.by != CHECK):
         state = "under way" if is_running else status.value

@@ -17,7 +17,7 @@ from agentflow.database.session import Session
 from agentflow.database.tables import dead_letters, events, runs, waits
 from agentflow.database.tables import effects as effects_table
 from agentflow.errors import InvalidInputError
-from agentflow.journal import Begun, Effect, NewEffect, Outcome, Resolution
+from agentflow.journal import Begun, Effect, EffectStatus, NewEffect, Outcome, Resolution
 from agentflow.storage import (
     attempts,
     claims,
@@ -457,11 +457,15 @@ class SqlRunStore(SqlVersionVerbs, RunStore):
         *,
         run_id: str | None = None,
         scope: str | None = None,
+        status: EffectStatus | None = None,
+        in_doubt: bool = False,
         limit: int = 100,
         cursor: str | None = None,
         strict: bool = False,
     ) -> Page[Effect]:
-        query = effect_queries.listed(tenant, run_id=run_id, scope=scope)
+        query = effect_queries.listed(
+            tenant, run_id=run_id, scope=scope, status=status, in_doubt=in_doubt
+        )
         if cursor is not None:
             query = query.where(effects_table.c.seq > _parse_cursor(cursor))
         return await self._page(query, limit, partial(effect_rows.to_effect, strict=strict))
