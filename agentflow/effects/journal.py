@@ -376,7 +376,7 @@ class Journal:
     async def _recalled(self) -> dict[tuple[str, str], Effect]:
         try:
             page = await self._store.list_effects(
-                self._lease.tenant, scope=self.root, limit=_KNOWN, strict=True
+                self._lease.tenant, scope=self.root, limit=_KNOWN, strict=True, in_rows=True
             )
         except CodecError:
             return {}  # those that are asked for are read one by one

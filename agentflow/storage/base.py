@@ -524,12 +524,14 @@ class RunStore(VersionVerbs, ABC):
         limit: int = 100,
         cursor: str | None = None,
         strict: bool = False,
+        in_rows: bool = False,
     ) -> Page[Effect]:
         """Return a page of effects, the first intended first.
 
         `run_id` names the run that intended them last, `scope` where their keys are unique;
         `in_doubt` leaves those that were intended by an attempt that does not hold its lease now;
-        `strict` refuses outcomes of classes that are not known here.
+        `strict` refuses outcomes of classes that are not known here; `in_rows` leaves out effects
+        whose outcomes are too large for their rows and stand elsewhere.
         """
 
     @abstractmethod

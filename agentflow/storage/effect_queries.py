@@ -12,6 +12,7 @@ from sqlalchemy.engine import Connection
 from agentflow.database.engine import StoreNow
 from agentflow.database.tables import effects, runs
 from agentflow.journal import GLOBAL, EffectStatus
+from agentflow.storage.effect_objects import release
 from agentflow.storage.rows import Payloads
 from agentflow.types import RunStatus
 
@@ -109,4 +110,5 @@ def prune_effects(connection: Connection, payloads: Payloads, doomed: sa.Select[
     del payloads
     numbers = connection.execute(doomed).scalars().all()
     connection.execute(sa.delete(effects).where(effects.c.seq.in_(numbers)))
+    release(connection, numbers)
     return len(numbers)

@@ -102,10 +102,14 @@ class Payloads:
 
     def dump(self, value: Any, column: Column, row: Keyed) -> bytes:
         """Encode a payload for its column of a row."""
+        return self.seal(self.body(value, column, row), column, row)
+
+    def body(self, value: Any, column: Column, row: Keyed) -> bytes:
+        """Encode a payload that is not too large, without its envelope."""
         body = self.serialize(self.redacted(value, column), column, row)
         if len(body) > self.limit:
             raise PayloadTooLargeError(len(body), self.limit, place_of(column, row))
-        return self.seal(body, column, row)
+        return body
 
     def load(self, column: Column, row: Keyed, *, strict: bool = False) -> Any:
         """Decode the payload in a column of a row; `None` stays `None`."""
