@@ -75,16 +75,16 @@ def outcome_body(payloads: Payloads, row: Keyed, outcome: Outcome) -> tuple[byte
 
 def to_effect(row: Keyed, payloads: Payloads, *, strict: bool = False) -> Effect:
     """Build the record of an effect; `strict` refuses an outcome with unknown classes."""
-    columns = columns_of(row)
-    request = payloads.load(effects.c.request, row)
-    return _record(columns, payloads, request["key"], request["arguments"], row, strict=strict)
+    columns = dict(columns_of(row))  # each look at a row of SQLAlchemy's costs ten of these
+    request = payloads.load(effects.c.request, columns)
+    return _record(columns, payloads, request["key"], request["arguments"], strict=strict)
 
 
 def made_effect(row: Mapping[str, Any], payloads: Payloads, new: NewEffect) -> Effect:
     """Build the record of an intent that was just written."""
     whole = {"resolved_by": None, "comment": None, "outcome": None, "late": None, **row}
     whole = {"ended_at": None, "ended_seq": None, **whole}
-    return _record(whole, payloads, new.key, new.arguments, whole, strict=True)
+    return _record(whole, payloads, new.key, new.arguments, strict=True)
 
 
 def _record(
@@ -92,11 +92,10 @@ def _record(
     payloads: Payloads,
     key: str,
     arguments: Mapping[str, Any],
-    row: Keyed,
     *,
     strict: bool,
 ) -> Effect:
-    outcome = _outcome_of(payloads, row, strict=strict)
+    outcome = _outcome_of(payloads, columns, strict=strict)
     return Effect(
         id=columns["effect_id"],
         scope=columns["scope"],
@@ -124,8 +123,8 @@ def _record(
         outcome=outcome.get("value"),
         failure=_failure_of(outcome.get("failure")),
         resolved_by=columns["resolved_by"],
-        comment=payloads.load(effects.c.comment, row),
-        late=tuple(payloads.load(effects.c.late, row) or ()),
+        comment=payloads.load(effects.c.comment, columns),
+        late=tuple(payloads.load(effects.c.late, columns) or ()),
     )
 
 
