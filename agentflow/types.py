@@ -494,6 +494,8 @@ class WorkerReport:
     active: int = 0
     health: WorkerHealth = "ok"
     """`overloaded`: it claims nothing more and asks to be replaced."""
+    process: str | None = None
+    """The process that it is in, as `processes.own_mark` names it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
-from datetime import datetime
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -410,11 +409,10 @@ class Attempt:
 
     async def _park(self, state: StateSnapshot, questions: list[Question], span: Span) -> None:
         waits = [question.to_wait() for question in questions]
-        if self._journal.doubts:
-            seen = await doubts.last_seen(self._store, self._run.tenant)
-            waits += self._stops(seen)
-        else:
-            waits += self._stops()
+        about = self._journal.doubts.values()
+        tenant = self._run.tenant
+        workers = await doubts.look_for_workers(self._store, tenant, about) if about else {}
+        waits += self._stops(workers)
         await self._release_thread()
         await self._store.park_run(
             self._held_to_the_end(),
@@ -424,10 +422,10 @@ class Attempt:
         )
         span.set_attribute(RUN_STATUS, "waiting")
 
-    def _stops(self, seen: Mapping[str, datetime] = MappingProxyType({})) -> list[NewWait]:
+    def _stops(self, workers: Mapping[str, doubts.Worker] = MappingProxyType({})) -> list[NewWait]:
         """Return what stopped the attempt in the middle of a node, and waits for somebody."""
         found = self._journal.doubts.values()
-        waits = [doubts.to_wait(each, self._lease, seen) for each in found]
+        waits = [doubts.to_wait(each, self._lease, workers) for each in found]
         if self._meter is not None:
             waits += [allowances.to_wait(each) for each in self._meter.asks.values()]
         return waits
