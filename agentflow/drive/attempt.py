@@ -42,7 +42,7 @@ from agentflow.drive.compatibility import (
     store_fingerprint,
 )
 from agentflow.drive.failures import Failed
-from agentflow.drive.forks import copy_migrated
+from agentflow.drive.forks import copy_migrated, find_start
 from agentflow.drive.gate import Gate
 from agentflow.drive.graph import RegisteredGraph
 from agentflow.drive.questions import Key, Question, Waits, open_questions, owed
@@ -76,7 +76,7 @@ from agentflow.telemetry import (
     is_traced,
     traceparent,
 )
-from agentflow.types import Approval, AttemptStart, ClaimedRun, Lease, NewWait
+from agentflow.types import FROM_START, Approval, AttemptStart, ClaimedRun, Lease, NewWait
 
 logger = logging.getLogger(__name__)
 
@@ -313,7 +313,10 @@ class Attempt:
 
     async def _prepare(self, config: RunnableConfig) -> bool:
         """Bring the thread to where the run is to go on; say whether it did not stand there."""
-        if (checkpoint_id := self._run.resume_from) is not None:
+        checkpoint_id = self._run.resume_from
+        if checkpoint_id == FROM_START:
+            checkpoint_id = await find_start(self._saver, self._run)
+        if checkpoint_id is not None:
             place = {**config["configurable"], "checkpoint_id": checkpoint_id, "checkpoint_ns": ""}
             found = await self._saver.aget_tuple({"configurable": place})
             self._shift = 1 + shift_of(found, self._run)

@@ -396,8 +396,9 @@ class RunStore(VersionVerbs, ABC):
         """Queue a failed run again, with a new attempt budget and its whole time, once.
 
         It continues from where it failed, or, by `resume_from`, from `checkpoint_id`; if another
-        run of its thread has started since it failed, from its own newest checkpoint. Its dead
-        letter is gone. A run without one is `NotDeadLetterError`. Event: `run.requeued`.
+        run of its thread has started since it failed, from its own newest checkpoint; if its
+        effects were undone, from its start (`FROM_START`). Its dead letter is gone. A run without
+        one is `NotDeadLetterError`. Event: `run.requeued`.
         """
 
     @abstractmethod

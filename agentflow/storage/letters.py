@@ -19,7 +19,7 @@ from agentflow.storage.rows import (
     to_dead_letter,
     to_run,
 )
-from agentflow.types import DeadLetter, NewEvent, Page, Run, RunStatus
+from agentflow.types import FROM_START, DeadLetter, NewEvent, Page, Run, RunStatus
 
 
 def list_dead_letters(
@@ -116,7 +116,10 @@ def requeue(
     _drop(connection, row)
     at = payloads.time(now)
     timeout: timedelta | None = row.timeout
-    if checkpoint_id is None and _was_overtaken(connection, row):
+    if checkpoint_id is None and row.saga is not None:
+        # Nodes that have finished count on effects that are undone by now.
+        checkpoint_id = FROM_START
+    elif checkpoint_id is None and _was_overtaken(connection, row):
         # What the thread's head shows by now is another run's state.
         checkpoint_id = row.checkpoint_id
     change_run(

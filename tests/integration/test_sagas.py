@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from langgraph.types import interrupt
 
-from agentflow import AgentFlow, RetryPolicy, effect
+from agentflow import AgentFlow, RetryPolicy, effect, request_approval
+from agentflow.errors import ConflictError
 from agentflow.journal import EffectStatus
 from agentflow.types import Run, RunStatus
 from tests.integration.graphs import State, chain, fan
@@ -202,3 +203,42 @@ async def test_what_was_undone_is_done_again_by_a_run_that_is_requeued(
     run = await app.drive("r")
     assert (run.status, run.saga, run.output) == ("succeeded", None, {"log": ["booked a"]})
     assert (shop.done, shop.undone) == (["a", "a"], ["a"])
+
+
+@pytest.mark.parametrize("how", ["requeue", "submit"])
+async def test_run_whose_effects_were_undone_is_executed_again_from_its_start(
+    app: AgentFlow, shop: Shop, how: str
+) -> None:
+    """Or else it would end well although what its first nodes did is undone."""
+    fails = [ValueError()]
+
+    def fail(state: State) -> State:
+        if fails:
+            raise fails.pop()
+        return {}
+
+    await drive(app, chain(("a", books(shop, "a")), ("b", books(shop, "b")), ("c", fail)))
+    assert shop.undone == ["b", "a"]
+    if how == "requeue":
+        await app.dead_letters.requeue("r")
+    else:
+        await app.submit("g", {"log": []}, run_id="r", on_existing="restart_if_failed")
+    run = await app.drive("r")
+    assert (run.status, run.saga) == ("succeeded", None)
+    assert run.output == {"log": ["booked a", "booked b"]}
+    assert shop.done == ["a", "b", "a", "b"]
+
+
+async def test_decision_of_a_run_whose_effects_were_undone_stands(
+    app: AgentFlow, shop: Shop
+) -> None:
+    def ask(state: State) -> State:
+        request_approval("go on?")
+        raise ValueError
+
+    await drive(app, chain(("a", books(shop, "a")), ("b", ask)))
+    (asked,) = (await app.approvals.list()).items
+    await app.approvals.decide(asked.id, "approve", by="ada")
+    assert (await app.drive("r")).saga == "compensated"
+    with pytest.raises(ConflictError, match="compensated"):
+        await app.approvals.reopen(asked.id, by="ada")
