@@ -928,8 +928,8 @@ class NonDeterministicNodeError(RunError):
         """Say that nobody got the wrong answer, and what to change."""
         return (
             f"the node asks {self.now!r} where it had asked {self.asked!r}, whose answer is there; "
-            "it was not given to the wrong question: let the node ask in the same order each time "
-            "it runs, and requeue the run"
+            "it was not given to the wrong question: give each question a key of its own (key=), "
+            "let the node ask in the same order each time it runs, and requeue the run"
         )
 
 

@@ -506,7 +506,9 @@ class RunStore(VersionVerbs, ABC):
 
         Pending questions about it become `superseded`, and a waiting run is queued. One that is
         under way, or of which the outcome is known, is `ConflictError`; but an outcome that a
-        person gave may be corrected when its run has failed. Event: `effect.resolved`.
+        person gave may be corrected when its run has failed. Of a compensation that did not
+        happen, whose run has failed, another call is made: the run is queued for that; when all
+        have happened, it is `compensated`. Event: `effect.resolved`.
         """
 
     @abstractmethod

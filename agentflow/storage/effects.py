@@ -24,6 +24,7 @@ from agentflow.journal import (
     question_id,
 )
 from agentflow.storage import effect_objects, effect_steps
+from agentflow.storage.effect_queries import is_all_undone
 from agentflow.storage.effect_rows import (
     columns_of,
     get_effect,
@@ -31,6 +32,8 @@ from agentflow.storage.effect_rows import (
     made_effect,
     update_effect,
 )
+from agentflow.storage.endings import COMPENSATED, PARTIALLY_COMPENSATED
+from agentflow.storage.letters import undo_again
 from agentflow.storage.rows import (
     Payloads,
     change_run,
@@ -163,6 +166,8 @@ def resolve_effect(
     row = get_effect(connection, tenant, effect_id)
     resolve(connection, payloads, run, row, now, resolution)
     _settle_waits(connection, payloads, row, now)
+    if row.kind == "compensation":
+        _settle_saga(connection, payloads, row, now, happened=resolution.happened)
     return get_effect(connection, tenant, effect_id)
 
 
@@ -310,6 +315,24 @@ def _settle_waits(
         )
     else:
         change_run(connection, run, payloads, now, log=log)
+
+
+def _settle_saga(
+    connection: Connection,
+    payloads: Payloads,
+    row: sa.Row[Any],
+    now: datetime,
+    *,
+    happened: bool,
+) -> None:
+    """Go on, or be done, with a run that could not be undone as a whole."""
+    run = get_run(connection, row.tenant, row.run_id, lock=True)
+    if run.saga != PARTIALLY_COMPENSATED or not RunStatus(run.status).is_ended:
+        return
+    if happened and is_all_undone(connection, run):
+        change_run(connection, run, payloads, now, saga=COMPENSATED)
+    elif not happened and run.status == RunStatus.FAILED:
+        undo_again(connection, payloads, run, now)
 
 
 def give_up(

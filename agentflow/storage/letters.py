@@ -11,6 +11,7 @@ from sqlalchemy.engine import Connection
 from agentflow.database.engine import now as database_now
 from agentflow.database.tables import dead_letters, runs
 from agentflow.errors import InvalidInputError, NotDeadLetterError
+from agentflow.storage.endings import COMPENSATING
 from agentflow.storage.rows import (
     CLEARED,
     Payloads,
@@ -139,6 +140,24 @@ def requeue(
         is_dead_letter=False,
         ended_at=None,
         **CLEARED,
+    )
+
+
+def undo_again(connection: Connection, payloads: Payloads, row: sa.Row[Any], now: datetime) -> None:
+    """Queue a locked, failed run to have undone what could not be undone before."""
+    _drop(connection, row)
+    changes = {**CLEARED, "saga": COMPENSATING, "wake_reason": "compensation"}
+    change_run(
+        connection,
+        row,
+        payloads,
+        now,
+        status=RunStatus.QUEUED,
+        log=[NewEvent(type="run.compensating", data={"cause": "failed"})],
+        available_at=payloads.time(now),
+        is_dead_letter=False,
+        ended_at=None,
+        **changes,
     )
 
 

@@ -151,9 +151,11 @@ async def test_run_without_anything_to_undo_is_cancelled_at_once(app: AgentFlow)
     assert (run.status, run.saga) == ("cancelled", None)
 
 
+@pytest.mark.parametrize("by_hand", [True, False])
 async def test_compensation_that_fails_is_left_and_the_others_go_on(
-    app: AgentFlow, shop: Shop
+    app: AgentFlow, shop: Shop, *, by_hand: bool
 ) -> None:
+    """Somebody sees to it then: by hand, or by having it tried again."""
     shop.refuses.add("b")
     shop.unbook_once = effect(retry=ONCE)(shop.unbook)  # type: ignore[attr-defined]
     shop.book = effect(compensate=shop.unbook_once, name="tests:book once")(shop._book)  # type: ignore[attr-defined]
@@ -161,7 +163,19 @@ async def test_compensation_that_fails_is_left_and_the_others_go_on(
     run = await drive(app, chain(*steps))
     assert (run.status, run.saga, shop.undone) == ("failed", "partially_compensated", ["c", "a"])
     left = [e for e in (await app.effects.list(run_id="r")).items if e.kind == "compensation"]
-    assert [e.status for e in left].count(EffectStatus.FAILED) == 1
+    (failed,) = [each for each in left if each.status is EffectStatus.FAILED]
+    await app.effects.resolve(failed.id, happened=False, by="ada")
+    run = await app.drive("r")  # it still fails
+    assert (run.status, run.saga, run.dead_letter) == ("failed", "partially_compensated", True)
+    if by_hand:
+        await app.effects.resolve(failed.id, happened=True, by="ada")
+    else:
+        shop.refuses.clear()
+        await app.effects.resolve(failed.id, happened=False, by="ada")
+        await app.drive("r")
+    run = await app.get_run("r")
+    assert (run.status, run.saga, run.dead_letter) == ("failed", "compensated", True)
+    assert shop.undone == (["c", "a"] if by_hand else ["c", "a", "b"])
 
 
 async def test_effect_in_doubt_is_cleared_up_before_anything_is_undone(
