@@ -126,7 +126,8 @@ class AgentFlow:
                 `AGENTFLOW_KEYS`, if there is one.
             redact: Changes values before they are stored; see `open_checkpointer`. The places in
                 what is stored of runs are named by table and column, such as `runs.input`.
-            offload: Where large values of checkpoints are kept; see `open_checkpointer`.
+            offload: Where large values of checkpoints, and large outcomes of effects, are kept; see
+                `open_checkpointer`.
 
         Raises:
             UnsupportedUrlError: A URL's scheme is unknown.

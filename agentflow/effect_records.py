@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from agentflow.effects import find_definition
+from agentflow.errors import InvalidInputError
+from agentflow.inputs import member
 from agentflow.interrupts.plain import to_plain
 from agentflow.journal import Effect, EffectStatus, Resolution, warn_if_early
 from agentflow.storage import RunStore
@@ -19,11 +22,34 @@ class EffectRecords:
         self._tenant = tenant
 
     async def list(
-        self, *, run_id: str | None = None, limit: int = 100, cursor: str | None = None
+        self,
+        *,
+        run_id: str | None = None,
+        status: EffectStatus | str | None = None,
+        in_doubt: bool = False,
+        limit: int = 100,
+        cursor: str | None = None,
     ) -> Page[Effect]:
-        """Return a page of effects, the first intended first; give `run_id` for those of a run."""
+        """Return a page of effects, the first intended first.
+
+        Args:
+            run_id: Those of one run only.
+            status: Those with one status only.
+            in_doubt: Those only of which nobody knows what came of them: they were intended, and
+                no attempt is at them any more.
+            limit: How many at most.
+            cursor: Where the last page ended.
+
+        Raises:
+            InvalidInputError: There is no such status.
+        """
         return await self._store.list_effects(
-            self._tenant, run_id=run_id, limit=limit, cursor=cursor
+            self._tenant,
+            run_id=run_id,
+            status=member(EffectStatus, status),
+            in_doubt=in_doubt,
+            limit=limit,
+            cursor=cursor,
         )
 
     async def get(self, effect_id: str) -> Effect:
@@ -54,10 +80,15 @@ class EffectRecords:
 
         Raises:
             NotFoundError: There is no such effect.
-            ConflictError: It is under way, or its outcome is known.
+            ConflictError: It is under way, or its outcome is known. An outcome that a person gave
+                can be corrected once its run has failed.
+            InvalidInputError: The outcome is not one of the function's, which is known here.
             SerializationError: The outcome is not plain data.
         """
         effect = await self.get(effect_id)
+        definition = find_definition(effect.name) if happened else None
+        if definition is not None and (problem := definition.outcome_problem(outcome)) is not None:
+            raise InvalidInputError("effect", (f"outcome: {problem}",))
         if effect.status is EffectStatus.INTENDED:
             warn_if_early(effect.id, effect.safe_at, SystemClock().now())
         said = Resolution(

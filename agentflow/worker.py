@@ -22,6 +22,7 @@ from agentflow.drive import Driver, RegisteredGraph
 from agentflow.errors import AgentflowError, FencedError
 from agentflow.lease import LeaseKeeper
 from agentflow.listener import Listener
+from agentflow.processes import own_mark
 from agentflow.storage import RunStore
 from agentflow.threads import NodeThreads, on_loop
 from agentflow.types import ClaimedRun, WorkerHealth, WorkerReport, new_id
@@ -83,6 +84,7 @@ class Worker:
         self.name = name or f"{socket.gethostname()}-{os.getpid()}-{new_id()[-6:]}"
         self._instance = f"{self.name}-{new_id()}"
         """Unlike the name, that of this start alone: it is what a dead worker is known by."""
+        self._process = own_mark()
         self._store = store
         self._saver = saver
         self._graphs = graphs
@@ -252,6 +254,7 @@ class Worker:
                 concurrency=self._concurrency,
                 active=len(self._active),
                 health=self._health(),
+                process=self._process,
             )
             try:
                 await self._store.beat_worker(self._tenant, report)

@@ -45,12 +45,20 @@ async def list_effects(
     call: Call,
     *,
     run_id: Annotated[str | None, typer.Option(help="Effects of this run only.")] = None,
+    status: Annotated[
+        EffectStatus | None, typer.Option(help="Effects with this status only.")
+    ] = None,
+    in_doubt: Annotated[
+        bool, typer.Option("--in-doubt", help="Those only that somebody has to look into.")
+    ] = False,
     limit: Annotated[int, typer.Option(min=1, help="How many at most.")] = 100,
     cursor: Annotated[str | None, typer.Option(help="Where the last page ended.")] = None,
 ) -> None:
     """List effects, in the order in which they were first intended."""
     async with call.open_app() as app:
-        page = await app.effects.list(run_id=run_id, limit=limit, cursor=cursor)
+        page = await app.effects.list(
+            run_id=run_id, status=status, in_doubt=in_doubt, limit=limit, cursor=cursor
+        )
     call.output.rows(page.items, _COLUMNS, empty="no effects")
     if page.cursor is not None:
         call.output.message(f"there are more: --cursor {page.cursor}")

@@ -103,7 +103,10 @@ async def _undo(journal: Journal, effect: Effect) -> None:
         timeout=None if own is None else own.timeout,
         kind="compensation",
     )
-    policy = Policy(retry=RetryPolicy() if own is None or own.retry is None else own.retry)
+    policy = Policy(
+        retry=RetryPolicy() if own is None or own.retry is None else own.retry,
+        in_doubt_on=None if own is None else own.in_doubt_on,
+    )
     target = function if own is None else own.function
     await journal.run(new, policy, functools.partial(_call, target, definition, effect))
 

@@ -52,6 +52,7 @@ The tree::
         │   └── NotDeadLetterError
         ├── EffectFailedError
         ├── EffectInDoubtError
+        ├── OutcomeUnknownError
         ├── NonDeterministicNodeError
         └── ProposalUnstableError
 
@@ -108,6 +109,7 @@ from agentflow.errors.runs import (
     MigrationError,
     NonDeterministicNodeError,
     NotDeadLetterError,
+    OutcomeUnknownError,
     ProposalUnstableError,
     RunCancelledError,
     RunError,
@@ -168,6 +170,7 @@ __all__ = [
     "NotFoundError",
     "ObjectStoreError",
     "Outcome",
+    "OutcomeUnknownError",
     "PausedError",
     "PayloadTooLargeError",
     "ProposalUnstableError",

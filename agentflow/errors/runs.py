@@ -239,6 +239,13 @@ class EffectInDoubtError(RunError):
         )
 
 
+class OutcomeUnknownError(RunError):
+    """Raised by a function with an effect: whether its call has happened is not known to it.
+
+    The effect is in doubt then, as after a crash, and `on_in_doubt` says what follows.
+    """
+
+
 class NonDeterministicNodeError(RunError):
     """A node asks other questions, or in another order, than it did before it was answered."""
 
@@ -252,8 +259,8 @@ class NonDeterministicNodeError(RunError):
         """Say that nobody got the wrong answer, and what to change."""
         return (
             f"the node asks {self.now!r} where it had asked {self.asked!r}, whose answer is there; "
-            "it was not given to the wrong question: let the node ask in the same order each time "
-            "it runs, and requeue the run"
+            "it was not given to the wrong question: give each question a key of its own (key=), "
+            "let the node ask in the same order each time it runs, and requeue the run"
         )
 
 

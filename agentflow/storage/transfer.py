@@ -16,6 +16,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from agentflow.codec import is_apart
 from agentflow.database.engine import now as database_now
 from agentflow.database.statements import insert_new
 from agentflow.database.tables import (
@@ -36,6 +37,7 @@ from agentflow.errors import (
 )
 from agentflow.journal import GLOBAL
 from agentflow.storage.claims import lock_thread
+from agentflow.storage.effect_objects import open_apart
 from agentflow.storage.effect_rows import key_hashes, repack_request, to_effect
 from agentflow.storage.rows import (
     GENESIS,
@@ -77,7 +79,6 @@ def get_rows(
         raise ConflictError(
             f"run {run_id!r} is being driven; wait until it is parked, or pause it, and call again"
         )
-    del payloads
     _refuse_shared(connection, row)
     found: dict[str, Any] = {}
     for name, table in _TABLES.items():
@@ -88,8 +89,20 @@ def get_rows(
             query = query.where(table.c.run_id == run_id)
         order = [table.c.seq] if "seq" in table.c else list(table.primary_key.columns)
         rows = connection.execute(query.order_by(*order)).mappings()
-        found[name] = [_packed(table, each) for each in rows]
+        found[name] = [_packed(table, _whole(payloads, table, each)) for each in rows]
     return found
+
+
+def _whole(payloads: Payloads, table: sa.Table, row: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """Return a row with what stands apart from it in its place: the other database has no object.
+
+    Raises:
+        MissingBlobError: It is not there.
+    """
+    if table is not effects or row["outcome"] is None or not is_apart(row["outcome"]):
+        return row
+    body = open_apart(payloads, row)
+    return {**row, "outcome": payloads.seal(body, effects.c.outcome, row)}
 
 
 def _refuse_shared(connection: Connection, run: sa.Row[Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -111,8 +111,10 @@ def _to_record(row: sa.Row[Any], now: datetime) -> WorkerRecord:
     said = json.loads(row.report)
     said["queues"] = tuple(said["queues"])
     said["graphs"] = tuple((name, version) for name, version in said["graphs"])
+    known = {each.name for each in fields(WorkerReport)}
     return WorkerRecord(
-        report=WorkerReport(**said),
+        # A newer program may tell more about itself.
+        report=WorkerReport(**{name: value for name, value in said.items() if name in known}),
         started_at=row.started_at,
         beat_at=row.beat_at,
         silence=now - row.beat_at,

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from langgraph.types import interrupt
 
-from agentflow import AgentFlow, RetryPolicy, effect
+from agentflow import AgentFlow, RetryPolicy, effect, request_approval
+from agentflow.errors import ConflictError
 from agentflow.journal import EffectStatus
 from agentflow.types import Run, RunStatus
 from tests.integration.graphs import State, chain, fan
@@ -150,9 +151,11 @@ async def test_run_without_anything_to_undo_is_cancelled_at_once(app: AgentFlow)
     assert (run.status, run.saga) == ("cancelled", None)
 
 
+@pytest.mark.parametrize("by_hand", [True, False])
 async def test_compensation_that_fails_is_left_and_the_others_go_on(
-    app: AgentFlow, shop: Shop
+    app: AgentFlow, shop: Shop, *, by_hand: bool
 ) -> None:
+    """Somebody sees to it then: by hand, or by having it tried again."""
     shop.refuses.add("b")
     shop.unbook_once = effect(retry=ONCE)(shop.unbook)  # type: ignore[attr-defined]
     shop.book = effect(compensate=shop.unbook_once, name="tests:book once")(shop._book)  # type: ignore[attr-defined]
@@ -160,7 +163,19 @@ async def test_compensation_that_fails_is_left_and_the_others_go_on(
     run = await drive(app, chain(*steps))
     assert (run.status, run.saga, shop.undone) == ("failed", "partially_compensated", ["c", "a"])
     left = [e for e in (await app.effects.list(run_id="r")).items if e.kind == "compensation"]
-    assert [e.status for e in left].count(EffectStatus.FAILED) == 1
+    (failed,) = [each for each in left if each.status is EffectStatus.FAILED]
+    await app.effects.resolve(failed.id, happened=False, by="ada")
+    run = await app.drive("r")  # it still fails
+    assert (run.status, run.saga, run.dead_letter) == ("failed", "partially_compensated", True)
+    if by_hand:
+        await app.effects.resolve(failed.id, happened=True, by="ada")
+    else:
+        shop.refuses.clear()
+        await app.effects.resolve(failed.id, happened=False, by="ada")
+        await app.drive("r")
+    run = await app.get_run("r")
+    assert (run.status, run.saga, run.dead_letter) == ("failed", "compensated", True)
+    assert shop.undone == (["c", "a"] if by_hand else ["c", "a", "b"])
 
 
 async def test_effect_in_doubt_is_cleared_up_before_anything_is_undone(
@@ -202,3 +217,42 @@ async def test_what_was_undone_is_done_again_by_a_run_that_is_requeued(
     run = await app.drive("r")
     assert (run.status, run.saga, run.output) == ("succeeded", None, {"log": ["booked a"]})
     assert (shop.done, shop.undone) == (["a", "a"], ["a"])
+
+
+@pytest.mark.parametrize("how", ["requeue", "submit"])
+async def test_run_whose_effects_were_undone_is_executed_again_from_its_start(
+    app: AgentFlow, shop: Shop, how: str
+) -> None:
+    """Or else it would end well although what its first nodes did is undone."""
+    fails = [ValueError()]
+
+    def fail(state: State) -> State:
+        if fails:
+            raise fails.pop()
+        return {}
+
+    await drive(app, chain(("a", books(shop, "a")), ("b", books(shop, "b")), ("c", fail)))
+    assert shop.undone == ["b", "a"]
+    if how == "requeue":
+        await app.dead_letters.requeue("r")
+    else:
+        await app.submit("g", {"log": []}, run_id="r", on_existing="restart_if_failed")
+    run = await app.drive("r")
+    assert (run.status, run.saga) == ("succeeded", None)
+    assert run.output == {"log": ["booked a", "booked b"]}
+    assert shop.done == ["a", "b", "a", "b"]
+
+
+async def test_decision_of_a_run_whose_effects_were_undone_stands(
+    app: AgentFlow, shop: Shop
+) -> None:
+    def ask(state: State) -> State:
+        request_approval("go on?")
+        raise ValueError
+
+    await drive(app, chain(("a", books(shop, "a")), ("b", ask)))
+    (asked,) = (await app.approvals.list()).items
+    await app.approvals.decide(asked.id, "approve", by="ada")
+    assert (await app.drive("r")).saga == "compensated"
+    with pytest.raises(ConflictError, match="compensated"):
+        await app.approvals.reopen(asked.id, by="ada")
