@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import re
 import sys
 import types
@@ -24,7 +25,8 @@ import typing_extensions
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from agentflow.versions.source import Sources, digest
+from agentflow.versions.source import Sources
+from agentflow.versions.syntax import digest
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _DEEPEST = 4
@@ -110,6 +112,8 @@ def defaults_of(schema: Any) -> dict[str, str]:
 
 def reducer_text(reducer: Any, sources: Sources) -> str:
     """Name a reducer; one of the user's own, with the digest of its code."""
+    if isinstance(reducer, functools.partial):
+        return f"partial({reducer_text(reducer.func, sources)})"
     named = getattr(reducer, "__qualname__", type(reducer).__qualname__)
     module = getattr(reducer, "__module__", "") or ""
     if _is_named_by_module(module):
