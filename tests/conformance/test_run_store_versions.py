@@ -24,6 +24,7 @@ from agentflow.types import (
     WaitStatus,
     WorkerReport,
 )
+from agentflow.versions import Fingerprint
 from tests.conformance.runs import (
     FAILURE,
     LEASE,
@@ -39,6 +40,7 @@ from tests.conformance.runs import (
     running,
     types_of_events,
 )
+from tests.golden import versions_v1
 
 
 async def take(store: RunStore, run_id: str) -> ClaimedRun:
@@ -173,7 +175,9 @@ async def test_resumed_run_is_not_counted_as_incompatible(store: RunStore) -> No
 
 async def test_run_moves_with_its_waits_and_events(store: RunStore, database_url: str) -> None:
     asked = question()
-    await store.create_fingerprint("", "d", "g", "form")
+    form = versions_v1.FILE.read_text().strip()
+    digest = Fingerprint.of_text(form, "golden").digest
+    await store.create_fingerprint("", digest, "g", form)
     await parked(store, "r", asked)
     rows = await store.get_rows("", "r")
     other = open_store("memory://")
@@ -184,7 +188,7 @@ async def test_run_moves_with_its_waits_and_events(store: RunStore, database_url
         after = await other.list_events("", "r", after=0, limit=100)
         assert after[:-1] == before
         assert after[-1].type == "run.imported"
-        assert await other.find_fingerprint("", "d") == "form"
+        assert await other.find_fingerprint("", digest) == form
         await resolve(other, asked.wait_id)
         lease = await claim(other, "r")
         await finish(other, lease)
