@@ -471,7 +471,13 @@ class _Carrier:
         saved = await aside.aput(
             place, made, cast("CheckpointMetadata", metadata), made["channel_versions"]
         )
-        state = await graph.aget_state(saved)
+        try:
+            state = await graph.aget_state(saved)
+        except Exception as exc:
+            # A validator of the user's, say, whose message may hold what it was given.
+            raise TransformationError(
+                f"the new version cannot read the migrated state: {type(exc).__name__}"
+            ) from exc
         return {
             (task.name, task.path[1] if task.path[0] == _PUSH else None): task  # type: ignore[misc]
             for task in state.tasks

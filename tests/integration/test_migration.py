@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import operator
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from itertools import count
 from typing import Annotated, Any
 
 import pytest
 from langgraph.graph import START, StateGraph
 from langgraph.types import Send, interrupt
+from pydantic import BaseModel, Field
 from typing_extensions import TypedDict
 
 from agentflow import AgentFlow, effect
@@ -238,6 +240,45 @@ async def test_migration_that_cannot_be_right_is_refused_and_changes_nothing(
     after = await app.get_run(run_id), await app.list_events(run_id), await app.state(run_id)
     assert after == before
     assert "old" in await finish(app, run_id)
+
+
+class Model(BaseModel):
+    """A state that is checked whenever a node is called."""
+
+    log: Annotated[list[str], operator.add] = []
+    currency: str
+    cents: int = Field(default=0, ge=0)
+
+
+@dataclass
+class Record:
+    """The same as a record."""
+
+    currency: str
+    log: Annotated[list[str], operator.add]
+
+
+@pytest.mark.parametrize(
+    ("schema", "changes", "reason"),
+    [
+        (Model, {}, "currency: Field required"),
+        (Model, {"currency": "secret", "cents": -1}, "cents: Input should be greater"),
+        (Record, {}, "currency: Field required"),
+    ],
+    ids=str,
+)
+async def test_state_that_the_next_node_could_not_take_is_refused(
+    app: AgentFlow, schema: Any, changes: dict[str, Any], reason: str
+) -> None:
+    run_id = await waiting(app)
+    app.register(graph(schema=schema), name="g", version="2")
+    app.migration("g", from_="1", to="2")(lambda values: {"log": values["log"], **changes})
+    report = await app.migrate_runs("g")
+    [found] = report.runs
+    assert (found.outcome, (await app.get_run(run_id)).version) == ("refused", "1")
+    assert found.reason is not None
+    assert reason in found.reason
+    assert "secret" not in found.reason
 
 
 async def test_run_inside_of_a_subgraph_and_one_without_a_way_are_refused(app: AgentFlow) -> None:
