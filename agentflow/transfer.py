@@ -170,7 +170,8 @@ def _content_of(exported: Any, tenant: str) -> Mapping[str, Any]:
 
 def _check_head(content: Mapping[str, Any]) -> None:
     """See that what is said of the run is so, and that its thread is there if it has one."""
-    (run,) = content["rows"]["run"] or ({},)
+    run: Mapping[str, Any]
+    (run,) = content["rows"]["run"]
     for name, column in _HEAD.items():
         if content[name] != run.get(column):
             raise HashMismatchError(_WHAT, f"its {name} is not that of the run in it")

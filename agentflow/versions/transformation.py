@@ -100,7 +100,7 @@ def transform(
     inner = {name: value for name, value in found.items() if _is_inner(name)}
     migrated = _migrate(values, steps)
     apart = {name: value for name, value in found.items() if name != _SENDS}
-    pulled = due_nodes(Checkpoint(**{**checkpoint, "channel_values": apart}), old)  # type: ignore[typeddict-item]  # as it is
+    pulled = due_nodes(Checkpoint(**{**checkpoint, "channel_values": apart}), old)
     _validate(migrated, graph, {names.node(name) for name in pulled})
     rename = Renaming(names, new["nodes"])
     versions = {rename.channel(name): v for name, v in checkpoint["channel_versions"].items()}

@@ -213,6 +213,24 @@ async def test_stored_runs_are_held_against_todays_code(tmp_path: Path) -> None:
             await replay_stored(app)
 
 
+async def test_stored_runs_of_a_version_that_is_gone_are_held_against_its_migration() -> None:
+    async with AgentFlow("memory://") as source, AgentFlow("memory://") as app:
+        for each, version in ((source, "1"), (app, "2")):
+            each.register(paying([]), name="pay", version=version)
+        await source.submit("pay", {"log": []}, run_id="r")
+        await source.drive("r")
+        file = await source.export_run("r")
+        with pytest.raises(AssertionError, match="no migration leads there"):
+            await replay_stored(app, file)
+        app.migration("pay", from_="1", to="2")(lambda values: values)
+        [checked] = await replay_stored(app, file)
+        assert (checked.verdict, checked.version) == ("same", "2")
+        app._registry.migrations.clear()
+        app.migration("pay", from_="1", to="2")(lambda values: {**values, "more": 1})
+        with pytest.raises(AssertionError, match="more: there is no such channel"):
+            await replay_stored(app, file)
+
+
 async def test_run_that_the_first_version_exported_goes_on() -> None:
     async with AgentFlow("memory://") as app:
         run_v1.register(app)

@@ -180,7 +180,7 @@ def test_whatever_a_node_calls_by_name_counts(code: str, tmp_path: Path) -> None
 def test_second_graph_that_a_node_calls_counts() -> None:
     def calls(*numbers: int) -> str:
         one, two = (
-            StateGraph(State).add_node("n", lambda _: {}, metadata={"version": str(n)})
+            StateGraph[Any](State).add_node("n", lambda _: {}, metadata={"version": str(n)})
             for n in numbers
         )
         first, second = (each.add_edge(START, "n").compile() for each in (one, two))
