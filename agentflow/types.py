@@ -477,7 +477,7 @@ class Pause:
     reason: str | None = None
 
 
-WorkerHealth = Literal["ok", "draining", "overloaded"]
+WorkerHealth = Literal["ok", "draining", "overloaded", "silent"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -493,7 +493,8 @@ class WorkerReport:
     concurrency: int
     active: int = 0
     health: WorkerHealth = "ok"
-    """`overloaded`: it claims nothing more and asks to be replaced."""
+    """`overloaded`: it claims nothing more and asks to be replaced. `silent`: others have noted
+    that it does not report any more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

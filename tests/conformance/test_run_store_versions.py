@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
+from agentflow.database.tables import workers
 from agentflow.errors import (
     ConflictError,
     InvalidInputError,
@@ -242,3 +245,28 @@ async def test_versions_that_have_runs_and_no_worker_are_told(store: RunStore) -
     assert await told() == [first]
     await store.beat_worker("", report("next", "2"))
     assert await told() == [first, first]
+    # Killed, the only one of its version does not say so itself; of all others one tells, once.
+    await store.beat_worker("", report("killed", "1", "2"))
+    await age(store, "killed", timedelta(seconds=50))
+    await store.beat_worker("", report("new", "2"))
+    assert await told() == [first, first]
+    await age(store, "killed", timedelta(seconds=20))
+    for instance in ("new", "next", "new"):
+        await store.beat_worker("", report(instance, "2"))
+    assert await told() == [first, first, first]
+    silent = [w.report.name for w in await store.list_workers("") if w.report.health == "silent"]
+    assert silent == ["killed"]
+    # It was only stopped for a while.
+    await store.beat_worker("", report("killed", "1", "2"))
+    assert [w.report.health for w in await store.list_workers("")] == ["ok"] * 3
+
+
+async def age(store: RunStore, instance: str, by: timedelta) -> None:
+    """Let time pass in which a worker says nothing."""
+
+    def change(connection: Any) -> None:
+        own = workers.c.instance == instance
+        beat_at = connection.execute(sa.select(workers.c.beat_at).where(own)).scalar_one()
+        connection.execute(sa.update(workers).where(own).values(beat_at=beat_at - by))
+
+    await store._database.write(change)  # type: ignore[attr-defined]
