@@ -525,6 +525,7 @@ class MovedWait:
     """Under which ids a question is asked after its run was migrated."""
 
     wait_id: str
+    ns: str = ""
     task_id: str
     interrupt_id: str
     checkpoint_id: str

@@ -216,6 +216,7 @@ def _move_waits(connection: Connection, row: sa.Row[Any], moved: Sequence[MovedW
             sa.update(waits)
             .where(waits.c.tenant == row.tenant, waits.c.wait_id == wait.wait_id)
             .values(
+                ns=wait.ns,
                 task_id=wait.task_id,
                 interrupt_id=wait.interrupt_id,
                 checkpoint_id=wait.checkpoint_id,

@@ -67,7 +67,9 @@ async def migrate(store: RunStore, lease: Lease, *waits: MovedWait, **changes: A
 
 def moved(wait: NewWait) -> MovedWait:
     """Ask a question under other ids."""
-    return MovedWait(wait_id=wait.wait_id, task_id="new", interrupt_id="f" * 32, checkpoint_id="c2")
+    return MovedWait(
+        wait_id=wait.wait_id, ns="n", task_id="new", interrupt_id="f" * 32, checkpoint_id="c2"
+    )
 
 
 async def test_fingerprint_is_stored_once_and_found_by_its_tenant(store: RunStore) -> None:
@@ -148,7 +150,8 @@ async def test_migrated_run_waits_for_what_it_asks_under_new_ids(
     assert (run.status, run.version, run.fingerprint) == (status, "2", "f2")
     assert (run.checkpoint_id, run.attempt, run.losses) == ("c2", 0, 0)
     wait = await store.get_wait("", kept.wait_id)
-    assert (wait.task_id, wait.interrupt_id, wait.checkpoint_id) == ("new", "f" * 32, "c2")
+    assert (wait.ns, wait.task_id) == ("n", "new")
+    assert (wait.interrupt_id, wait.checkpoint_id) == ("f" * 32, "c2")
     assert (await store.get_wait("", gone.wait_id)).status is WaitStatus.SUPERSEDED
     assert (await types_of_events(store, "r"))[-2:] == ["approval.superseded", "run.migrated"]
     with pytest.raises(LeaseLostError):
