@@ -111,7 +111,7 @@ class _Maker:
         is_state, defaults = isinstance(graph, CompiledStateGraph), {}
         if isinstance(graph, CompiledStateGraph):
             _connect(graph, nodes)
-            defaults = defaults_of(graph.builder.state_schema)
+            defaults = defaults_of(graph.builder.state_schema, self.sources)
         else:
             _connect_by_channels(graph, nodes)
         return {

@@ -109,13 +109,18 @@ class Sources:
             done.tags += map(repr, declared.texts)
             done.names |= declared.names
         done.has_source &= own.has_source
-        self._note_graphs(done, found, own)
-        for path, other in self._called(found, own):
-            called = self._read(other.function)
-            done.tags.append(f"{path}={called.text}")
-            done.names |= called.names
-            self._note_graphs(done, other, called)
-            self._note_main(done, other.function, called)
+        for path, named in _named(found, own):
+            if isinstance(named, Pregel):
+                done.graphs[id(named)] = named
+                continue
+            for other in _called(found, path, named):
+                called = self._read(other.function)
+                done.tags.append(f"{path}={called.text}")
+                done.names |= called.names
+                for _, each in _named(other, called):
+                    if isinstance(each, Pregel):
+                        done.graphs[id(each)] = each
+                self._note_main(done, other.function, called)
         done.names |= own.names
         self._note_main(done, found.function, own)
 
@@ -139,28 +144,29 @@ class Sources:
         writer.write(node, is_top=True)
         return _Function("".join(writer.parts), True, writer.names, writer.paths)
 
-    def _called(self, found: Found, own: _Function) -> Iterator[tuple[str, Found]]:
-        """Yield the functions of the project that a function names, in order of their names."""
-        for path in sorted(own.paths):
-            for other in functions_in(resolve(found, path)):
-                is_itself = other.function.__code__ is found.function.__code__
-                if not is_itself and is_project(other.function, found.function):
-                    is_own = path.startswith(("self.", "cls.")) and other.owner is None
-                    yield path, Found(other.function, found.owner) if is_own else other
-
-    def _note_graphs(self, done: _Read, found: Found, own: _Function) -> None:
-        if is_library(found.function):
-            return
-        for path in sorted(own.paths):
-            named = resolve(found, path)
-            if isinstance(named, Pregel):
-                done.graphs[id(named)] = named
-
     def _note_main(self, done: _Read, function: types.FunctionType, own: _Function) -> None:
         if function.__module__ == MAIN and function.__name__ != "<lambda>":
             done.main[function.__qualname__] = None
             if "<" not in function.__qualname__:
                 self.main[function.__qualname__] = own.text
+
+
+def _named(found: Found, own: _Function) -> Iterator[tuple[str, Any]]:
+    """Yield what the names in a function stand for, in order."""
+    if is_library(found.function):
+        return
+    for path in sorted(own.paths):
+        if (named := resolve(found, path)) is not None:
+            yield path, named
+
+
+def _called(found: Found, path: str, named: Any) -> Iterator[Found]:
+    """Yield the functions of the project that a name in a function stands for."""
+    for other in functions_in(named):
+        is_itself = other.function.__code__ is found.function.__code__
+        if not is_itself and is_project(other.function, found.function):
+            is_own = path.startswith(("self.", "cls.")) and other.owner is None
+            yield Found(other.function, found.owner) if is_own else other
 
 
 def _compiled(code: types.CodeType) -> str:

@@ -106,6 +106,8 @@ async def test_routes_of_a_graph_are_at_most_everything(store: RunStore) -> None
     assert [route.version for route in routes] == ["3"]
     assert len(await store.list_routes("", None)) == 2
     assert await store.list_routes("other", None) == ()
+    for version, share in {"1": 0.05, "2": 0.55, "3": 0.3, "4": 0.1}.items():
+        await store.route_graph("acme", "g", version, share, by=None)
     log = await store.list_events("", "", after=0, limit=100)
     assert [event.type for event in log] == ["graph.routed"] * 4
     assert log[-1].data == {"graph": "g", "version": "2", "share": None, "by": "bob"}

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +18,7 @@ from langchain_core.tools import StructuredTool
 from langgraph.func import entrypoint, task
 from langgraph.graph import START, StateGraph
 from langgraph.prebuilt import ToolNode
-from pydantic import create_model
+from pydantic import Field, create_model
 from sqlalchemy import create_engine
 from typing_extensions import TypedDict
 
@@ -303,6 +304,13 @@ def test_command_that_nobody_declared_leads_anywhere(tmp_path: Path) -> None:
     assert nodes["said"]["to"] == ["open"]
 
 
+@dataclass
+class Box:
+    """Holds a set."""
+
+    of: frozenset[int]
+
+
 def test_fields_and_defaults_of_types_count() -> None:
     def channels(kind: Any, default: Any) -> Any:
         schema = create_model("S", order=(kind, default))
@@ -316,6 +324,15 @@ def test_fields_and_defaults_of_types_count() -> None:
     assert channels(one | None, None) != channels(two | None, None)
     assert channels(int, 1) != channels(int, 2)
     assert channels(int | None, 1) == channels(None | int, 1)
+    factories = [Field(default_factory=lambda: [1]), Field(default_factory=lambda: [2])]
+    assert channels(list, factories[0]) != channels(list, factories[1])
+    # Sets of the same, in another order: that of texts is another one with each hash seed.
+    sets = [frozenset([0, 8]), frozenset([8, 0])]
+    assert repr(sets[0]) != repr(sets[1])
+    for made in (lambda each: each, lambda each: {"a": [each]}, lambda each: Box(of=each)):
+        first, second = map(made, sets)
+        assert channels(Any, first) == channels(Any, second)
+    assert channels(Any, sets[0]) != channels(Any, frozenset([0, 9]))
 
 
 def test_golden_fingerprint_is_still_read_and_made() -> None:
