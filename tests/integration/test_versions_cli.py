@@ -63,12 +63,19 @@ def test_fingerprints_are_committed_and_a_change_is_told_with_the_runs_it_stops(
     assert run["verdict"] == "same"
 
 
-@pytest.mark.parametrize("content", [None, "", "{}x", "[]", '{"refund@1": {}}'])
+@pytest.mark.parametrize("content", [None, "", "{}x", "[]", '{"refund@1": {}}', "changed", "newer"])
 def test_file_that_has_no_fingerprints_is_a_usage_error(
     cli: Cli, tmp_path: Path, content: str | None
 ) -> None:
     file = tmp_path / "file"
-    if content is not None:
+    if content in {"changed", "newer"}:
+        made = json.loads(cli.ok("graph", "fingerprint", *FIRST).out)
+        if content == "newer":
+            made["refund@1"]["form"] = 99
+        else:
+            made["refund@1"]["graph"]["context"] = "other"
+        file.write_text(json.dumps(made))
+    elif content is not None:
         file.write_text(content)
     result = cli("graph", "fingerprint", "--check", str(file), *FIRST)
     assert (result.code, "--check" in result.err) == (2, True)
