@@ -64,6 +64,7 @@ from agentflow.errors import (
     LeaseLostError,
     RunError,
     StoreUnavailableError,
+    UnknownVersionError,
 )
 from agentflow.interrupts import Asked
 from agentflow.retry import GiveUp, Retry, RetryPolicies, RetryPolicy, decide
@@ -86,6 +87,8 @@ _PAGE = 200
 _LOSSES = 10
 """How many times as often as it may fail a run may be lost with workers that others have killed."""
 # LangGraph's own errors that the same call would only raise again.
+_INCOMPATIBLE = (IncompatibleGraphError, UnknownVersionError)
+"""What is no fault of the run's: another program, of another release, can go on with it."""
 _HOPELESS = (GraphRecursionError, InvalidUpdateError, EmptyInputError)
 
 
@@ -138,7 +141,7 @@ class Attempt:
         self._gate = Gate(control, registered.time_limits(), self._journal.places)
         self._shift = claimed.run.effect_shift
         self._compatibility = Compatibility(store, saver, registered, claimed.run.tenant)
-        self.refused: IncompatibleGraphError | None = None
+        self.refused: IncompatibleGraphError | UnknownVersionError | None = None
         """Why the graph that is registered is not one that the run can go on with."""
         self._graph_changed: Mapping[str, Any] | None = None
         self._started: AttemptStart | None = None
@@ -501,7 +504,7 @@ class Attempt:
         fail_span(span, type(error).__name__)
         await self._flush_quietly()
         failed = await self._failed(span)
-        if isinstance(error, IncompatibleGraphError):
+        if isinstance(error, _INCOMPATIBLE):
             self.refused = error
         failure = failures.describe(error, failed.node, failed.attempt)
         await self._release_thread()
@@ -531,7 +534,7 @@ class Attempt:
         span.set_attribute(RUN_STATUS, "queued" if is_paused else "failed")
 
     def _judge(self, error: Exception, failed: Failed) -> Retry | GiveUp:
-        if isinstance(error, IncompatibleGraphError):
+        if isinstance(error, _INCOMPATIBLE):
             return GiveUp("incompatible")
         if isinstance(error, _HOPELESS):
             return GiveUp("not_retryable")
