@@ -25,6 +25,7 @@ _OFFLOAD = "tests/integration/test_offload.py"
 _ARCHIVE = "tests/integration/test_archive.py"
 _DEPLOYS = "tests/fault/test_deploys.py"
 _TRANSFER = "tests/integration/test_transfer.py"
+_GOLDEN = "tests/integration/test_golden"
 _VERSIONS = "tests/integration/test_versions.py"
 _VALUES = "tests/unit/test_serializer.py"
 _RETRY = "tests/unit/test_retry.py"
@@ -65,11 +66,17 @@ REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
         f"{_VALUES}::test_newer_version_is_named",
         "tests/unit/test_fingerprints.py::test_golden_fingerprint_is_still_read_and_made",
         f"{_TRANSFER}::test_run_that_the_first_version_exported_goes_on",
+        f"{_GOLDEN}_database.py::test_runs_and_approvals_are_listed_as_they_were",
+        f"{_GOLDEN}_second.py::test_everything_is_listed_as_it_was_and_nothing_is_damaged",
+        f"{_GOLDEN}_third.py::test_everything_is_listed_with_its_version_and_nothing_is_damaged",
+        f"{_GOLDEN}_third.py::test_each_run_goes_on_and_nothing_is_done_twice",
     ),
     "S0-9": (
+        f"{_VERSIONS}::test_run_that_a_newer_program_has_stored_waits_for_one",
         f"{_VERSIONS}::test_verdict_is_right_about_each_change_from_where_the_run_stands",
         f"{_TRANSFER}::test_file_that_was_changed_is_refused_and_nothing_is_left",
         "tests/unit/test_fingerprints.py::test_fingerprint_of_a_newer_program_is_refused",
+        "tests/integration/test_migrations.py::test_newer_database_is_refused_and_left_alone",
     ),
     "S0-10": (
         f"{_DEPLOYS}::test_rolling_deploy_under_waiting_runs",
@@ -93,6 +100,8 @@ REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
         f"{_SPANS}::test_resumed_segment_is_a_new_trace_linked_to_the_previous_one",
     ),
     "S0-21": (
+        f"{_VERSIONS}::test_verdict_is_right_about_each_change_from_where_the_run_stands",
+        "tests/unit/test_fingerprints.py::test_whatever_a_node_calls_by_name_counts",
         f"{_VERSIONS}::test_policy_of_the_graph_and_of_the_kind_of_change_decides",
         f"{_VERSIONS}::test_refused_run_is_paused_told_by_doctor_and_goes_on_when_resumed",
         f"{_DEPLOYS}::test_migration_goes_on_wherever_its_process_is_killed",

@@ -39,7 +39,7 @@ from agentflow.drive.forks import copy_migrated, find_start
 from agentflow.drive.gate import Gate
 from agentflow.drive.graph import RegisteredGraph
 from agentflow.drive.questions import Key, Question, Waits, open_questions, owed
-from agentflow.drive.settlement import Settlement
+from agentflow.drive.settlement import INCOMPATIBLE, Settlement
 from agentflow.effects import (
     SHIFT,
     InDoubt,
@@ -57,6 +57,7 @@ from agentflow.errors import (
     LeaseLostError,
     RunError,
     StoreUnavailableError,
+    UnknownVersionError,
 )
 from agentflow.interrupts import Asked
 from agentflow.retry import RetryPolicies, RetryPolicy
@@ -127,7 +128,7 @@ class Attempt:
         self._gate = Gate(control, registered.time_limits(), self._journal.places)
         self._shift = claimed.run.effect_shift
         self._compatibility = Compatibility(store, saver, registered, claimed.run.tenant)
-        self.refused: IncompatibleGraphError | None = None
+        self.refused: IncompatibleGraphError | UnknownVersionError | None = None
         """Why the graph that is registered is not one that the run can go on with."""
         self._graph_changed: Mapping[str, Any] | None = None
         self._started: AttemptStart | None = None
@@ -422,7 +423,7 @@ class Attempt:
         fail_span(span, type(error).__name__)
         await self._settlement.flush_quietly()
         failed = await self._failed(span)
-        if isinstance(error, IncompatibleGraphError):
+        if isinstance(error, INCOMPATIBLE):
             self.refused = error
         await self._settlement.fail(error, failed, self._policies, span)
 

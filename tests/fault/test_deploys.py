@@ -100,11 +100,14 @@ async def test_rolling_deploy_under_waiting_runs(scene: Scene) -> None:
         documented = re.sub(r"\s+(> )?", " ", DOCS.read_text(encoding="utf-8"))
         assert run.error.message in documented
         assert ("pay", 3) not in steps(scene, "r-4711")
-        # The old code is put back.
-        scene.forkserver.spawn(WORKER, *where, 2)
+        # The next release has the old name again, and changes what the run has behind it.
+        scene.forkserver.spawn(WORKER, *where, 4)
         await app.resume_run("r-4711")
         await scene.ended(["r-4711"])
-        assert steps(scene, "r-4711")["pay", 2] == 1
+        assert steps(scene, "r-4711") == {("check", 2): 1, ("notify", 2): 1, ("pay", 4): 1}
+        [changed] = [e for e in await app.list_events("r-4711") if e.type == "run.graph_changed"]
+        assert changed.data["verdict"] == "behind"
+        assert changed.data["changes"] == ["node 'check' has other code"]
 
 
 async def test_runs_of_a_worker_that_was_killed_are_told_of(scene: Scene) -> None:

@@ -26,6 +26,8 @@ from tests.integration.test_golden_postgres import copy_rows, create_schema
 from tests.servers import no_leaked_files
 
 POSTGRES = "postgres"
+CODEC = 2
+"""The version of the envelopes in the files."""
 ELSEWHERE = {
     "agentflow_anchors.data",
     "agentflow_checkpoints.base",
@@ -81,13 +83,16 @@ async def app(url: str, outside: graphs.Outside) -> AsyncIterator[AgentFlow]:
         yield opened
 
 
-async def test_everything_is_listed_as_it_was_and_nothing_is_damaged(form: str, url: str) -> None:
+async def test_everything_is_listed_with_its_version_and_nothing_is_damaged(
+    form: str, url: str
+) -> None:
     listing = v3.listing_of("plain" if form == POSTGRES else form)
     expected = json.loads(gzip.decompress(listing.read_bytes()))
     # As a file has it.
     assert json.loads(json.dumps(await v3.list_all(url))) == expected
     found = payloads(url)
     assert {column for column, rows in found.items() if not rows} == ELSEWHERE
+    assert {row[-1][0] for rows in found.values() for row in rows} == {CODEC}
     async with open_checkpointer(url) as saver:
         async for audited in saver.verify():
             assert audited.damages == []

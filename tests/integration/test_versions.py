@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any, get_args
 
 import pytest
@@ -17,6 +17,7 @@ from agentflow.errors import (
     IncompatibleGraphError,
     InvalidInputError,
     PausedError,
+    UnknownVersionError,
 )
 from agentflow.types import RunStatus
 from agentflow.versions import ChangeAction, ChangePolicy
@@ -301,3 +302,33 @@ async def test_run_that_goes_back_is_judged_from_where_it_goes_back_to(app: Agen
         await app.drive(handle.id)
     assert await rows(app) == before
     assert "other" not in called
+
+
+async def test_run_that_a_newer_program_has_stored_waits_for_one(app: AgentFlow) -> None:
+    """As in a deploy that is under way, or was taken back."""
+    run_id = await stand(app, "ask")
+    await answer(app, run_id)
+
+    def change(to: Callable[[bytes], bytes]) -> Callable[[Any], None]:
+        def apply(connection: Any) -> None:
+            for row in connection.execute(sa.select(checkpoints)).all():
+                own = [key == getattr(row, key.name) for key in checkpoints.primary_key]
+                query = sa.update(checkpoints).where(*own).values(data=to(row.data))
+                connection.execute(query)
+
+        return apply
+
+    database = app._store._database  # type: ignore[attr-defined]
+    version = (await rows(app))[0][0].data[:1]
+    await database.write(change(lambda data: b"\x63" + data[1:]))
+    before = await rows(app)
+    with pytest.raises(UnknownVersionError, match="upgrade agentflow here"):
+        await app.drive(run_id)
+    run = await app.get_run(run_id)
+    assert (run.status, run.paused_at is None, run.dead_letter) == (RunStatus.QUEUED, False, False)
+    assert await rows(app) == before
+    assert called == []
+    await database.write(change(lambda data: version + data[1:]))
+    await app.resume_run(run_id)
+    assert (await app.drive(run_id)).status is RunStatus.SUCCEEDED
+    assert called == ["ask", "first", "second", "last"]
