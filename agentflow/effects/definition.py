@@ -139,6 +139,7 @@ def effect(
     _check_options(wanted, scope, check, timeout, in_doubt_on)
 
     def decorate(target: Callable[..., Any]) -> Any:
+        check_function("effect", target, name)
         return Definition(
             target,
             key=key,
@@ -356,6 +357,23 @@ def _alone() -> EffectContext:
 def find_definition(name: str) -> Definition | None:
     """Return the function of an effect, if it was decorated in this process."""
     return _definitions.get(name)
+
+
+def check_function(what: str, target: Any, name: str | None) -> None:
+    """Refuse what is not called as a function is, or has no name.
+
+    Raises:
+        InvalidInputError: It is.
+    """
+    found = []
+    if inspect.isgeneratorfunction(target) or inspect.isasyncgenfunction(target):
+        found.append("function: must not be a generator; its outcome is what it returns")
+    elif not inspect.isroutine(target) and not isinstance(target, functools.partial):
+        found.append("function: must be a function or a method")
+    elif name is None and not hasattr(target, "__qualname__"):
+        found.append("name: has to be given, since the function has none")
+    if found:
+        raise InvalidInputError(what, tuple(found))
 
 
 def name_of(function: Callable[..., Any]) -> str:

@@ -339,7 +339,9 @@ class Journal:
             await self._record(effect, outcome)
         except CodecError as exc:
             # It has happened, so it is not to be called again, whatever the policy says.
-            await self._fail(effect, exc, is_final=True)
+            if effect.compensate is None or effect.on_in_doubt == "retry":
+                await self._fail(effect, exc, is_final=True)
+            # Else it may have to be undone: it is in doubt until somebody says with what outcome.
             raise
         self._keep(replace(effect, status=EffectStatus.SUCCEEDED, outcome=value))
         return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
@@ -256,3 +257,25 @@ async def test_decision_of_a_run_whose_effects_were_undone_stands(
     assert (await app.drive("r")).saga == "compensated"
     with pytest.raises(ConflictError, match="compensated"):
         await app.approvals.reopen(asked.id, by="ada")
+
+
+async def test_call_whose_outcome_cannot_be_stored_is_undone_with_one_that_somebody_gives(
+    app: AgentFlow, shop: Shop
+) -> None:
+    async def lock(what: str) -> Any:
+        shop.done.append(what)
+        return threading.Lock()
+
+    book = effect(compensate=shop.unbook, name="tests:lock")(lock)
+
+    async def node(state: State) -> State:
+        await book("a")
+        return {}
+
+    run = await drive(app, chain(("a", node)))
+    assert (run.status, run.saga, shop.done) == ("waiting", "compensating", ["a"])
+    (asked,) = (await app.approvals.list()).items
+    said = {"happened": True, "outcome": "booked a"}
+    await app.approvals.decide(asked.id, {"type": "respond", "value": said}, by="ada")
+    run = await app.drive("r")
+    assert (run.status, run.saga, shop.undone) == ("failed", "compensated", ["a"])
