@@ -194,16 +194,25 @@ def resolve(found: Found, path: str) -> Any:
         here = _owner(function) if found.owner is None else found.owner
     else:
         here = function.__globals__.get(first)
+    if _stands_in(here):
+        return None
     for name in rest:
         if isinstance(inspect.getattr_static(type(here), name, None), functools.cached_property):
             return None  # it is there or not, as the case may be
         here, holder = inspect.getattr_static(here, name, None), here
+        if _stands_in(here):
+            return None
         if isinstance(here, (staticmethod, classmethod)):
             here = here.__func__
         elif isinstance(here, types.MemberDescriptorType):  # a slot
             with suppress(AttributeError):
                 here = here.__get__(holder)
-    return here
+    return None if _stands_in(here) else here
+
+
+def _stands_in(found: Any) -> bool:
+    """Whether an object is there for another one, and would make or fetch that to be looked at."""
+    return any("__class__" in vars(kind) for kind in type(found).__mro__ if kind is not object)
 
 
 def _owner(function: types.FunctionType) -> Any:

@@ -178,6 +178,21 @@ def test_whatever_a_node_calls_by_name_counts(code: str, tmp_path: Path) -> None
     assert one == again != two
 
 
+def test_what_stands_in_for_something_else_is_not_looked_at(tmp_path: Path) -> None:
+    """A lazy setting, or what belongs to the request that is being served."""
+    code = """
+        class Lazy:
+            def __getattribute__(self, name): raise RuntimeError("outside of a request")
+            @property
+            def __class__(self): raise RuntimeError("outside of a request")
+        request = Lazy()
+        class Settings:
+            current = Lazy()
+        def node(state): return {"log": [request.user, Settings.current.rate]}
+        """
+    assert tag(define(code, tmp_path / "a")) == tag(define(code, tmp_path / "b"))
+
+
 def test_second_graph_that_a_node_calls_counts() -> None:
     def calls(*numbers: int) -> str:
         one, two = (
