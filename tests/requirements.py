@@ -233,6 +233,7 @@ REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
         f"{_LETTERS}::test_requeue_works_exactly_once",
         "tests/fault/test_transitions.py::test_process_killed_at_each_transition_leaves_nothing_undone",
     ),
+    "S3-1": (f"{_STEPS}::test_run_that_is_saved_at_marked_steps_repeats_what_came_after_them",),
     "S3-2": (f"{_SUITE}::test_listing_filters_limits_and_pages_over_all_threads",),
     "S3-3": (f"{_GRAPHS}::test_any_checkpoint_can_be_continued_and_the_branch_is_the_latest",),
     "S3-4": (
