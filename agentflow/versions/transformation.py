@@ -64,10 +64,11 @@ class Names:
         channels: dict[str, str] = {}
         for step in steps:
             for known, new in ((nodes, step.nodes), (channels, step.channels)):
+                reached = set(known.values())  # before this step, in which names may change places
                 for name, current in list(known.items()):
                     known[name] = new.get(current, current)
                 for name, current in new.items():
-                    if name not in known.values():
+                    if name not in reached:
                         known.setdefault(name, current)
         return cls(nodes, channels)
 

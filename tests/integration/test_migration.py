@@ -219,6 +219,32 @@ async def test_migrations_follow_each_other_and_the_old_checkpoint_stays(app: Ag
     assert "501" in await finish(app, run_id)
 
 
+async def test_nodes_and_channels_change_places(app: AgentFlow) -> None:
+    class Pair(TypedDict, total=False):
+        log: Annotated[list[str], operator.add]
+        one: str
+        two: str
+
+    def pair(*names: str) -> Any:
+        builder: Any = StateGraph(Pair)
+        builder.add_node("set", lambda _: {"one": "1", "two": "2"})
+        builder.add_node(names[0], lambda _: {"log": [interrupt("?")["type"]]})
+        builder.add_node(names[1], lambda state: {"log": [state["one"], state["two"]]})
+        builder.add_edge(START, "set")
+        builder.add_edge("set", names[0])
+        builder.add_edge(names[0], names[1])
+        return builder.compile()
+
+    app.register(pair("a", "b"), name="pair", version="1")
+    await app.submit("pair", {"log": []}, run_id="r")
+    await app.drive("r")
+    app.register(pair("b", "a"), name="pair", version="2")
+    nodes, channels = {"b": "a", "a": "b"}, {"one": "two", "two": "one"}
+    app.migration("pair", from_="1", to="2", nodes=nodes, channels=channels)(lambda values: values)
+    assert (await app.migrate_run("r")).status is RunStatus.WAITING
+    assert await finish(app, "r") == ["approve", "2", "1"]
+
+
 async def test_run_that_has_not_begun_only_gets_the_version(app: AgentFlow) -> None:
     handle = await app.submit("g", {"log": []}, version="1")
     second(app)
