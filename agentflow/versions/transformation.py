@@ -104,26 +104,21 @@ def transform(
     pulled = due_nodes(Checkpoint(**{**checkpoint, "channel_values": apart}), old)
     _validate(migrated, graph, {names.node(name) for name in pulled})
     rename = Renaming(names, new["nodes"])
+    kept = {rename.channel(name): rename.value(name, value) for name, value in inner.items()}
+    before = {rename.channel(name): value for name, value in found.items()}
+    after = {**kept, **migrated}
     versions = {rename.channel(name): v for name, v in checkpoint["channel_versions"].items()}
-    newest = max(versions.values(), default=None)
-    triggers = {trigger for node in new["nodes"].values() for trigger in node["triggers"]}
-    kept = {rename.channel(name): value for name, value in inner.items()}
-    for name, value in kept.items():
-        kept[name] = rename.value(name, value)
-        if not _equal(kept[name], value):
-            # Or whoever copies the checkpoint would take the value from before.
-            versions[name] = next_version(newest, None)
-    for name in set(versions) - set(migrated):
-        if not _is_inner(name) and name not in graph.channels:
+    following = next_version(max(versions.values(), default=None), None)
+    for name in {*versions, *after}:
+        if name in after:
+            if name not in versions or not _is_unchanged(before.get(name), after[name]):
+                # Or whoever copies the checkpoint would take the value from before.
+                versions[name] = following
+        elif name in before or not (_is_inner(name) or name in graph.channels):
+            # A version without a value has LangGraph look for one in earlier checkpoints.
             del versions[name]
-    before = {names.channels.get(name, name): value for name, value in values.items()}
-    for name, value in migrated.items():
-        if name in triggers:
-            continue
-        if name not in before or not _equal(before[name], value) or name not in versions:
-            versions[name] = next_version(newest, None)
     made = Checkpoint(**checkpoint)
-    made["channel_values"] = {**kept, **migrated}
+    made["channel_values"] = after
     made["channel_versions"] = versions
     made["versions_seen"] = {
         names.node(node): {rename.channel(name): v for name, v in seen.items()}
@@ -191,6 +186,14 @@ def _equal(first: Any, second: Any) -> bool:
         return bool(first == second) or repr(first) == repr(second)
     except Exception:  # noqa: BLE001 -- the user's own values
         return repr(first) == repr(second)
+
+
+def _is_unchanged(before: Any, after: Any) -> bool:
+    """Whether a value needs no version of its own: 5 is equal to 5.0, and another value."""
+    try:
+        return bool(before == after) and type(before) is type(after) and repr(before) == repr(after)
+    except Exception:  # noqa: BLE001 -- the user's own values
+        return False
 
 
 def _validate(

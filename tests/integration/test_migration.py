@@ -7,7 +7,9 @@ import operator
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from decimal import Decimal
 from itertools import count
+from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
@@ -504,8 +506,43 @@ async def test_report_says_what_would_happen_and_a_driven_run_is_let_be(app: Age
     assert (await app.migrate_run(idle)).version == "2", "again it changes nothing"
 
 
+@pytest.mark.parametrize("url", ["memory://", "sqlite:///{}/a.db"])
+async def test_what_a_migration_returns_is_the_state(url: str, tmp_path: Path) -> None:
+    """Whatever there was before: a value that is left out is gone, and 5 is not 5.0."""
+
+    class Order(TypedDict, total=False):
+        log: Annotated[list[str], operator.add]
+        kept: list[int]
+        amount: Any
+        left: str
+
+    def order() -> Any:
+        builder: Any = StateGraph(Order)
+        builder.add_node("set", lambda _: {"log": ["set"], "kept": [1], "left": "out"})
+        builder.add_node("ask", lambda _: {"log": [interrupt("?")["type"]]})
+        builder.add_edge(START, "set")
+        builder.add_edge("set", "ask")
+        return builder.compile()
+
+    async with AgentFlow(url.format(tmp_path)) as opened:
+        opened.register(order(), name="g", version="1")
+        await opened.submit("g", {"log": ["given"], "amount": 5}, run_id="r")
+        await opened.drive("r")
+        opened.register(order(), name="g", version="2")
+        opened.migration("g", from_="1", to="2")(
+            lambda values: {"kept": values["kept"], "amount": Decimal(values["amount"])}
+        )
+        await opened.migrate_run("r")
+        values = (await opened.state("r")).values
+        assert (values.get("log", []), values["kept"], "left" in values) == ([], [1], False)
+        assert type(values["amount"]) is Decimal
+        assert await finish(opened, "r") == ["approve"]
+
+
 def test_migration_to_nowhere_or_twice_is_refused(app: AgentFlow) -> None:
     second(app)
+    with pytest.raises(InvalidInputError, match="not async"):
+        app.migration("g", from_="2", to="3")(asyncio.sleep)  # type: ignore[arg-type]  # that is it
     for way in (("1", "2"), ("2", "2")):
         with pytest.raises(InvalidInputError, match="migration"):
             app.migration("g", from_=way[0], to=way[1])
