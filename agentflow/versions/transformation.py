@@ -80,6 +80,7 @@ def transform(
     *,
     old: Mapping[str, Any] | None,
     new: Mapping[str, Any],
+    whole: Mapping[str, Any],
     next_version: Callable[[Any, None], Any],
 ) -> Checkpoint:
     """Return a checkpoint as the graph after some migrations would have made it.
@@ -90,14 +91,15 @@ def transform(
         graph: The graph after the last of them.
         old: What the graph was when it was saved, if that is known.
         new: What it is.
+        whole: The values of channels of which the checkpoint has only changes.
         next_version: The version of a channel that follows one.
 
     Raises:
         TransformationError: It cannot.
     """
     names = Names.of(steps)
-    found = checkpoint["channel_values"]
-    values = {name: value for name, value in found.items() if not _is_inner(name)}
+    found = {name: v for name, v in checkpoint["channel_values"].items() if name not in whole}
+    values = {name: value for name, value in found.items() if not _is_inner(name)} | dict(whole)
     inner = {name: value for name, value in found.items() if _is_inner(name)}
     migrated = _migrate(values, steps)
     apart = {name: value for name, value in found.items() if name != _SENDS}
@@ -107,6 +109,7 @@ def transform(
     kept = {rename.channel(name): rename.value(name, value) for name, value in inner.items()}
     before = {rename.channel(name): value for name, value in found.items()}
     after = {**kept, **migrated}
+    left_out = {*before, *map(rename.channel, whole)} - set(after)
     versions = {rename.channel(name): v for name, v in checkpoint["channel_versions"].items()}
     following = next_version(max(versions.values(), default=None), None)
     for name in {*versions, *after}:
@@ -114,7 +117,7 @@ def transform(
             if name not in versions or not _is_unchanged(before.get(name), after[name]):
                 # Or whoever copies the checkpoint would take the value from before.
                 versions[name] = following
-        elif name in before or not (_is_inner(name) or name in graph.channels):
+        elif name in left_out or not (_is_inner(name) or name in graph.channels):
             # A version without a value has LangGraph look for one in earlier checkpoints.
             del versions[name]
     made = Checkpoint(**checkpoint)
