@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from langchain_core.runnables import RunnableConfig
+from langgraph.channels import DeltaChannel
+from langgraph.channels.base import BaseChannel
 from langgraph.checkpoint.base import (
     BaseCheckpointSaver,
     Checkpoint,
@@ -24,7 +26,9 @@ from langgraph.checkpoint.base.id import uuid6
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.checkpoint.serde.types import ERROR, INTERRUPT, RESUME, SCHEDULED
 from langgraph.graph.state import CompiledStateGraph
+from langgraph.pregel import Pregel
 from langgraph.pregel._algo import _xxhash_str, task_path_str
+from langgraph.pregel._checkpoint import achannels_from_checkpoint
 from langgraph.types import Interrupt, PregelTask, Send, _interrupt_id
 
 from agentflow.drive import RegisteredGraph, marks_of
@@ -68,6 +72,7 @@ class Plan:
     """Those of the subgraphs in which its tasks stand."""
 
 
+_SAME = Names({}, {})
 _Key = tuple[str, int | None]
 """A task, by the node's new name and, of what was sent, which one it is."""
 
@@ -263,12 +268,14 @@ class Carrier:
         if gone := sorted(due_nodes(head.checkpoint, old) - set(new["nodes"])):
             raise self._inside(node, f"at {gone[0]!r}, which the new version has not")
         try:
+            whole = await whole_values(self._saver, head, _SAME, old, graph)
             made = transform(
                 head.checkpoint,
                 (),
                 graph,
                 old=old,
                 new=new,
+                whole=whole,
                 next_version=self._saver.get_next_version,
             )
         except TransformationError as exc:
@@ -276,7 +283,7 @@ class Carrier:
         _stamp(made)
         parents = dict(level.parents)
         inner = _Level(
-            names=Names({}, {}),
+            names=_SAME,
             old=old,
             new=new,
             channels=graph.channels.keys(),
@@ -371,6 +378,51 @@ class Carrier:
             (task.name, task.path[1] if task.path[0] == _PUSH else None): task  # type: ignore[misc]
             for task in state.tasks
         }
+
+
+async def whole_values(
+    saver: BaseCheckpointSaver[Any],
+    head: CheckpointTuple,
+    names: Names,
+    old: Mapping[str, Any] | None,
+    *graphs: Pregel[Any, Any, Any, Any],
+) -> dict[str, Any]:
+    """Return the values of channels of which a checkpoint has only changes, by their old names.
+
+    Args:
+        saver: Has the checkpoints before it.
+        head: The checkpoint.
+        names: What channels are going to be called.
+        old: What the graph was when it was saved.
+        graphs: Those that may know how changes add up: after the migrations, and before.
+
+    Raises:
+        TransformationError: None of them does.
+    """
+    specs: dict[str, BaseChannel[Any, Any, Any]] = {}
+    for name in sorted(head.checkpoint["channel_versions"]):
+        known = [
+            graph.channels.get(each)
+            for graph in graphs
+            for each in (names.channels.get(name, name), name)
+        ]
+        spec = next((each for each in known if isinstance(each, DeltaChannel)), None)
+        kind = None if old is None else old["channels"].get(name, {}).get("kind")
+        if old is not None and kind != DeltaChannel.__name__:
+            continue
+        if spec is not None:
+            specs[name] = spec
+        elif kind is not None:
+            raise TransformationError(
+                f"channel {name!r} is stored as changes, and only the old version knows how they "
+                "add up; register that as well"
+            )
+    if not specs:
+        return {}
+    channels, _ = await achannels_from_checkpoint(
+        specs, head.checkpoint, saver=saver, config=head.config
+    )
+    return {name: each.get() for name, each in channels.items() if each.is_available()}
 
 
 def _stamp(made: Checkpoint) -> None:

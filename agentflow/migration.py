@@ -19,7 +19,7 @@ from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.graph.state import CompiledStateGraph
 
-from agentflow.carrier import MIGRATION, Carrier, Plan
+from agentflow.carrier import MIGRATION, Carrier, Plan, whole_values
 from agentflow.checkpoint import Saver
 from agentflow.drive import RegisteredGraph, acquire, is_begun, store_fingerprint
 from agentflow.errors import AgentflowError, FencedError, MigrationError, ThreadBusyError
@@ -28,7 +28,7 @@ from agentflow.inspection import list_unfinished
 from agentflow.registry import Registry
 from agentflow.storage import RunStore
 from agentflow.types import Approval, Lease, MovedWait, Run, RunStatus, new_id
-from agentflow.versions import Fingerprint, GraphMigration, TransformationError, transform
+from agentflow.versions import Fingerprint, GraphMigration, Names, TransformationError, transform
 
 _PAGE = 200
 
@@ -232,13 +232,18 @@ class Migrator:
         if not isinstance(registered.graph, CompiledStateGraph):
             raise _refused(run, registered, "only the state of a StateGraph can be migrated")
         old = await self._form(str(marks.get("graph_fingerprint") or run.fingerprint or ""))
+        known = [registered, self._registry.graphs.get((run.graph, run.version))]
         try:
+            whole = await whole_values(
+                saver, head, Names.of(way), old, *[each.graph for each in known if each]
+            )
             made = transform(
                 head.checkpoint,
                 way,
                 registered.graph,
                 old=old,
                 new=registered.fingerprint.graph,
+                whole=whole,
                 next_version=saver.get_next_version,
             )
             return await Carrier(run, registered, way, head, old, saver).carry(made)

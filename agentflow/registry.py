@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -151,6 +152,10 @@ class Registry:
             )
 
         def add(function: Migrate) -> Migrate:
+            if inspect.iscoroutinefunction(function):
+                raise InvalidInputError(
+                    "migration", ("function: must be a plain one, which is not async",)
+                )
             self.migrations[key] = GraphMigration(
                 graph=graph,
                 from_version=from_version,

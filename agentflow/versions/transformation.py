@@ -64,10 +64,11 @@ class Names:
         channels: dict[str, str] = {}
         for step in steps:
             for known, new in ((nodes, step.nodes), (channels, step.channels)):
+                reached = set(known.values())  # before this step, in which names may change places
                 for name, current in list(known.items()):
                     known[name] = new.get(current, current)
                 for name, current in new.items():
-                    if name not in known.values():
+                    if name not in reached:
                         known.setdefault(name, current)
         return cls(nodes, channels)
 
@@ -79,6 +80,7 @@ def transform(
     *,
     old: Mapping[str, Any] | None,
     new: Mapping[str, Any],
+    whole: Mapping[str, Any],
     next_version: Callable[[Any, None], Any],
 ) -> Checkpoint:
     """Return a checkpoint as the graph after some migrations would have made it.
@@ -89,40 +91,37 @@ def transform(
         graph: The graph after the last of them.
         old: What the graph was when it was saved, if that is known.
         new: What it is.
+        whole: The values of channels of which the checkpoint has only changes.
         next_version: The version of a channel that follows one.
 
     Raises:
         TransformationError: It cannot.
     """
     names = Names.of(steps)
-    found = checkpoint["channel_values"]
-    values = {name: value for name, value in found.items() if not _is_inner(name)}
+    found = {name: v for name, v in checkpoint["channel_values"].items() if name not in whole}
+    values = {name: value for name, value in found.items() if not _is_inner(name)} | dict(whole)
     inner = {name: value for name, value in found.items() if _is_inner(name)}
     migrated = _migrate(values, steps)
     apart = {name: value for name, value in found.items() if name != _SENDS}
     pulled = due_nodes(Checkpoint(**{**checkpoint, "channel_values": apart}), old)
     _validate(migrated, graph, {names.node(name) for name in pulled})
     rename = Renaming(names, new["nodes"])
+    kept = {rename.channel(name): rename.value(name, value) for name, value in inner.items()}
+    before = {rename.channel(name): value for name, value in found.items()}
+    after = {**kept, **migrated}
+    left_out = {*before, *map(rename.channel, whole)} - set(after)
     versions = {rename.channel(name): v for name, v in checkpoint["channel_versions"].items()}
-    newest = max(versions.values(), default=None)
-    triggers = {trigger for node in new["nodes"].values() for trigger in node["triggers"]}
-    kept = {rename.channel(name): value for name, value in inner.items()}
-    for name, value in kept.items():
-        kept[name] = rename.value(name, value)
-        if not _equal(kept[name], value):
-            # Or whoever copies the checkpoint would take the value from before.
-            versions[name] = next_version(newest, None)
-    for name in set(versions) - set(migrated):
-        if not _is_inner(name) and name not in graph.channels:
+    following = next_version(max(versions.values(), default=None), None)
+    for name in {*versions, *after}:
+        if name in after:
+            if name not in versions or not _is_unchanged(before.get(name), after[name]):
+                # Or whoever copies the checkpoint would take the value from before.
+                versions[name] = following
+        elif name in left_out or not (_is_inner(name) or name in graph.channels):
+            # A version without a value has LangGraph look for one in earlier checkpoints.
             del versions[name]
-    before = {names.channels.get(name, name): value for name, value in values.items()}
-    for name, value in migrated.items():
-        if name in triggers:
-            continue
-        if name not in before or not _equal(before[name], value) or name not in versions:
-            versions[name] = next_version(newest, None)
     made = Checkpoint(**checkpoint)
-    made["channel_values"] = {**kept, **migrated}
+    made["channel_values"] = after
     made["channel_versions"] = versions
     made["versions_seen"] = {
         names.node(node): {rename.channel(name): v for name, v in seen.items()}
@@ -190,6 +189,14 @@ def _equal(first: Any, second: Any) -> bool:
         return bool(first == second) or repr(first) == repr(second)
     except Exception:  # noqa: BLE001 -- the user's own values
         return repr(first) == repr(second)
+
+
+def _is_unchanged(before: Any, after: Any) -> bool:
+    """Whether a value needs no version of its own: 5 is equal to 5.0, and another value."""
+    try:
+        return bool(before == after) and type(before) is type(after) and repr(before) == repr(after)
+    except Exception:  # noqa: BLE001 -- the user's own values
+        return False
 
 
 def _validate(

@@ -168,6 +168,28 @@ async def test_migration_goes_on_wherever_its_process_is_killed(scene: Scene) ->
             assert len(migrated) == 1, place
 
 
+async def test_run_inside_of_a_subgraph_is_migrated_wherever_that_is_killed(scene: Scene) -> None:
+    places = ("migration.carried", "migration.saved")
+    asked = {}
+    async with released(scene, 1) as old:
+        for place in places:
+            await old.submit("nested", {"amount": 5.0}, run_id=place)
+            await old.drive(place)
+            [approval] = await old.handle(place).approvals()
+            asked[place] = approval.id
+    for place in places:
+        await scene.died(_mover(scene, place, "", place))
+    scene.expire(places)
+    async with released(scene, 2) as app:
+        for place in places:
+            run = await app.migrate_run(place)
+            assert (run.version, run.status) == ("2", RunStatus.WAITING), place
+            assert await approve(app, place) == asked[place], place
+            assert (await app.drive(place)).status is RunStatus.SUCCEEDED, place
+            expected = {("check", 1): 1, ("notify", 2): 1, ("pay", 2): 1}
+            assert steps(scene, place) == expected, place
+
+
 async def test_old_worker_that_finds_a_half_migrated_run_does_not_drive_it(scene: Scene) -> None:
     async with released(scene, 1) as old:
         await old.submit("refund", {"amount": 5.0}, run_id="half")

@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import operator
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from itertools import count
+from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
+from langgraph.channels import DeltaChannel
 from langgraph.graph import START, StateGraph
 from langgraph.types import Send, interrupt
 from pydantic import BaseModel, Field
@@ -217,6 +220,32 @@ async def test_migrations_follow_each_other_and_the_old_checkpoint_stays(app: Ag
     assert head.parent_config["configurable"]["checkpoint_id"] == before
     assert "amount" not in head.checkpoint["channel_values"]
     assert "501" in await finish(app, run_id)
+
+
+async def test_nodes_and_channels_change_places(app: AgentFlow) -> None:
+    class Pair(TypedDict, total=False):
+        log: Annotated[list[str], operator.add]
+        one: str
+        two: str
+
+    def pair(*names: str) -> Any:
+        builder: Any = StateGraph(Pair)
+        builder.add_node("set", lambda _: {"one": "1", "two": "2"})
+        builder.add_node(names[0], lambda _: {"log": [interrupt("?")["type"]]})
+        builder.add_node(names[1], lambda state: {"log": [state["one"], state["two"]]})
+        builder.add_edge(START, "set")
+        builder.add_edge("set", names[0])
+        builder.add_edge(names[0], names[1])
+        return builder.compile()
+
+    app.register(pair("a", "b"), name="pair", version="1")
+    await app.submit("pair", {"log": []}, run_id="r")
+    await app.drive("r")
+    app.register(pair("b", "a"), name="pair", version="2")
+    nodes, channels = {"b": "a", "a": "b"}, {"one": "two", "two": "one"}
+    app.migration("pair", from_="1", to="2", nodes=nodes, channels=channels)(lambda values: values)
+    assert (await app.migrate_run("r")).status is RunStatus.WAITING
+    assert await finish(app, "r") == ["approve", "2", "1"]
 
 
 async def test_run_that_has_not_begun_only_gets_the_version(app: AgentFlow) -> None:
@@ -479,8 +508,112 @@ async def test_report_says_what_would_happen_and_a_driven_run_is_let_be(app: Age
     assert (await app.migrate_run(idle)).version == "2", "again it changes nothing"
 
 
+@pytest.mark.parametrize("url", ["memory://", "sqlite:///{}/a.db"])
+async def test_what_a_migration_returns_is_the_state(url: str, tmp_path: Path) -> None:
+    """Whatever there was before: a value that is left out is gone, and 5 is not 5.0."""
+
+    class Order(TypedDict, total=False):
+        log: Annotated[list[str], operator.add]
+        kept: list[int]
+        amount: Any
+        left: str
+
+    def order() -> Any:
+        builder: Any = StateGraph(Order)
+        builder.add_node("set", lambda _: {"log": ["set"], "kept": [1], "left": "out"})
+        builder.add_node("ask", lambda _: {"log": [interrupt("?")["type"]]})
+        builder.add_edge(START, "set")
+        builder.add_edge("set", "ask")
+        return builder.compile()
+
+    async with AgentFlow(url.format(tmp_path)) as opened:
+        opened.register(order(), name="g", version="1")
+        await opened.submit("g", {"log": ["given"], "amount": 5}, run_id="r")
+        await opened.drive("r")
+        opened.register(order(), name="g", version="2")
+        opened.migration("g", from_="1", to="2")(
+            lambda values: {"kept": values["kept"], "amount": Decimal(values["amount"])}
+        )
+        await opened.migrate_run("r")
+        values = (await opened.state("r")).values
+        assert (values.get("log", []), values["kept"], "left" in values) == ([], [1], False)
+        assert type(values["amount"]) is Decimal
+        assert await finish(opened, "r") == ["approve"]
+
+
+def joined(before: list[str], writes: Sequence[list[str]]) -> list[str]:
+    """Reduce what is stored as changes."""
+    return [*before, *(each for written in writes for each in written)]
+
+
+def changes(channel: str, *, inside: bool, kind: Any = None) -> Any:
+    """Build a graph that keeps a channel as changes, and waits, perhaps in a subgraph."""
+    fields: Any = {channel: Annotated[list[str], kind or DeltaChannel(joined)]}
+    schema: Any = TypedDict("Changes", fields, total=False)  # type: ignore[misc]  # by its name
+    builder: Any = StateGraph(schema)
+    for name in ("one", "two"):
+        builder.add_node(name, lambda _, name=name: {channel: [name]})
+    builder.add_node("ask", lambda _: {channel: [interrupt("?")["type"]]})
+    builder.add_edge(START, "one")
+    builder.add_edge("one", "two")
+    builder.add_edge("two", "ask")
+    if not inside:
+        return builder.compile()
+    outer: Any = StateGraph(Old)
+
+    def read(state: Any) -> Any:
+        return {"log": state[channel]}
+
+    outer.add_node("under", builder.compile() | read)
+    outer.add_edge(START, "under")
+    return outer.compile()
+
+
+async def test_what_is_stored_as_changes_is_whole_for_the_migration() -> None:
+    seen: list[Any] = []
+
+    def note(values: dict[str, Any]) -> dict[str, Any]:
+        seen.append(values)
+        return values
+
+    async with AgentFlow("memory://") as opened:
+        opened.register(changes("log", inside=False), name="g", version="1")
+        opened.register(changes("items", inside=False), name="g", version="2")
+        opened.register(changes("items", inside=False, kind=operator.add), name="g", version="3")
+        opened.migration("g", from_="1", to="2", channels={"log": "items"})(note)
+        opened.migration("g", from_="2", to="3")(lambda values: values)
+        for run_id in ("a", "b"):
+            await opened.submit("g", {"log": ["in"]}, run_id=run_id, version="1")
+            await opened.drive(run_id)
+        for run_id, version in (("a", "2"), ("b", "3")):
+            await opened.migrate_run(run_id, to=version)
+            assert seen[-1] == {"items": ["in", "one", "two"]}
+            [asked] = await opened.handle(run_id).approvals()
+            await opened.approvals.decide(asked.id, {"type": "approve"}, by="ann")
+            run = await opened.drive(run_id)
+            assert run.output == {"items": ["in", "one", "two", "approve"]}
+        await opened.submit("g", {"log": []}, run_id="c", version="1")
+        await opened.drive("c")
+        del opened._registry.graphs["g", "1"]
+        with pytest.raises(MigrationError, match="'log' is stored as changes, and only the old"):
+            await opened.migrate_run("c", to="3")
+
+
+async def test_what_a_subgraph_stores_as_changes_goes_with_it() -> None:
+    async with AgentFlow("memory://") as opened:
+        for version in ("1", "2"):
+            opened.register(changes("items", inside=True), name="g", version=version)
+        opened.migration("g", from_="1", to="2")(lambda values: values)
+        await opened.submit("g", {"log": []}, run_id="r", version="1")
+        await opened.drive("r")
+        await opened.migrate_run("r")
+        assert await finish(opened, "r") == ["one", "two", "approve"]
+
+
 def test_migration_to_nowhere_or_twice_is_refused(app: AgentFlow) -> None:
     second(app)
+    with pytest.raises(InvalidInputError, match="not async"):
+        app.migration("g", from_="2", to="3")(asyncio.sleep)  # type: ignore[arg-type]  # that is it
     for way in (("1", "2"), ("2", "2")):
         with pytest.raises(InvalidInputError, match="migration"):
             app.migration("g", from_=way[0], to=way[1])
