@@ -527,6 +527,7 @@ class AgentFlow:
             UnknownGraphError: The run's graph is not registered here.
             IncompatibleGraphError: The graph has changed where the run can still come to. Nothing
                 ran, and the run is paused.
+            UnknownVersionError: A newer agentflow has stored what is needed; the run is paused.
         """
         name = f"drive-{new_id()[-6:]}"
         keeper = self._keeper()

@@ -181,16 +181,12 @@ class Registry:
 
 def warn_if_redefined(registered: RegisteredGraph) -> None:
     """Warn of nodes whose functions, in a notebook, were defined again since."""
-    if not registered.fingerprint.main:
-        return
-    stale = redefined_in_main(*(node.bound for node in registered.graph.nodes.values()))
-    if stale:
-        names = ", ".join(repr(name) for name in sorted(set(stale)))
+    if stale := redefined_in_main(registered.fingerprint.functions):
+        names = ", ".join(map(repr, sorted(stale)))
         warnings.warn(
             f"{names} of __main__ changed after graph {registered.name!r} version "
-            f"{registered.version!r} was registered, which still has the old code: build the graph "
-            "again and register it in a new app, under a new version if runs wait for it; or move "
-            "its functions into a module",
+            f"{registered.version!r} was registered: build the graph again and register it in a "
+            "new app, under a new version if runs wait for it; or move its functions into a module",
             CodeChangedWarning,
             stacklevel=3,
         )

@@ -481,7 +481,7 @@ class Pause:
     reason: str | None = None
 
 
-WorkerHealth = Literal["ok", "draining", "overloaded"]
+WorkerHealth = Literal["ok", "draining", "overloaded", "silent"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -497,7 +497,8 @@ class WorkerReport:
     concurrency: int
     active: int = 0
     health: WorkerHealth = "ok"
-    """`overloaded`: it claims nothing more and asks to be replaced."""
+    """`overloaded`: it claims nothing more and asks to be replaced. `silent`: others have noted
+    that it does not report any more."""
     process: str | None = None
     """The process that it is in, as `processes.own_mark` names it."""
 
@@ -530,6 +531,7 @@ class MovedWait:
     """Under which ids a question is asked after its run was migrated."""
 
     wait_id: str
+    ns: str = ""
     task_id: str
     interrupt_id: str
     checkpoint_id: str

@@ -35,6 +35,8 @@ _PATIENT = 0.8
 """The part of the grace period in which graphs may come to the end of a superstep."""
 
 Graphs = Mapping[tuple[str, str], RegisteredGraph]
+_REPORT = 15.0
+"""Seconds after which a worker says again that it lives, at the latest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -260,7 +262,8 @@ class Worker:
                 await self._store.beat_worker(self._tenant, report)
             except AgentflowError as exc:
                 logger.warning("cannot report", extra={"error": type(exc).__name__})
-            await asyncio.sleep(self._settings.lease.total_seconds())
+            # However long its leases are: who says nothing for a minute is taken for dead.
+            await asyncio.sleep(min(self._settings.lease.total_seconds(), _REPORT))
 
     def _begin(
         self, group: asyncio.TaskGroup, driver: Driver, claimed: ClaimedRun, since: float

@@ -542,8 +542,9 @@ class RunStore(VersionVerbs, ABC):
         """Note that a worker lives, and what it says about itself.
 
         Workers that have been silent for a day are forgotten. With the first beat of an instance,
-        versions that have unfinished runs and no living worker are told. Event for each, in the
-        tenant's own log: `graph.stranded`.
+        versions that have unfinished runs and no living worker are told; with any beat, those of
+        workers that have been silent for a minute, once. Event for each, in the tenant's own log:
+        `graph.stranded`.
         """
 
     @abstractmethod

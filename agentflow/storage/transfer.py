@@ -39,6 +39,7 @@ from agentflow.journal import GLOBAL
 from agentflow.storage.claims import lock_thread
 from agentflow.storage.effect_objects import open_apart
 from agentflow.storage.effect_rows import key_hashes, repack_request, to_effect
+from agentflow.storage.questions import to_approval
 from agentflow.storage.rows import (
     GENESIS,
     RELEASED,
@@ -50,7 +51,8 @@ from agentflow.storage.rows import (
     hash_event,
     to_run,
 )
-from agentflow.types import NewEvent, Run, RunStatus
+from agentflow.types import NewEvent, Run, RunStatus, WaitStatus
+from agentflow.versions import Fingerprint
 
 _TABLES = {
     "run": runs,
@@ -67,6 +69,8 @@ _NUMBERED = frozenset({runs.name, waits.name, effects.name})
 """Tables whose `seq` is a number of the database's; that of events is part of the run."""
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
+_PARKED = frozenset({*RunStatus} - {RunStatus.RUNNING})
+"""What a run may be that nobody drives."""
 _LEASE = frozenset({*RELEASED, "token", "claimed_at"})
 
 
@@ -152,7 +156,8 @@ def import_run(
         ]
         for name, table in _TABLES.items()
     }
-    run = found["run"][0]
+    _check_own(payloads, tenant, found)
+    (run,) = found["run"]
     run_id, thread_id = run["run_id"], run["thread_id"]
     if find_run(connection, tenant, run_id, lock=True) is not None:
         raise ConflictError(f"run {run_id!r} is there already; nothing was imported")
@@ -179,7 +184,34 @@ def import_run(
     change_run(connection, row, payloads, now, log=[event])
     final = get_run(connection, tenant, run_id, lock=False)
     # Read whole, so that what cannot be read here is not let in.
+    is_own = sa.and_(waits.c.tenant == tenant, waits.c.run_id == run_id)
+    for wait in connection.execute(sa.select(waits).where(is_own)):
+        to_approval(wait, payloads)
     return to_run(final, payloads)
+
+
+def _check_own(
+    payloads: Payloads, tenant: str, found: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> None:
+    """See that all rows are those of one run of the tenant, and can be read here."""
+    if len(found["run"]) != 1:
+        raise HashMismatchError("exported run", "it is not of one run")
+    (run,) = found["run"]
+    if run["status"] not in _PARKED:
+        raise HashMismatchError("exported run", f"it is {run['status']!r}")
+    for name, rows in found.items():
+        shared = ("tenant", "graph") if name == "fingerprints" else (*_OWN, "thread_id")
+        for row in rows:
+            if any(row[key] != run[key] for key in shared if key in row) or row["tenant"] != tenant:
+                raise HashMismatchError(f"a row of {_TABLES[name].name}", "it is not of this run")
+    for row in found["fingerprints"]:
+        where = f"fingerprint {row['digest']!r}"
+        text = str(payloads.load(fingerprints.c.form, row))
+        if Fingerprint.of_text(text, where).digest != row["digest"]:
+            raise HashMismatchError(where)
+    is_asking = any(row["status"] == WaitStatus.PENDING for row in found["waits"])
+    if run["status"] == RunStatus.WAITING and not is_asking:
+        raise HashMismatchError("exported run", "it waits for nothing")
 
 
 def _add_fingerprints(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -258,6 +290,8 @@ def _unpacked(table: sa.Table, row: Mapping[str, Any]) -> dict[str, Any]:
             if column.name == "seq" and table.name in _NUMBERED:
                 continue
             value = row.get(column.name)
+            if table is runs and column.name in _LEASE:
+                value = None  # nobody drives it here, whoever is said to
             if value is not None and isinstance(column.type, sa.LargeBinary):
                 value = base64.b64decode(value, validate=True)
             elif value is not None and isinstance(column.type, Timestamp):

@@ -7,15 +7,16 @@ same: what it reads of a clock or of chance would otherwise be in the state of s
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any
 
 from langgraph.checkpoint.base import Checkpoint
+from langgraph.graph.state import CompiledStateGraph
 from langgraph.pregel import Pregel
 from langgraph.types import Send
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
 from agentflow.versions.frontier import due_nodes
@@ -98,7 +99,9 @@ def transform(
     values = {name: value for name, value in found.items() if not _is_inner(name)}
     inner = {name: value for name, value in found.items() if _is_inner(name)}
     migrated = _migrate(values, steps)
-    _validate(migrated, graph)
+    apart = {name: value for name, value in found.items() if name != _SENDS}
+    pulled = due_nodes(Checkpoint(**{**checkpoint, "channel_values": apart}), old)
+    _validate(migrated, graph, {names.node(name) for name in pulled})
     rename = Renaming(names, new["nodes"])
     versions = {rename.channel(name): v for name, v in checkpoint["channel_versions"].items()}
     newest = max(versions.values(), default=None)
@@ -189,17 +192,39 @@ def _equal(first: Any, second: Any) -> bool:
         return repr(first) == repr(second)
 
 
-def _validate(values: Mapping[str, Any], graph: Pregel[Any, Any, Any, Any]) -> None:
-    """Check that the graph has such channels, and that the values are of their types."""
-    problems = []
+def _validate(
+    values: Mapping[str, Any], graph: Pregel[Any, Any, Any, Any], due: Collection[str]
+) -> None:
+    """Check that the graph has such channels, and that what is due can take the values."""
+    problems: list[str] = []
     for name, value in values.items():
         channel = graph.channels.get(name)
         if channel is None or isinstance(channel, type):
             problems.append(f"{name}: there is no such channel")
         elif (adapter := _adapter(channel.ValueType)) is not None:
-            problems += _problems(adapter, name, value)
+            problems += _problems(adapter, value, name)
+    if isinstance(graph, CompiledStateGraph):
+        specs = (graph.builder.nodes.get(name) for name in due)
+        for schema in dict.fromkeys(spec.input_schema for spec in specs if spec is not None):
+            problems += _problems_of_node(values, schema)
     if problems:
-        raise TransformationError(f"the migrated state is invalid: {'; '.join(problems)}")
+        told = "; ".join(dict.fromkeys(problems))
+        raise TransformationError(f"the migrated state is invalid: {told}")
+
+
+def _problems_of_node(values: Mapping[str, Any], schema: Any) -> list[str]:
+    """Return why LangGraph could not make a node's input; a typed dictionary it takes as it is."""
+    if isinstance(schema, type) and issubclass(schema, BaseModel):
+        # By the names that channels have, not by aliases.
+        given = {name: values[name] for name in schema.model_fields if name in values}
+        return _problems(TypeAdapter(schema), given)
+    if is_dataclass(schema):
+        return [
+            f"{each.name}: Field required"
+            for each in fields(schema)
+            if each.name not in values and each.default is each.default_factory is MISSING
+        ]
+    return []
 
 
 def _adapter(kind: Any) -> TypeAdapter[Any] | None:
@@ -212,14 +237,14 @@ def _adapter(kind: Any) -> TypeAdapter[Any] | None:
     return None
 
 
-def _problems(adapter: TypeAdapter[Any], name: str, value: Any) -> list[str]:
+def _problems(adapter: TypeAdapter[Any], value: Any, *path: str) -> list[str]:
     try:
         adapter.validate_python(value)
     except ValidationError as exc:
         errors = exc.errors(include_url=False, include_input=False, include_context=False)
-        return [f"{'.'.join([name, *map(str, each['loc'])])}: {each['msg']}" for each in errors]
+        return [f"{'.'.join([*path, *map(str, each['loc'])])}: {each['msg']}" for each in errors]
     except Exception as exc:  # noqa: BLE001 -- a validator of the user's
-        return [f"{name}: its validation raised {type(exc).__name__}"]
+        return [f"{'.'.join(path) or 'state'}: its validation raised {type(exc).__name__}"]
     return []
 
 

@@ -56,7 +56,7 @@ class Release:
         if self._number == 1:
             app.register(self._graph("approve", "pay", Refund), name="refund", version="1")
             return
-        last = "pay" if self._number == 2 else "transfer"
+        last = "transfer" if self._number == 3 else "pay"
         app.register(self._graph("manager", last, Payment), name="refund", version="2")
         app.migration(
             "refund", from_="1", to="2", nodes={"approve": "manager"}, channels={"amount": "cents"}
@@ -66,7 +66,7 @@ class Release:
         self, approver: str, payer: str, schema: Any
     ) -> CompiledStateGraph[Any, Any, Any, Any]:
         graph: StateGraph[Any, None, Any, Any] = StateGraph(schema)
-        graph.add_node("check", self._reports("check"))
+        graph.add_node("check", self._checks() if self._number == 4 else self._reports("check"))
         graph.add_node("notify", self._reports("notify"))
         graph.add_node(approver, self._asks())
         graph.add_node(payer, self._reports("pay"))
@@ -83,6 +83,14 @@ class Release:
             run = config["metadata"]["run_id"]
             record(self._ledger, run=run, step=step, release=self._number)
             return {"log": [step]}
+
+        return node
+
+    def _checks(self) -> Node:
+        """Release 4 checks in another way than all before."""
+
+        def node(state: Any) -> dict[str, Any]:
+            return {"log": ["check"]} if state else {}
 
         return node
 

@@ -100,11 +100,41 @@ async def test_rolling_deploy_under_waiting_runs(scene: Scene) -> None:
         documented = re.sub(r"\s+(> )?", " ", DOCS.read_text(encoding="utf-8"))
         assert run.error.message in documented
         assert ("pay", 3) not in steps(scene, "r-4711")
-        # The old code is put back.
-        scene.forkserver.spawn(WORKER, *where, 2)
+        # The next release has the old name again, and changes what the run has behind it.
+        scene.forkserver.spawn(WORKER, *where, 4)
         await app.resume_run("r-4711")
         await scene.ended(["r-4711"])
-        assert steps(scene, "r-4711")["pay", 2] == 1
+        assert steps(scene, "r-4711") == {("check", 2): 1, ("notify", 2): 1, ("pay", 4): 1}
+        [changed] = [e for e in await app.list_events("r-4711") if e.type == "run.graph_changed"]
+        assert changed.data["verdict"] == "behind"
+        assert changed.data["changes"] == ["node 'check' has other code"]
+
+
+async def test_runs_of_a_worker_that_was_killed_are_told_of(scene: Scene) -> None:
+    where = (scene.url, scene.ledger.address)
+    async with released(scene, 1) as old:
+        await old.submit("refund", {"amount": 5.0}, run_id="waiting")
+        first = scene.forkserver.spawn(WORKER, *where, 1)
+        await scene.parked("waiting")
+        second = scene.forkserver.spawn(WORKER, *where, 2, env={"AGENTFLOW_LEASE": "0.3"})
+
+        async def both() -> bool | None:
+            return len(await old._store.list_workers("")) == 2 or None
+
+        await scene.until(both, "the second worker")
+        first.kill(signal.SIGKILL)
+        first.wait(LONG)
+        scene.silence("release-1")
+
+        async def told() -> list[Any] | None:
+            log = await old.list_events()
+            return [e.data for e in log if e.type == "graph.stranded"] or None
+
+        assert await scene.until(told, "the event") == [
+            {"graph": "refund", "version": "1", "runs": 1}
+        ]
+        second.kill(signal.SIGTERM)
+        second.wait(LONG)
 
 
 async def _paused(app: AgentFlow, run_id: str) -> Run | None:

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import operator
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from itertools import count
 from typing import Annotated, Any
 
 import pytest
 from langgraph.graph import START, StateGraph
 from langgraph.types import Send, interrupt
+from pydantic import BaseModel, Field
 from typing_extensions import TypedDict
 
 from agentflow import AgentFlow, effect
+from agentflow.checkpoint import Saver
 from agentflow.errors import InvalidInputError, MigrationError, ThreadBusyError
+from agentflow.failpoints import arm
 from agentflow.types import RunStatus, WaitStatus
 from tests.integration.versions import Shape
 
+TO_CENTS = {"amount": "cents"}
 called: list[str] = []
 """Nodes that have finished, in order."""
 
@@ -34,6 +40,15 @@ class New(TypedDict, total=False):
 
     log: Annotated[list[str], operator.add]
     cents: int
+
+
+class Reshaped(BaseModel):
+    """The state of `Shape` with another type."""
+
+    log: Annotated[list[str], operator.add] = []
+    rounds: list[int] = []
+    stop: str = ""
+    note: str = ""
 
 
 def graph(asker: str = "ask", schema: Any = Old, *, sends: bool = False) -> Any:
@@ -240,16 +255,212 @@ async def test_migration_that_cannot_be_right_is_refused_and_changes_nothing(
     assert "old" in await finish(app, run_id)
 
 
-async def test_run_inside_of_a_subgraph_and_one_without_a_way_are_refused(app: AgentFlow) -> None:
-    app.register(Shape().build(), name="nested", version="1")
-    handle = await app.submit("nested", {"stop": "second"})
-    await app.drive(handle.id)
-    app.register(Shape().build(), name="nested", version="2")
-    with pytest.raises(MigrationError, match="no migration leads there"):
-        await app.migrate_run(handle.id)
-    app.migration("nested", from_="1", to="2")(lambda values: values)
-    with pytest.raises(MigrationError, match="inside of the subgraph of node 'sub'"):
-        await app.migrate_run(handle.id)
+class Model(BaseModel):
+    """A state that is checked whenever a node is called."""
+
+    log: Annotated[list[str], operator.add] = []
+    currency: str
+    cents: int = Field(default=0, ge=0)
+
+
+@dataclass
+class Record:
+    """The same as a record."""
+
+    currency: str
+    log: Annotated[list[str], operator.add]
+
+
+@pytest.mark.parametrize(
+    ("schema", "changes", "reason"),
+    [
+        (Model, {}, "currency: Field required"),
+        (Model, {"currency": "secret", "cents": -1}, "cents: Input should be greater"),
+        (Record, {}, "currency: Field required"),
+    ],
+    ids=str,
+)
+async def test_state_that_the_next_node_could_not_take_is_refused(
+    app: AgentFlow, schema: Any, changes: dict[str, Any], reason: str
+) -> None:
+    run_id = await waiting(app)
+    app.register(graph(schema=schema), name="g", version="2")
+    app.migration("g", from_="1", to="2")(lambda values: {"log": values["log"], **changes})
+    report = await app.migrate_runs("g")
+    [found] = report.runs
+    assert (found.outcome, (await app.get_run(run_id)).version) == ("refused", "1")
+    assert found.reason is not None
+    assert reason in found.reason
+    assert "secret" not in found.reason
+
+
+def nesting(
+    outside: list[str], asker: str, schema: Any, *, sends: bool = False, calls: bool = False
+) -> Any:
+    """Build a graph around one in a graph, which pays, asks twice beside another one, and ships.
+
+    Args:
+        outside: What was done, in order.
+        asker: The name of the node with the subgraph.
+        schema: The outermost state.
+        sends: Whether the subgraph is sent to, twice at once.
+        calls: Whether a node calls it, and then asks itself.
+    """
+
+    @effect(name="migration:nested")
+    async def call(what: str) -> str:
+        outside.append(what)
+        return what
+
+    def does(name: str) -> Any:
+        def node(_: Any) -> Any:
+            outside.append(name)
+            return {"log": [name]}
+
+        return node
+
+    async def asks(_: Any) -> Any:
+        paid = await call("pay")
+        answers = [interrupt("sure?")["type"], interrupt("really?")["type"]]
+        return {"log": [paid, *answers, await call("ship")]}
+
+    async def calls_it(_: Any) -> Any:
+        done = await middle.ainvoke({"log": []})
+        return {"log": [*done["log"], interrupt("own?")["type"]]}
+
+    inner: Any = StateGraph(Old)
+    inner.add_node("ask", asks)
+    inner.add_node("left", does("left"))
+    inner.add_node("join", does("join"))
+    inner.add_edge(START, "ask")
+    inner.add_edge(START, "left")
+    inner.add_edge(["ask", "left"], "join")
+    around: Any = StateGraph(Old)
+    around.add_node("deep", inner.compile())
+    around.add_edge(START, "deep")
+    middle = around.compile()
+    builder: Any = StateGraph(schema)
+    builder.add_node("first", does("first"))
+    builder.add_node(asker, calls_it if calls else middle)
+    builder.add_node("beside", does("beside"))
+    builder.add_node("end", does("end"))
+    builder.add_edge(START, "first")
+    builder.add_edge("first", "beside")
+    if sends:
+        sent = [Send(asker, {}), Send(asker, {})]
+        builder.add_conditional_edges("first", lambda _: sent, [asker])
+    else:
+        builder.add_edge("first", asker)
+    builder.add_edge([asker, "beside"], "end")
+    return builder.compile()
+
+
+@pytest.mark.parametrize("options", [{}, {"sends": True}, {"calls": True}], ids=str)
+@pytest.mark.parametrize("answers", [0, 1, 2])
+async def test_run_goes_on_inside_of_its_subgraph(answers: int, options: dict[str, Any]) -> None:
+    outside: list[str] = []
+    async with AgentFlow("memory://") as opened:
+        opened.register(nesting(outside, "sub", Old, **options), name="n", version="1")
+        await opened.submit("n", {"log": [], "amount": 5.0}, run_id="r", version="1")
+        run = await opened.drive("r")
+        for _ in range(answers):
+            for asked in (await opened.handle("r").approvals())[:1]:
+                await opened.approvals.decide(asked.id, {"type": "approve"}, by="ann")
+            run = await opened.drive("r")
+        before = [asked.id for asked in await opened.handle("r").approvals()]
+        opened.register(nesting(outside, "under", New, **options), name="n", version="2")
+        opened.register(nesting(outside, "below", New, **options), name="n", version="3")
+        opened.migration("n", from_="1", to="2", nodes={"sub": "under"}, channels=TO_CENTS)(
+            to_cents
+        )
+        opened.migration("n", from_="2", to="3", nodes={"under": "below"})(lambda values: values)
+        for version in ("2", "3") if run.status is RunStatus.WAITING else ():
+            run = await opened.migrate_run("r", to=version)
+            assert (run.version, run.status) == (version, RunStatus.WAITING)
+        assert [asked.id for asked in await opened.handle("r").approvals()] == before
+        while (run := await opened.drive("r")).status is RunStatus.WAITING:
+            for asked in await opened.handle("r").approvals():
+                await opened.approvals.decide(asked.id, {"type": "approve"}, by="ann")
+        assert run.status is RunStatus.SUCCEEDED
+        times = 2 if "sends" in options else 1
+        done = {"first": 1, "beside": 1, "end": 1}
+        done |= dict.fromkeys(("left", "pay", "ship", "join"), times)
+        assert Counter(outside) == done
+        assert run.output["log"].count("approve") == (3 if "calls" in options else 2 * times)
+        assert isinstance(opened.checkpointer, Saver)
+        async for audited in opened.checkpointer.verify():
+            assert audited.damages == []
+
+
+async def test_question_inside_of_a_subgraph_is_asked_again_if_the_migration_says_so() -> None:
+    outside: list[str] = []
+    async with AgentFlow("memory://") as opened:
+        opened.register(nesting(outside, "sub", Old), name="n", version="1")
+        await opened.submit("n", {"log": []}, run_id="r")
+        await opened.drive("r")
+        [before] = await opened.handle("r").approvals()
+        opened.register(nesting(outside, "sub", Old), name="n", version="2")
+        opened.migration("n", from_="1", to="2", ask_again=True)(lambda values: values)
+        # Killed once the subgraph is saved, and before anybody can see it.
+        arm("migration.carried", stop_once())
+        with pytest.raises(InterruptedError):
+            await opened.migrate_run("r")
+        assert (await opened.get_run("r")).version == "1"
+        assert (await opened.migrate_run("r")).status is RunStatus.QUEUED
+        assert (await opened.approvals.get(before.id)).status is WaitStatus.SUPERSEDED
+        await opened.drive("r")
+        [after] = await opened.handle("r").approvals()
+        assert after.id != before.id
+        assert isinstance(opened.checkpointer, Saver)
+        async for audited in opened.checkpointer.verify():
+            assert audited.damages == []
+        # Each once; those beside each other come in any order.
+        assert sorted(outside) == ["beside", "first", "left", "pay"]
+
+
+def stop_once() -> Callable[[], None]:
+    """Fail at a place once."""
+    left = [1]
+
+    def stop() -> None:
+        if left:
+            left.pop()
+            raise InterruptedError
+
+    return stop
+
+
+@pytest.mark.parametrize(
+    ("shape", "reason"),
+    [
+        (Shape(names={"second": "other"}), "at 'second', which the new version has not"),
+        (Shape(flat=True), "which the new version has not"),
+        (Shape(schema=Reshaped), r"where the migrated state is invalid: rounds: Input should"),
+    ],
+    ids=["renamed", "gone", "retyped"],
+)
+async def test_subgraph_that_cannot_go_on_is_refused(shape: Shape, reason: str) -> None:
+    async with AgentFlow("memory://") as opened:
+        opened.register(Shape().build(), name="nested", version="1")
+        handle = await opened.submit("nested", {"stop": "second"})
+        await opened.drive(handle.id)
+        opened.register(shape.build(), name="nested", version="2")
+        with pytest.raises(MigrationError, match="no migration leads there"):
+            await opened.migrate_run(handle.id)
+        rounds: Any = [] if shape.schema is Reshaped else 0
+        opened.migration("nested", from_="1", to="2")(lambda values: {**values, "rounds": rounds})
+        with pytest.raises(MigrationError, match=f"inside of the subgraph of node 'sub', {reason}"):
+            await opened.migrate_run(handle.id)
+
+
+async def test_migration_of_values_alone_follows_one_of_the_graph(app: AgentFlow) -> None:
+    run_id = await waiting(app)
+    second(app)
+    await app.migrate_run(run_id)
+    app.register(graph("manager", New), name="g", version="3")
+    app.migration("g", from_="2", to="3")(lambda values: {**values, "cents": 7})
+    assert (await app.migrate_run(run_id)).version == "3"
+    assert (await app.state(run_id)).values["cents"] == 7
 
 
 async def test_report_says_what_would_happen_and_a_driven_run_is_let_be(app: AgentFlow) -> None:
