@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any
 
 from agentflow.effects import find_definition
 from agentflow.errors import InvalidInputError
 from agentflow.inputs import member
 from agentflow.interrupts.plain import to_plain
-from agentflow.journal import Effect, EffectStatus, Resolution, warn_if_early
+from agentflow.journal import (
+    Effect,
+    EffectStatus,
+    Resolution,
+    question_id,
+    safe_at_of,
+    warn_if_early,
+)
 from agentflow.storage import RunStore
-from agentflow.types import Page, SystemClock
+from agentflow.types import Page, SystemClock, WaitStatus
+
+_QUESTIONS = 1000
 
 
 class EffectRecords:
@@ -56,6 +66,26 @@ class EffectRecords:
         """Return an effect as it stands; `NotFoundError` if there is none."""
         return await self._store.get_effect(self._tenant, effect_id)
 
+    async def safe_at(self, effect: Effect) -> datetime | None:
+        """Return from when on it is safe to say what came of an effect that is in doubt.
+
+        That is what the question about it shows, if it is asked: whoever asks may know that the
+        worker is gone, or have been at the call itself. `None` if nobody can say.
+        """
+        page = await self._store.list_waits(
+            self._tenant,
+            status=WaitStatus.PENDING,
+            run_id=effect.run_id,
+            graph=None,
+            limit=_QUESTIONS,
+            cursor=None,
+        )
+        asked = question_id(effect.id, effect.attempt)
+        for each in page.items:
+            if each.kind == "effect" and each.interrupt_id == asked:
+                return safe_at_of(each.request.proposal)
+        return effect.safe_at
+
     async def resolve(
         self,
         effect_id: str,
@@ -90,7 +120,7 @@ class EffectRecords:
         if definition is not None and (problem := definition.outcome_problem(outcome)) is not None:
             raise InvalidInputError("effect", (f"outcome: {problem}",))
         if effect.status is EffectStatus.INTENDED:
-            warn_if_early(effect.id, effect.safe_at, SystemClock().now())
+            warn_if_early(effect.id, await self.safe_at(effect), SystemClock().now())
         said = Resolution(
             happened=happened, outcome=to_plain(outcome, "outcome"), by=by, comment=comment
         )

@@ -273,8 +273,11 @@ class Journal:
 
     async def _look_for(self, effect: Effect, policy: Policy, error: Exception) -> Happened | None:
         """Decide about a call that has raised and may have happened all the same."""
-        # With a note of why, for whoever is asked; what is stored stays an intent.
-        return await self._clear_up(replace(effect, failure=describe(error)), policy)
+        try:
+            # With a note of why, for whoever is asked; what is stored stays an intent.
+            return await self._clear_up(replace(effect, failure=describe(error)), policy)
+        except EffectInDoubtError as doubt:
+            raise doubt from error
 
     async def _admit(
         self, flight: _Flight, effect: Effect, admit: Callable[[], Awaitable[None]]

@@ -65,7 +65,8 @@ async def hung_up() -> None:
 
 
 async def too_late() -> None:
-    async with server(is_silent=True) as url, httpx.AsyncClient(timeout=0.05) as client:
+    soon = httpx.Timeout(30, read=0.05)
+    async with server(is_silent=True) as url, httpx.AsyncClient(timeout=soon) as client:
         await client.post(url)
 
 
