@@ -13,7 +13,7 @@ from agentflow.journal import (
     Effect,
     EffectStatus,
     Resolution,
-    question_id,
+    question_ids,
     safe_at_of,
     warn_if_early,
 )
@@ -80,9 +80,9 @@ class EffectRecords:
             limit=_QUESTIONS,
             cursor=None,
         )
-        asked = question_id(effect.id, effect.attempt)
+        asked = question_ids(effect.id, effect.attempt)
         for each in page.items:
-            if each.kind == "effect" and each.interrupt_id == asked:
+            if each.kind == "effect" and each.interrupt_id in asked:
                 return safe_at_of(each.request.proposal)
         return effect.safe_at
 

@@ -204,6 +204,18 @@ def safe_at_of(facts: Mapping[str, Any]) -> datetime | None:
     return None if at is None else datetime.fromisoformat(at)
 
 
-def question_id(effect_id: str, attempt: int) -> str:
-    """Name the question whether this call of an effect happened."""
-    return f"{effect_id}:{attempt}"
+def question_id(effect_id: str, attempt: int, *, is_undoing: bool) -> str:
+    """Name the question whether this call of an effect happened.
+
+    It is another one when the run is being undone: whoever had the run cancelled instead of
+    answering the first has not answered it.
+    """
+    return f"{effect_id}:{attempt}{'!' if is_undoing else ''}"
+
+
+def question_ids(effect_id: str, attempt: int) -> tuple[str, str]:
+    """Name both questions whether this call of an effect happened."""
+    return (
+        question_id(effect_id, attempt, is_undoing=False),
+        question_id(effect_id, attempt, is_undoing=True),
+    )

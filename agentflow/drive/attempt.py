@@ -387,8 +387,10 @@ class Attempt:
 
     def _stops(self, workers: Mapping[str, doubts.Worker] = MappingProxyType({})) -> list[NewWait]:
         """Return what stopped the attempt in the middle of a node, and waits for somebody."""
-        found = self._journal.doubts.values()
-        waits = [doubts.to_wait(each, self._lease, workers) for each in found]
+        found, is_undoing = self._journal.doubts.values(), self._run.saga_cause is not None
+        waits = [
+            doubts.to_wait(each, self._lease, workers, is_undoing=is_undoing) for each in found
+        ]
         if self._meter is not None:
             waits += [allowances.to_wait(each) for each in self._meter.asks.values()]
         return waits

@@ -33,19 +33,25 @@ class Worker:
     """Its process has ended; as long as that is not known, it may be stopped or cut off."""
 
 
-def to_wait(effect: Effect, lease: Lease, workers: Mapping[str, Worker]) -> NewWait:
+def to_wait(
+    effect: Effect, lease: Lease, workers: Mapping[str, Worker], *, is_undoing: bool
+) -> NewWait:
     """Return the question whether a call has happened, asked by the attempt under `lease`.
 
-    `workers` says what is known of the workers, by the ids of effects.
+    Args:
+        effect: The call in doubt.
+        lease: Who asks.
+        workers: What is known of the workers, by the ids of effects.
+        is_undoing: Whether the effects of the run are being undone.
     """
     worker = workers.get(effect.id, Worker())
-    request = _request(effect, worker, is_over=effect.token == lease.token)
+    request = _request(effect, worker, is_over=effect.token == lease.token, is_undoing=is_undoing)
     return NewWait(
         wait_id=new_id(),
         kind="effect",
         ns=effect.ns,
         task_id=effect.task_id,
-        interrupt_id=question_id(effect.id, effect.attempt),
+        interrupt_id=question_id(effect.id, effect.attempt, is_undoing=is_undoing),
         checkpoint_id="",
         answers_recorded=0,
         request=request,
@@ -89,7 +95,7 @@ async def _instance_of(store: RunStore, effect: Effect) -> str | None:
     return None
 
 
-def _request(effect: Effect, worker: Worker, *, is_over: bool) -> ApprovalRequest:
+def _request(effect: Effect, worker: Worker, *, is_over: bool, is_undoing: bool) -> ApprovalRequest:
     # Of what is over, a time that has passed: when exactly it ended, nobody has seen.
     safe_at = effect.intended_at if is_over or worker.is_gone else effect.safe_at
     facts = {
@@ -113,7 +119,7 @@ def _request(effect: Effect, worker: Worker, *, is_over: bool) -> ApprovalReques
         proposal=to_plain(facts, lenient=True),
         allowed=("respond", "reject"),
         response_schema=_schema(effect),
-        description=_advice(effect, worker, is_over=is_over),
+        description=_advice(effect, worker, is_over=is_over, is_undoing=is_undoing),
     )
 
 
@@ -135,17 +141,22 @@ def _schema(effect: Effect) -> dict[str, Any]:
     return {**schema, **shared, "if": happened, "then": fits}
 
 
-def _advice(effect: Effect, worker: Worker, *, is_over: bool) -> str:
+def _advice(effect: Effect, worker: Worker, *, is_over: bool, is_undoing: bool) -> str:
     """Say how to find out, and from when on the answer holds."""
     known = (
         "It was about to be called, and nothing is known of what came of it."
         if effect.failure is None
         else "It was called, and raised what leaves open whether it has happened."
     )
+    denied = (
+        '{"happened": false}. The run is being undone; with a reject it goes on with that, and '
+        "leaves this call as it is."
+        if is_undoing
+        else '{"happened": false} to have it called. A reject cancels the run.'
+    )
     how = (
         f"{known} Look into the system "
-        'that it calls; then respond with {"happened": true, "outcome": ...}, or with '
-        '{"happened": false} to have it called. A reject cancels the run.'
+        f'that it calls; then respond with {{"happened": true, "outcome": ...}}, or with {denied}'
     )
     if is_over:
         return how

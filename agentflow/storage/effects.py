@@ -21,7 +21,7 @@ from agentflow.journal import (
     NewEffect,
     Resolution,
     differences,
-    question_id,
+    question_ids,
 )
 from agentflow.storage import effect_objects, effect_steps
 from agentflow.storage.effect_queries import is_all_undone
@@ -293,7 +293,7 @@ def _settle_waits(
         waits.c.tenant == row.tenant,
         waits.c.run_id == row.run_id,
         waits.c.kind == "effect",
-        waits.c.interrupt_id == question_id(row.effect_id, row.attempt),
+        waits.c.interrupt_id.in_(question_ids(row.effect_id, row.attempt)),
         waits.c.status == WaitStatus.PENDING.value,
     ]
     ids = connection.execute(sa.select(waits.c.wait_id).where(*pending)).scalars().all()

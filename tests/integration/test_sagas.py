@@ -202,6 +202,41 @@ async def test_effect_in_doubt_is_cleared_up_before_anything_is_undone(
     assert (run.status, run.saga, shop.undone) == ("failed", "compensated", ["b", "a"])
 
 
+@pytest.mark.parametrize("answer", ["happened", "did not happen", "reject"])
+@pytest.mark.parametrize("can_be_undone", [True, False])
+async def test_whoever_cancels_a_run_in_doubt_is_asked_again_before_it_is_undone(
+    app: AgentFlow, shop: Shop, answer: str, can_be_undone: bool
+) -> None:
+    async def hangs(what: str) -> None:
+        await asyncio.Event().wait()
+
+    undo: dict[str, Any] = {"compensate": shop.unbook} if can_be_undone else {}
+    hang = effect(timeout=0.02, name=f"tests:doubt-{can_be_undone}", **undo)(hangs)
+
+    async def node(state: State) -> State:
+        await hang("b")
+        return {}
+
+    async def decide(decision: dict[str, Any]) -> Run:
+        (asked,) = (await app.approvals.list()).items
+        questions.append(asked.interrupt_id)
+        await app.approvals.decide(asked.id, decision, by="ada")
+        return await app.drive("r")
+
+    questions: list[str] = []
+    run = await drive(app, chain(("a", books(shop, "a")), ("b", node)))
+    assert (run.status, run.saga) == (RunStatus.WAITING, None)
+    run = await decide({"type": "reject"})
+    assert (run.status, run.saga, shop.undone) == (RunStatus.WAITING, "compensating", [])
+    said = {"happened": {"happened": True, "outcome": "booked b"}}.get(answer, {"happened": False})
+    last = {"type": "reject"} if answer == "reject" else {"type": "respond", "value": said}
+    run = await decide(last)
+    assert run.status is RunStatus.CANCELLED
+    assert len(set(questions)) == 2
+    is_undone = can_be_undone and answer == "happened"
+    assert shop.undone == (["b", "a"] if is_undone else ["a"])
+
+
 async def test_what_was_undone_is_done_again_by_a_run_that_is_requeued(
     app: AgentFlow, shop: Shop
 ) -> None:
