@@ -297,9 +297,9 @@ def context_of(*parts: str | int | bool | bytes | None) -> bytes:
     return ormsgpack.packb(parts)
 
 
-def is_apart(sealed: bytes) -> bool:
+def is_apart(sealed: object) -> bool:
     """Whether an envelope has not a value but the name of the object that holds it."""
-    return bool(sealed[1:2] and sealed[1] & _APART)
+    return isinstance(sealed, bytes) and bool(sealed[1:2] and sealed[1] & _APART)
 
 
 def digest_of(body: bytes) -> bytes:
@@ -323,6 +323,9 @@ class _Header(NamedTuple):
 
 
 def _read_header(data: bytes, where: str) -> _Header:
+    if not isinstance(data, bytes):
+        # SQLite keeps what it is given, whatever the column is declared as.
+        raise HashMismatchError(where, "it is not binary")
     if len(data) < _HEADER.size:
         raise HashMismatchError(where, "it is cut short")
     version, flags, serializer, name_size, length = _HEADER.unpack_from(data)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import zlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from datetime import datetime, timedelta
 from functools import partial
 from typing import Any, TypeVar
@@ -32,6 +32,7 @@ from agentflow.storage import (
     workers,
 )
 from agentflow.storage.base import ChangeKind, OnBusy, OnExisting, RunStore
+from agentflow.storage.integrity import Verified
 from agentflow.storage.questions import to_approval
 from agentflow.storage.rotation import rotate_payloads
 from agentflow.storage.rows import (
@@ -43,6 +44,7 @@ from agentflow.storage.rows import (
     to_run,
 )
 from agentflow.storage.sql_versions import SqlVersionVerbs
+from agentflow.storage.verification import find_damages
 from agentflow.storage.waits import get_wait, list_of_run, resolve_wait
 from agentflow.types import (
     Approval,
@@ -586,6 +588,11 @@ class SqlRunStore(SqlVersionVerbs, RunStore):
 
     async def rotate_keys(self, tell: Callable[[int, int], None]) -> int:
         return await rotate_payloads(self._database, self._payloads, tell)
+
+    def find_damages(
+        self, *, tenant: str | None = None, thread_id: str | None = None
+    ) -> AsyncIterator[Verified]:
+        return find_damages(self._database, self._payloads, tenant, thread_id)
 
     async def close(self) -> None:
         if self._owns_database:

@@ -19,7 +19,7 @@ from sqlalchemy.engine import Engine
 from agentflow import AgentFlow
 from agentflow.checkpoint import Saver, open_checkpointer
 from agentflow.database.engine import parse_url
-from agentflow.database.tables import dead_letters, events, pauses, runs, waits
+from agentflow.database.tables import events, runs, waits
 from agentflow.errors import (
     CodecError,
     HashMismatchError,
@@ -30,8 +30,8 @@ from agentflow.interrupts import proposal_hash
 from agentflow.keys import KEY_SIZE, KeyRing
 from agentflow.storage.sql import SqlRunStore
 from tests.integration.sealed import (
+    OF_RUNS,
     PLACES,
-    SEALED,
     Calls,
     fill,
     in_environment,
@@ -225,24 +225,20 @@ async def test_payload_that_is_moved_is_refused(
     for tenant in ("", "acme"):
         async with open_app(database_url, keys, tenant=tenant) as app:
             await fill(app)
-    sealed = [
-        column for column in SEALED if column.table in (runs, waits, events, dead_letters, pauses)
-    ]
     moved = 0
     async with open_app(database_url, keys) as app:
-        for target in sealed:
-            rows = read_rows(engine, target.table)
-            for row in [
-                row for row in rows if row.tenant == "" and row._mapping[target] is not None
-            ]:
-                others = [
-                    other._mapping[source]
-                    for source in sealed
-                    if source.table is target.table
-                    for other in rows
-                    if (other is row) != (source is target)
-                ]
-                for other in {value for value in others if value is not None}:
+        for target in OF_RUNS:
+            found = read_rows(engine, target.table)
+            there = [row for row in found if row._mapping[target] is not None]
+            mine, theirs = ([row for row in there if row.tenant == each] for each in ("", "acme"))
+            for place, row in enumerate(mine):
+                others = {
+                    # The one before it, one of the other tenant's, and the columns beside it.
+                    mine[place - 1]._mapping[target],
+                    theirs[place % len(theirs)]._mapping[target],
+                    *(row._mapping[each] for each in OF_RUNS if each.table is target.table),
+                }
+                for other in others - {row._mapping[target], None}:
                     with _moved(engine, target, row, other), pytest.raises(HashMismatchError):
                         await read_payloads(app, target.table, row)
                     moved += 1
