@@ -271,6 +271,19 @@ class Codec:
             return hashlib.sha256(data).digest()
         return self._keys.current.digest(data)
 
+    def check_key(self, sealed: bytes, *, where: str = "") -> None:
+        """See that what begins like this was sealed by a key that is here.
+
+        Raises:
+            UnknownKeyError: It was not.
+            UnencryptedValueError: It was not sealed at all, and has to be.
+        """
+        name = _read_header(sealed, where).key
+        if name:
+            self._key(name, where)
+        elif self._keys is not None and not self._keys.accept_plaintext:
+            raise UnencryptedValueError(where)
+
     def is_current(self, sealed: bytes) -> bool:
         """Whether something is sealed as it would be now: by the current key, if there is one."""
         name = _read_header(sealed, "").key

@@ -32,6 +32,7 @@ from agentflow.storage import (
     workers,
 )
 from agentflow.storage.base import ChangeKind, OnBusy, OnExisting, RunStore
+from agentflow.storage.effect_keys import EffectKeys
 from agentflow.storage.integrity import Verified
 from agentflow.storage.questions import to_approval
 from agentflow.storage.rotation import rotate_payloads
@@ -104,6 +105,7 @@ class SqlRunStore(SqlVersionVerbs, RunStore):
         self._payloads = Payloads(
             strict=codec, lenient=codec.readable_anywhere(), limit=max_payload, clock=clock
         )
+        self._effect_keys = EffectKeys(database, self._payloads)
 
     async def create_run(
         self,
@@ -427,6 +429,7 @@ class SqlRunStore(SqlVersionVerbs, RunStore):
     async def begin_effect(
         self, lease: Lease, new: NewEffect, *, retake: int | None = None
     ) -> Begun:
+        await self._effect_keys.meet(lease, new)
         row = effect_rows.new_row(self._payloads, lease.tenant, new)
         begin = partial(self._write, effects.begin_effect, lease, new, row, retake=retake)
         try:

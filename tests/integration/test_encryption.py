@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from langgraph.graph import END, START, StateGraph
 from psycopg import sql
 from sqlalchemy.engine import Engine
 
-from agentflow import AgentFlow
+from agentflow import AgentFlow, RetryPolicy, effect
 from agentflow.checkpoint import Saver, open_checkpointer
 from agentflow.database.engine import parse_url
-from agentflow.database.tables import events, runs, waits
+from agentflow.database.tables import effects, events, runs, waits
 from agentflow.errors import (
     CodecError,
     HashMismatchError,
@@ -28,6 +29,8 @@ from agentflow.errors import (
 )
 from agentflow.interrupts import proposal_hash
 from agentflow.keys import KEY_SIZE, KeyRing
+from agentflow.storage import rotation
+from agentflow.storage.rows import KEYS
 from agentflow.storage.sql import SqlRunStore
 from tests.integration.sealed import (
     OF_RUNS,
@@ -41,6 +44,7 @@ from tests.integration.sealed import (
     read_payloads,
     read_rows,
     ring,
+    secret,
 )
 from tests.servers import PostgresServer
 
@@ -203,6 +207,101 @@ async def test_worker_without_the_key_leaves_a_run_to_others(database_url: str) 
     async with open_app(database_url, ring("one", "two")) as app:
         assert [event.type for event in await app.list_events("queued")] == ["run.submitted"]
         assert (await app.drive("queued")).status == "waiting"
+
+
+def _payer(calls: list[str]) -> Any:
+    """Build a graph that makes two calls to the outside; the second time it gets to its end."""
+
+    @effect(key="all", scope="global", name="sealed:once")
+    async def once() -> str:
+        calls.append("of the tenant")
+        return "done"
+
+    @effect(key="own", name="sealed:own")
+    async def own() -> str:
+        calls.append("of the run")
+        return "done"
+
+    async def node(state: dict[str, Any]) -> dict[str, Any]:
+        await once()
+        await own()
+        if len(calls) == 2 and not state.get("is_again"):
+            raise ValueError("after the calls")
+        return {"result": "end"}
+
+    graph: Any = StateGraph(dict)
+    graph.add_node("node", node)
+    graph.add_edge(START, "node")
+    graph.add_edge("node", END)
+    return graph
+
+
+UNMET: dict[str, tuple[KeyRing | None, KeyRing | None, type[CodecError] | None]] = {
+    "a key that is looked up": (
+        ring("old"),
+        KeyRing({"new": secret("new")}, lookup=secret),
+        None,
+    ),
+    "a lost key": (ring("old"), ring("new"), UnknownKeyError),
+    "no keys": (ring("old"), None, UnknownKeyError),
+    "plaintext": (None, ring("new"), UnencryptedValueError),
+}
+
+
+@pytest.mark.parametrize("case", UNMET)
+async def test_effect_that_another_key_hides_is_not_called_again(
+    database_url: str, case: str
+) -> None:
+    """What cannot be looked for, since its name is hashed by a key that is not here, is refused."""
+    before, after, error = UNMET[case]
+    calls: list[str] = []
+    async with AgentFlow(database_url, keys=before) as app:
+        app.register(_payer(calls), name="pay", retry=RetryPolicy(max_attempts=1))
+        await app.submit("pay", {}, run_id="first")
+        assert (await app.drive("first")).status == "failed"
+    assert calls == ["of the tenant", "of the run"]
+    async with AgentFlow(database_url, keys=after) as app:
+        app.register(_payer(calls), name="pay", retry=RetryPolicy(max_attempts=1))
+        await app.submit("pay", {"is_again": True}, run_id="second")
+        run = await app.drive("second")
+        if error is None:
+            assert run.status == "succeeded"
+            assert calls[2:] == ["of the run"]
+            return
+        assert run.error is not None
+        assert run.error.type.endswith(error.__name__)
+    assert calls == ["of the tenant", "of the run"]
+
+
+async def test_effect_that_a_killed_rotation_has_left_is_not_called_again(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the old key was taken away too early; with it the run goes on."""
+    calls: list[str] = []
+
+    def opened(*names: str) -> AgentFlow:
+        app = AgentFlow(sqlite_url, keys=ring(*names))
+        app.register(_payer(calls), name="pay", retry=RetryPolicy(max_attempts=1))
+        return app
+
+    async with opened("old") as app:
+        await app.submit("pay", {}, run_id="one")
+        assert (await app.drive("one")).status == "failed"
+    with monkeypatch.context() as patch:
+        others = {name: key for name, key in KEYS.items() if name != effects.name}
+        patch.setattr(rotation, "KEYS", others)
+        async with opened("new", "old") as app:
+            assert (await app.rotate_keys()).sealed
+    calls.append("and is driven again")
+    async with opened("new") as app:
+        await app.dead_letters.requeue("one")
+        run = await app.drive("one")
+        assert run.error is not None
+        assert run.error.type.endswith("UnknownKeyError")
+    async with opened("new", "old") as app:
+        await app.dead_letters.requeue("one")
+        assert (await app.drive("one")).status == "succeeded"
+    assert calls == ["of the tenant", "of the run", "and is driven again"]
 
 
 async def test_plaintext_is_read_while_it_is_accepted(database_url: str) -> None:
