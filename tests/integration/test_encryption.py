@@ -20,7 +20,15 @@ from sqlalchemy.engine import Engine
 from agentflow import AgentFlow, RetryPolicy, effect
 from agentflow.checkpoint import Saver, open_checkpointer
 from agentflow.database.engine import parse_url
-from agentflow.database.tables import effects, events, runs, waits
+from agentflow.database.tables import (
+    Length,
+    Timestamp,
+    effects,
+    events,
+    metadata,
+    runs,
+    waits,
+)
 from agentflow.errors import (
     CodecError,
     HashMismatchError,
@@ -47,6 +55,40 @@ from tests.integration.sealed import (
     secret,
 )
 from tests.servers import PostgresServer
+
+FACTS = {
+    "anchors": "ns checkpoint_id",
+    "checkpoints": "ns checkpoint_id parent_id attempt run_id",
+    "dead_letters": "tenant run_id checkpoint_id thread_id graph version reason",
+    "effects": (
+        "tenant effect_id scope key_hash run_id thread_id graph kind name compensate ns "
+        "task_id node status on_in_doubt worker resolved_by"
+    ),
+    "events": "tenant run_id type prev_hash hash",
+    "fingerprints": "tenant digest graph",
+    "leases": "tenant thread_id",
+    "logs": "tenant event_hash",
+    "object_space": "name",
+    "objects": "object",
+    "pauses": "tenant scope name paused_by",
+    "routes": "tenant graph version set_by",
+    "runs": (
+        "tenant run_id thread_id graph version queue status wake_reason progress "
+        "checkpoint_id worker submitted_by traceparent event_hash instance resume_from "
+        "rollback root forked_from saga fingerprint"
+    ),
+    "threads": "tenant thread_id",
+    "waits": (
+        "tenant wait_id kind run_id thread_id graph ns task_id interrupt_id "
+        "checkpoint_id status proposal_hash decision_type decided_by idempotency_key"
+    ),
+    "workers": "tenant instance name report",
+    "writes": "ns checkpoint_id",
+}
+"""The columns with text by table: ids, names, hashes and statuses, by which rows are searched.
+
+`workers.report` is what `WorkerReport` has: names and numbers. See docs/encryption.md.
+"""
 
 
 @pytest.fixture
@@ -89,6 +131,22 @@ def spellings(canary: str) -> list[bytes]:
     shifted = (base64.b64encode(b"x" * shift + raw) for shift in range(3))
     encoded = [text[4 : len(text) // 4 * 4 - 4] for text in shifted]
     return [raw, canary.encode("utf-16-le"), raw.hex().encode(), *encoded]
+
+
+def test_text_outside_of_envelopes_is_what_rows_are_searched_by() -> None:
+    """A column that is new is sealed, or it is put on this list, and into docs/encryption.md."""
+    found = {
+        table.name.removeprefix("agentflow_"): names
+        for table in metadata.sorted_tables
+        if (names := " ".join(each.name for each in table.c if isinstance(each.type, sa.Text)))
+    }
+    assert found == FACTS
+    others = {type(each.type) for table in metadata.sorted_tables for each in table.c}
+    assert others == {
+        *(sa.Text, sa.LargeBinary, sa.Integer, sa.BigInteger, sa.Boolean),
+        *(Length, Timestamp),
+    }
+    assert {column.table.name for column in OF_RUNS} == set(KEYS), "a table without contexts"
 
 
 @pytest.mark.slow
