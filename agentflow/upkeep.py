@@ -13,7 +13,7 @@ from langgraph.pregel import Pregel
 
 from agentflow.checkpoint import Retention, Saver, SweepReport
 from agentflow.effects import NAMES, shift_of
-from agentflow.errors import InvalidInputError, NotFoundError
+from agentflow.errors import CodecError, InvalidInputError, NotFoundError
 from agentflow.keys import KeyRing
 from agentflow.storage import RunStore
 from agentflow.types import Clock, Restored, Run, RunStatus, to_timedelta
@@ -93,7 +93,7 @@ class Sweeper:
         default = retention or self._saver.retention
 
         async def choose(thread_ids: Sequence[str]) -> dict[str, Retention]:
-            kept = {name: await self._retention(name, default) for name in thread_ids}
+            kept = {name: await self._readable(name, default) for name in thread_ids}
             return {name: each for name, each in kept.items() if each is not None}
 
         report = await self._saver.asweep(choose, dry_run=dry_run, clock=self._clock)
@@ -125,6 +125,12 @@ class Sweeper:
         )
         while await prune() == _EFFECTS_AT_ONCE:
             pass
+
+    async def _readable(self, thread_id: str, default: Retention | None) -> Retention | None:
+        try:
+            return await self._retention(thread_id, default)
+        except CodecError:
+            return None  # nobody can say whether its runs have ended
 
     async def _retention(self, thread_id: str, default: Retention | None) -> Retention | None:
         """Say how long a thread is kept; `None` if it is to be let be."""
