@@ -19,13 +19,14 @@ import copy
 import hashlib
 import struct
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, Literal, NamedTuple
 
 import ormsgpack
 import zstandard
 
 from agentflow.errors import (
+    CodecError,
     HashMismatchError,
     SerializationError,
     UnencryptedValueError,
@@ -283,6 +284,35 @@ class Codec:
             self._key(name, where)
         elif self._keys is not None and not self._keys.accept_plaintext:
             raise UnencryptedValueError(where)
+
+    def check_keys(self, found: Iterable[tuple[bytes, bytes, str]]) -> None:
+        """See that the keys are those by which something was sealed before.
+
+        Args:
+            found: Some of it, each with its context and its place.
+
+        Raises:
+            HashMismatchError: Of what a key of this name has sealed, nothing opens.
+        """
+        failed: dict[str, HashMismatchError] = {}
+        for sealed, context, where in found:
+            try:
+                header = _read_header(sealed, where)
+                key = self._keys.find(header.key) if self._keys is not None else None
+                if key is None or key.is_proven:
+                    continue
+                if key.open(sealed[header.end :], sealed[: header.end] + context) is not None:
+                    key.is_proven = True
+            except CodecError:
+                continue  # whoever reads it is told
+            reason = (
+                f"the key {key.name!r} has not sealed it here, nor anything else that was looked "
+                "at; see whether it is another key of the same name"
+            )
+            failed[key.name] = HashMismatchError(where, reason)
+        for name, error in failed.items():
+            if not self._key(name, "").is_proven:
+                raise error
 
     def is_current(self, sealed: bytes) -> bool:
         """Whether something is sealed as it would be now: by the current key, if there is one."""

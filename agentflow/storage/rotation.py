@@ -13,6 +13,7 @@ from agentflow.database import Database
 from agentflow.database.tables import effects, metadata, waits
 from agentflow.failpoints import failpoint
 from agentflow.storage.effect_rows import repack_request
+from agentflow.storage.key_check import check_keys
 from agentflow.storage.questions import repack_question
 from agentflow.storage.rows import KEYS, Column, Payloads
 
@@ -41,6 +42,8 @@ async def rotate_payloads(
     Returns:
         How many payloads were sealed.
     """
+    # What already has the name of the current key is not opened below.
+    await database.read(partial(check_keys, payloads))
     seen = sealed = 0
     for table in map(metadata.tables.__getitem__, KEYS):
         last: Mapping[str, Any] | None = None

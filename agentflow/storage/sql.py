@@ -34,6 +34,7 @@ from agentflow.storage import (
 from agentflow.storage.base import ChangeKind, OnBusy, OnExisting, RunStore
 from agentflow.storage.effect_keys import EffectKeys
 from agentflow.storage.integrity import Verified
+from agentflow.storage.key_check import check_keys
 from agentflow.storage.questions import to_approval
 from agentflow.storage.rotation import rotate_payloads
 from agentflow.storage.rows import (
@@ -106,6 +107,8 @@ class SqlRunStore(SqlVersionVerbs, RunStore):
             strict=codec, lenient=codec.readable_anywhere(), limit=max_payload, clock=clock
         )
         self._effect_keys = EffectKeys(database, self._payloads)
+        if codec.keys is not None:
+            database.guard(partial(check_keys, self._payloads))
 
     async def create_run(
         self,

@@ -37,7 +37,7 @@ from tests.integration.sealed import fill as fill_runs
 
 _CASES, _ALL_CASES = 500, 50_000
 """Of each of the two databases, one of them encrypted."""
-_RUN_CASES, _ALL_RUN_CASES = 200, 5_000
+_RUN_CASES, _ALL_RUN_CASES = 500, 5_000
 _TENANTS = ("", "acme")
 _WITH_DELTAS = ("deltas", "pruned")
 _TEXT = "a text that is too long for the row of each checkpoint; " * 4

@@ -267,6 +267,44 @@ async def test_worker_without_the_key_leaves_a_run_to_others(database_url: str) 
         assert (await app.drive("queued")).status == "waiting"
 
 
+async def test_wrong_key_of_the_right_name_writes_nothing(
+    database_url: str, engine: Engine
+) -> None:
+    """What it wrote nobody else could read; so it does not even note what it cannot read."""
+    async with open_app(database_url, ring("one")) as app:
+        await fill(app)
+        await app.submit("refund", {"given": "x"}, run_id="queued")
+    stored = payloads(database_url)
+    calls = Calls()
+    wrong = KeyRing({"one": bytes(KEY_SIZE)})
+    async with open_app(database_url, wrong, calls=calls) as app:
+        options: dict[str, Any] = {"worker": "w", "queues": ["default"], "limit": 1}
+        graphs, lease = [("refund", "1")], app._settings.lease
+        attempts: list[Callable[[], Awaitable[Any]]] = [
+            lambda: app._store.claim_runs("", graphs=graphs, lease=lease, **options),
+            lambda: app.submit("refund", {"given": "x"}, run_id="new"),
+            lambda: app.cancel("queued"),
+            lambda: app.pause(queue="other", reason="x"),
+            app.rotate_keys,
+        ]
+        for attempt in attempts:
+            with pytest.raises(HashMismatchError, match="the key 'one' has not sealed it here"):
+                await attempt()
+    assert calls == []
+    async with open_checkpointer(database_url, keys=wrong) as saver:
+        graph = app._registry.graphs["refund", "1"].graph.copy(update={"checkpointer": saver})
+        with pytest.raises(HashMismatchError, match="another key of the same name"):
+            await graph.ainvoke({"given": "x"}, {"configurable": {"thread_id": "new"}})
+    assert payloads(database_url) == stored
+    (row,) = [row for row in read_rows(engine, runs) if row.run_id == "queued"]
+    with _moved(engine, runs.c.config, row, row.config[:-1] + bytes((row.config[-1] ^ 1,))):
+        async with open_app(database_url, ring("one")) as app:
+            # One that is damaged proves nothing.
+            await app.submit("refund", {"given": "x"}, run_id="new")
+    async with open_app(database_url, ring("one")) as app:
+        assert [event.type for event in await app.list_events("queued")] == ["run.submitted"]
+
+
 def _payer(calls: list[str]) -> Any:
     """Build a graph that makes two calls to the outside; the second time it gets to its end."""
 
