@@ -60,7 +60,7 @@ _TABLES = {
 }
 _LATER = frozenset({"effects"})
 """What files lack that were made by programs which had none of it."""
-_OWN = ("run_id", "tenant")
+_OWN = ("tenant", "run_id", "thread_id")
 _NUMBERED = frozenset({runs.name, waits.name, effects.name})
 """Tables whose `seq` is a number of the database's; that of events is part of the run."""
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -141,6 +141,9 @@ def import_run(
     }
     run = found["run"][0]
     run_id, thread_id = run["run_id"], run["thread_id"]
+    for name, rows in found.items():
+        for row in rows:
+            _check_row(payloads, _TABLES[name], row, {**run, "tenant": tenant})
     if find_run(connection, tenant, run_id, lock=True) is not None:
         raise ConflictError(f"run {run_id!r} is there already; nothing was imported")
     lock_thread(connection, tenant, thread_id)
@@ -169,6 +172,23 @@ def import_run(
     return to_run(final, payloads)
 
 
+def _check_row(
+    payloads: Payloads, table: sa.Table, row: Mapping[str, Any], run: Mapping[str, Any]
+) -> None:
+    """See that a row is of the run that is imported, and its payloads open.
+
+    Raises:
+        HashMismatchError: It is another run's, or another tenant's, or was changed.
+    """
+    for name in _OWN:
+        is_unsaid = name in row and row[name] is None and table.c[name].nullable
+        if row.get(name, run[name]) != run[name] and not is_unsaid:
+            raise HashMismatchError(f"a row of {table.name}", "it is not of this run")
+    for column in table.c:
+        if isinstance(column.type, sa.LargeBinary) and row[column.name] is not None:
+            payloads.unseal(column, row)
+
+
 def _add_fingerprints(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
     if rows:
         insert_new(connection, fingerprints, rows)
@@ -192,14 +212,13 @@ def _add_effect(
 
 
 def _verify(payloads: Payloads, run: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> None:
-    """Verify that the events are all there are, and those of this run."""
+    """Verify that the events are all there are."""
     where = f"events of {run['run_id']!r}"
     previous, number = GENESIS, 0
     for event in log:
         number += 1
         is_next = event["seq"] == number and event["prev_hash"] == previous
-        is_own = all(event[name] == run[name] for name in _OWN)
-        if not is_next or not is_own or hash_event(event, payloads) != event["hash"]:
+        if not is_next or hash_event(event, payloads) != event["hash"]:
             raise HashMismatchError(f"event {number} of {run['run_id']!r}")
         previous = event["hash"]
     if (run["event_seq"], run["event_hash"]) != (number, previous):

@@ -92,6 +92,15 @@ def _resealed(change: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, An
     return apply
 
 
+LETTER = {
+    "tenant": "",
+    "run_id": "other",
+    "thread_id": "r",
+    "at": 1,
+    "attempts": 1,
+    "claims": 1,
+    "cause": "AAAA",
+}
 DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], Any], type[AgentflowError]]] = {
     "content": (lambda f: f["content"].update(graph="other"), HashMismatchError),
     "format": (lambda f: f.update(format="other"), InvalidInputError),
@@ -100,6 +109,30 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], Any], type[AgentflowError]]]
     "event gone": (_resealed(lambda c: c["rows"]["events"].pop()), HashMismatchError),
     "event changed": (
         _resealed(lambda c: c["rows"]["events"][1].update(type="run.other")),
+        HashMismatchError,
+    ),
+    "run of another tenant": (
+        _resealed(lambda c: c["rows"]["run"][0].update(tenant="other")),
+        HashMismatchError,
+    ),
+    "question of another tenant": (
+        _resealed(lambda c: c["rows"]["waits"][0].update(tenant="other")),
+        HashMismatchError,
+    ),
+    "question of another run": (
+        _resealed(lambda c: c["rows"]["waits"][0].update(run_id="other")),
+        HashMismatchError,
+    ),
+    "question changed": (
+        _resealed(lambda c: c["rows"]["waits"][0].update(request="AAAA")),
+        HashMismatchError,
+    ),
+    "dead letter of another run": (
+        _resealed(lambda c: c["rows"]["dead_letters"].append(LETTER)),
+        HashMismatchError,
+    ),
+    "fingerprint of another tenant": (
+        _resealed(lambda c: c["rows"]["fingerprints"][0].update(tenant="other")),
         HashMismatchError,
     ),
     "thread": (
