@@ -142,8 +142,8 @@ def import_run(
     run = found["run"][0]
     run_id, thread_id = run["run_id"], run["thread_id"]
     for name, rows in found.items():
-        for row in rows:
-            _check_row(payloads, _TABLES[name], row, {**run, "tenant": tenant})
+        for each in rows:
+            _check_row(payloads, _TABLES[name], each, {**run, "tenant": tenant})
     if find_run(connection, tenant, run_id, lock=True) is not None:
         raise ConflictError(f"run {run_id!r} is there already; nothing was imported")
     lock_thread(connection, tenant, thread_id)

@@ -323,6 +323,15 @@ async def test_app_sweeps_only_threads_whose_runs_have_ended(sqlite_url: str) ->
         await app.drive(handle.id)
         await app.submit("plain", {"log": []}, thread_id="queued again")
         assert (await app.sweep()).swept == ()
+        with closing(sqlite3.connect(sqlite_url.removeprefix("sqlite:///"))) as raw:
+            ((before,),) = raw.execute("SELECT input FROM agentflow_runs WHERE thread_id = 'plain'")
+            put = "UPDATE agentflow_runs SET input = ? WHERE thread_id = 'plain'"
+            with raw:
+                raw.execute(put, [b""])
+            unread = await app.sweep(Retention(keep_last=1), dry_run=True)
+            assert (unread.swept, unread.spared) == ((), {"damaged": 1})
+            with raw:
+                raw.execute(put, [before])
         said = await app.sweep(Retention(keep_last=1), dry_run=True)
         done = await app.sweep(Retention(keep_last=1))
         assert [(each.thread_id, each.checkpoints) for each in done.swept] == [("plain", 2)]
