@@ -701,6 +701,9 @@ class Saver(BaseCheckpointSaver[str]):
         is_known, found = self._remembered(key, checkpoint_id)
         if not is_known:
             found = self._database.query_now(self._load(key, checkpoint_id))
+        if found is None:
+            # Whoever begins a thread now would hear of a wrong key only when it is stored.
+            self._database.prove_now()
         return self._continued(key, found)
 
     async def aget_tuple(self, config: RunnableConfig) -> CheckpointTuple | None:
@@ -710,6 +713,8 @@ class Saver(BaseCheckpointSaver[str]):
         is_known, found = self._remembered(key, checkpoint_id)
         if not is_known:
             found = await self._database.query(self._load(key, checkpoint_id))
+        if found is None:
+            await self._database.prove()
         return self._continued(key, found)
 
     def list(

@@ -91,11 +91,27 @@ class Database:
         if not self._connections.is_memory:
             self._guards.append(check)
 
+    def prove_now(self) -> None:
+        """Have the guards look now, unless they have."""
+        if self._guards:
+            self._check_fork()
+            self._persistently(self._ask_guards)
+
+    async def prove(self) -> None:
+        """Have the guards look now, unless they have."""
+        if self._guards:
+            self._check_fork()
+            await self._in_reader(self.prove_now)
+
     def _ensure_writable(self) -> None:
         self._ensure_ready()
-        while self._guards:
-            self._snapshot(self._guards[0])
-            del self._guards[0]
+        self._ask_guards()
+
+    def _ask_guards(self) -> None:
+        with self._lock:
+            while self._guards:
+                self._snapshot(self._guards[0])
+                del self._guards[0]
 
     def _check_fork(self) -> None:
         if self._forks != FORKS.count:

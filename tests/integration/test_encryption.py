@@ -290,12 +290,11 @@ async def test_wrong_key_of_the_right_name_writes_nothing(
         for attempt in attempts:
             with pytest.raises(HashMismatchError, match="the key 'one' has not sealed it here"):
                 await attempt()
-    assert calls == []
     async with open_checkpointer(database_url, keys=wrong) as saver:
         graph = app._registry.graphs["refund", "1"].graph.copy(update={"checkpointer": saver})
         with pytest.raises(HashMismatchError, match="another key of the same name"):
             await graph.ainvoke({"given": "x"}, {"configurable": {"thread_id": "new"}})
-    assert payloads(database_url) == stored
+    assert (calls, payloads(database_url)) == ([], stored)
     (row,) = [row for row in read_rows(engine, runs) if row.run_id == "queued"]
     with _moved(engine, runs.c.config, row, row.config[:-1] + bytes((row.config[-1] ^ 1,))):
         async with open_app(database_url, ring("one")) as app:
