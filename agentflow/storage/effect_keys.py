@@ -11,10 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-import sqlalchemy as sa
-from sqlalchemy.engine import Connection
-
 from agentflow.database import Database
+from agentflow.database.session import Session
 from agentflow.database.tables import effects
 from agentflow.errors import HashMismatchError
 from agentflow.journal import GLOBAL, NewEffect
@@ -22,10 +20,13 @@ from agentflow.keys import MAX_NAME
 from agentflow.storage.rows import Payloads, place_of
 from agentflow.types import Lease
 
-_HEAD = 16 + MAX_NAME
-"""Bytes in which an envelope names its key."""
 _AT_ONCE = 1000
-_OVERLAP = 1000
+_HEADS = (
+    f"SELECT seq, effect_id, substr(request, 1, {16 + MAX_NAME}) FROM agentflow_effects "  # noqa: S608 -- numbers of its own
+    f"WHERE tenant = ? AND scope = ? AND seq > ? ORDER BY seq LIMIT {_AT_ONCE}"
+)
+"""As much of each envelope as names its key; on the bare driver, as `effect_steps` is."""
+_OVERLAP = 100
 """How far back what was looked through is looked through again: numbers are given in one order and
 committed in another."""
 _MAX_SCOPES = 1000
@@ -64,7 +65,7 @@ class EffectKeys:
                 del self._attempts[next(iter(self._attempts))]
 
     async def _look(self, tenant: str, scope: str, after: int) -> None:
-        while page := await self._database.read(partial(_read, tenant, scope, after)):
+        while page := await self._database.query(partial(_read, tenant, scope, after)):
             for _, effect_id, head in page:
                 place = {"tenant": tenant, "effect_id": effect_id}
                 try:
@@ -78,12 +79,8 @@ class EffectKeys:
                 return
 
 
-def _read(tenant: str, scope: str, after: int, connection: Connection) -> Sequence[_Row]:
-    head = sa.func.substr(effects.c.request, 1, _HEAD, type_=sa.LargeBinary)
-    query = (
-        sa.select(effects.c.seq, effects.c.effect_id, head)
-        .where(effects.c.tenant == tenant, effects.c.scope == scope, effects.c.seq > after)
-        .order_by(effects.c.seq)
-        .limit(_AT_ONCE)
-    )
-    return [(seq, effect_id, bytes(found)) for seq, effect_id, found in connection.execute(query)]
+def _read(tenant: str, scope: str, after: int, session: Session) -> Sequence[_Row]:
+    return [
+        (seq, effect_id, bytes(head))
+        for seq, effect_id, head in session.fetch(_HEADS, (tenant, scope, after))
+    ]
