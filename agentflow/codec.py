@@ -19,13 +19,14 @@ import copy
 import hashlib
 import struct
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, Literal, NamedTuple
 
 import ormsgpack
 import zstandard
 
 from agentflow.errors import (
+    CodecError,
     HashMismatchError,
     SerializationError,
     UnencryptedValueError,
@@ -271,6 +272,48 @@ class Codec:
             return hashlib.sha256(data).digest()
         return self._keys.current.digest(data)
 
+    def check_key(self, sealed: bytes, *, where: str = "") -> None:
+        """See that what begins like this was sealed by a key that is here.
+
+        Raises:
+            UnknownKeyError: It was not.
+            UnencryptedValueError: It was not sealed at all, and has to be.
+        """
+        name = _read_header(sealed, where).key
+        if name:
+            self._key(name, where)
+        elif self._keys is not None and not self._keys.accept_plaintext:
+            raise UnencryptedValueError(where)
+
+    def check_keys(self, found: Iterable[tuple[bytes, bytes, str]]) -> None:
+        """See that the keys are those by which something was sealed before.
+
+        Args:
+            found: Some of it, each with its context and its place.
+
+        Raises:
+            HashMismatchError: Of what a key of this name has sealed, nothing opens.
+        """
+        failed: dict[str, HashMismatchError] = {}
+        for sealed, context, where in found:
+            try:
+                header = _read_header(sealed, where)
+                key = self._keys.find(header.key) if self._keys is not None else None
+                if key is None or key.is_proven:
+                    continue
+                if key.open(sealed[header.end :], sealed[: header.end] + context) is not None:
+                    key.is_proven = True
+            except CodecError:
+                continue  # whoever reads it is told
+            reason = (
+                f"the key {key.name!r} has not sealed it here, nor anything else that was looked "
+                "at; see whether it is another key of the same name"
+            )
+            failed[key.name] = HashMismatchError(where, reason)
+        for name, error in failed.items():
+            if not self._key(name, "").is_proven:
+                raise error
+
     def is_current(self, sealed: bytes) -> bool:
         """Whether something is sealed as it would be now: by the current key, if there is one."""
         name = _read_header(sealed, "").key
@@ -297,9 +340,9 @@ def context_of(*parts: str | int | bool | bytes | None) -> bytes:
     return ormsgpack.packb(parts)
 
 
-def is_apart(sealed: bytes) -> bool:
+def is_apart(sealed: object) -> bool:
     """Whether an envelope has not a value but the name of the object that holds it."""
-    return bool(sealed[1:2] and sealed[1] & _APART)
+    return isinstance(sealed, bytes) and bool(sealed[1:2] and sealed[1] & _APART)
 
 
 def digest_of(body: bytes) -> bytes:
@@ -323,6 +366,9 @@ class _Header(NamedTuple):
 
 
 def _read_header(data: bytes, where: str) -> _Header:
+    if not isinstance(data, bytes):
+        # SQLite keeps what it is given, whatever the column is declared as.
+        raise HashMismatchError(where, "it is not binary")
     if len(data) < _HEADER.size:
         raise HashMismatchError(where, "it is cut short")
     version, flags, serializer, name_size, length = _HEADER.unpack_from(data)

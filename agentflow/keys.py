@@ -47,6 +47,8 @@ class Key:
             raise InvalidInputError("key ring", (advice,))
         self.name = name
         self.id = name.encode()
+        self.is_proven = False
+        """Whether it has opened something that was stored before."""
         self._hashing = _derive(secret, b"agentflow hashes")
         self._cipher = Xaes(_derive(secret, b"agentflow encryption"))
 

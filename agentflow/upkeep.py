@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ from langgraph.pregel import Pregel
 
 from agentflow.checkpoint import Retention, Saver, SweepReport
 from agentflow.effects import NAMES, shift_of
-from agentflow.errors import InvalidInputError, NotFoundError
+from agentflow.errors import CodecError, InvalidInputError, NotFoundError
 from agentflow.keys import KeyRing
 from agentflow.storage import RunStore
 from agentflow.types import Clock, Restored, Run, RunStatus, to_timedelta
@@ -91,14 +91,23 @@ class Sweeper:
             )
 
         default = retention or self._saver.retention
+        unreadable: set[str] = set()
 
         async def choose(thread_ids: Sequence[str]) -> dict[str, Retention]:
-            kept = {name: await self._retention(name, default) for name in thread_ids}
+            kept: dict[str, Retention | None] = {}
+            for name in thread_ids:
+                try:
+                    kept[name] = await self._retention(name, default)
+                except CodecError:
+                    unreadable.add(name)  # nobody can say whether its runs have ended
             return {name: each for name, each in kept.items() if each is not None}
 
         report = await self._saver.asweep(choose, dry_run=dry_run, clock=self._clock)
         if not dry_run:
             await self._prune_effects(default)
+        if unreadable:
+            damaged = report.spared.get("damaged", 0) + len(unreadable)
+            report = replace(report, spared={**report.spared, "damaged": damaged})
         return report
 
     async def _prune_effects(self, default: Retention | None) -> None:

@@ -43,6 +43,7 @@ from agentflow.checkpoint.collection import GRACE
 from agentflow.checkpoint.deltas import read_history
 from agentflow.checkpoint.encoding import Encoder
 from agentflow.checkpoint.intake import Intake
+from agentflow.checkpoint.key_check import check_keys
 from agentflow.checkpoint.loading import Listing, Reader
 from agentflow.checkpoint.policy import Save, SavePolicy
 from agentflow.checkpoint.pruning import Selection, check_leases, delete, prune
@@ -133,6 +134,8 @@ class Saver(BaseCheckpointSaver[str]):
         self._recent: RecentRead | None = None
         """What was read last under the lease."""
         self._use(codec)
+        if codec.keys is not None:
+            database.guard(partial(check_keys, codec))
 
     def _use(self, codec: Codec) -> None:
         self._codec = codec
@@ -698,6 +701,9 @@ class Saver(BaseCheckpointSaver[str]):
         is_known, found = self._remembered(key, checkpoint_id)
         if not is_known:
             found = self._database.query_now(self._load(key, checkpoint_id))
+        if found is None:
+            # Whoever begins a thread now would hear of a wrong key only when it is stored.
+            self._database.prove_now()
         return self._continued(key, found)
 
     async def aget_tuple(self, config: RunnableConfig) -> CheckpointTuple | None:
@@ -707,6 +713,8 @@ class Saver(BaseCheckpointSaver[str]):
         is_known, found = self._remembered(key, checkpoint_id)
         if not is_known:
             found = await self._database.query(self._load(key, checkpoint_id))
+        if found is None:
+            await self._database.prove()
         return self._continued(key, found)
 
     def list(

@@ -30,6 +30,7 @@ from agentflow.checkpoint.rows import (
 from agentflow.checkpoint.steps import Ask, Read, Steps
 from agentflow.errors import (
     BlockedTypeError,
+    CodecError,
     ConflictError,
     FencedError,
     InvalidInputError,
@@ -38,7 +39,7 @@ from agentflow.errors import (
 from agentflow.objects import open_objects
 from agentflow.types import Duration, to_timedelta
 
-Reason = Literal["unfinished", "held"]
+Reason = Literal["unfinished", "held", "damaged"]
 _PAGE = 100
 _END = 1 << 62
 """Above every number of a checkpoint."""
@@ -100,7 +101,7 @@ class SweepReport:
     """How many were looked at."""
     swept: tuple[SweptThread, ...]
     spared: Mapping[Reason, int]
-    """How many threads were let be because something may still happen to them."""
+    """How many threads were let be: something may still happen to them, or they cannot be read."""
     objects: int = 0
     """How many objects, to which nothing refers any more, were removed from the object tier."""
     object_bytes: int = 0
@@ -135,7 +136,12 @@ def sweep(
             if thread_id not in retentions:
                 continue
             one = _Thread(encoder, (tenant, thread_id), retentions[thread_id], now)
-            outcome = yield from one.sweep(dry_run=dry_run)
+            outcome: SweptThread | Reason | None
+            try:
+                outcome = yield from one.sweep(dry_run=dry_run)
+            except CodecError:
+                # It is as it was, or as after some of its batches; the others must not wait for it.
+                outcome = "damaged"
             if isinstance(outcome, SweptThread):
                 swept.append(outcome)
             elif outcome is not None:

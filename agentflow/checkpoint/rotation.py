@@ -13,6 +13,7 @@ from functools import partial
 from itertools import chain
 
 from agentflow.checkpoint.base import Saver
+from agentflow.checkpoint.key_check import check_keys
 from agentflow.checkpoint.offload import reseal_value
 from agentflow.checkpoint.records import Place
 from agentflow.checkpoint.rows import (
@@ -50,6 +51,7 @@ async def rotate_checkpoints(saver: Saver, tell: Callable[[int, int], None]) -> 
     """
     # The classes in what is stored need not be known here.
     codec = saver._codec.readable_anywhere()
+    await saver._database.read(partial(check_keys, codec))
     seen = sealed = number = 0
     while page := await saver._database.query(partial(_list_threads, number)):
         for thread, state in page:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,7 +30,6 @@ group = typer.Typer(help="Look at stored checkpoints, and verify them.", no_args
 
 _COLUMNS = ("thread_id", "ns", "checkpoint_id", "step", "source", "run_id", "created_at")
 _FIELDS = (*_COLUMNS[:3], "parent_id", *_COLUMNS[3:])
-_DAMAGE = ("error", "tenant", "thread_id", "ns", "checkpoint_id", "channel", "message")
 _ARCHIVED = ("thread_id", "archive_id", "checkpoints", "parts", "size")
 _REFRESHES = 10
 """How often a second a progress bar is drawn."""
@@ -109,14 +108,14 @@ async def verify(
 ) -> None:
     """Verify all that is stored: every record, value and write, and the chains between them.
 
-    All tenants by default. What is damaged is printed as it is found; the exit code is 1 if there
-    is anything.
+    Of checkpoints, and of runs with their events. All tenants by default. What is damaged is
+    printed as it is found; the exit code is 1 if there is anything.
     """
-    from agentflow.checkpoint.audit import Counts, Damage
+    from agentflow.checkpoint.audit import Counts
 
     counts = Counts()
-    damages: list[Damage] = []
-    number = 0
+    report = _Report(call.output)
+    rows = 0
     async with call.open_app() as app:
         saver = _saver(app, tenant)
         total = await saver.count(tenant=tenant, thread_id=thread_id)
@@ -124,22 +123,22 @@ async def verify(
         with _progress(total) as advance:
             async for audited in saver.verify(tenant=tenant, thread_id=thread_id, advance=advance):
                 counts.add(audited.counts)
-                number += len(audited.damages)
-                if call.output.format is OutputFormat.JSON:
-                    damages += audited.damages
-                elif audited.damages:
-                    _print_damages(call.output, audited.damages)
-        took = time.perf_counter() - began
-    if thread_id is not None and not counts.threads:
+                report.add(audited.damages)
+            took = time.perf_counter() - began
+            async for verified in app._store.find_damages(tenant=tenant, thread_id=thread_id):
+                rows += verified.rows
+                report.add(verified.damages)
+    if thread_id is not None and not counts.threads and not rows:
         raise NotFoundError("thread", thread_id)
-    if call.output.format is OutputFormat.JSON:
-        call.output.rows(damages, _DAMAGE, empty="")
+    report.end()
     facts = ", ".join(f"{count:,} {name}" for name, count in asdict(counts).items())
     rate = counts.checkpoints / took
-    call.output.message(f"verified {facts} in {took:.1f} s ({rate:,.0f} checkpoints/s)")
-    if number:
-        noun = "thing is" if number == 1 else "things are"
-        raise OutcomeError(f"{number:,} {noun} damaged; nothing was changed")
+    call.output.message(
+        f"verified {facts} in {took:.1f} s ({rate:,.0f} checkpoints/s), and {rows:,} rows of runs"
+    )
+    if report.count:
+        noun = "thing is" if report.count == 1 else "things are"
+        raise OutcomeError(f"{report.count:,} {noun} damaged; nothing was changed")
     call.output.message("everything is as it was stored")
 
 
@@ -304,13 +303,30 @@ def _checkpoints(count: int) -> str:
     return f"{count:,} checkpoint" if count == 1 else f"{count:,} checkpoints"
 
 
-def _print_damages(output: Output, damages: list[Any]) -> None:
-    if output.format is not OutputFormat.TABLE:
-        output.rows(damages, _DAMAGE, empty="")
-        return
-    for damage in damages:
-        # The message names the place.
-        typer.echo(visible(f"{damage.error}: {damage.message}"))
+class _Report:
+    """Tells what is damaged: at once, or as one list of data at the end."""
+
+    def __init__(self, output: Output) -> None:
+        self.count = 0
+        self._output = output
+        self._whole: list[Any] = []
+
+    def add(self, damages: Sequence[Any]) -> None:
+        """Tell of some that were found together."""
+        self.count += len(damages)
+        for damage in damages:
+            if self._output.format is OutputFormat.JSON:
+                self._whole.append(damage)
+            elif self._output.format is OutputFormat.JSONL:
+                self._output.record(damage)
+            else:
+                # The message names the place.
+                typer.echo(visible(f"{damage.error}: {damage.message}"))
+
+    def end(self) -> None:
+        """Tell of all of them, if that is how it is done."""
+        if self._output.format is OutputFormat.JSON:
+            self._output.rows(self._whole, (), empty="")
 
 
 @contextmanager

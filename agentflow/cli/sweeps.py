@@ -47,6 +47,12 @@ async def sweep(
     )
     columns = ("thread_id", "checkpoints", "is_deleted")
     call.output.rows(report.swept, columns, empty="nothing to delete")
+    if damaged := report.spared.get("damaged"):
+        noun = "thread" if damaged == 1 else "threads"
+        raise OutcomeError(
+            f"{damaged:,} {noun} could not be read, and nothing more of them was deleted; "
+            "run 'agentflow checkpoint verify', and see that all keys are here"
+        )
 
 
 def _read_age(text: str) -> timedelta:

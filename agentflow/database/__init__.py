@@ -52,6 +52,7 @@ class Database:
         self._url = parse_url(url)
         self._settings = settings
         self._deadline = settings.store_timeout.total_seconds()
+        self._guards: list[Callable[[Connection], None]] = []
         self._open()
         self.name = self._connections.name
 
@@ -63,7 +64,7 @@ class Database:
         self._reads_files = self._connections.dialect == "sqlite"
         self._writer = GroupCommitWriter(
             self._connections,
-            self._ensure_ready,
+            self._ensure_writable,
             deadline=self._deadline,
             settled=self._wake_loops,
         )
@@ -81,6 +82,36 @@ class Database:
             if not self._is_ready:
                 migrate.ensure(self._connections.engine, self._url)
                 self._is_ready = True
+
+    def guard(self, check: Callable[[Connection], None]) -> None:
+        """Have `check` look at the database before this process first writes to it.
+
+        What it raises fails the write; with the next one it is called again.
+        """
+        if not self._connections.is_memory:
+            self._guards.append(check)
+
+    def prove_now(self) -> None:
+        """Have the guards look now, unless they have."""
+        if self._guards:
+            self._check_fork()
+            self._persistently(self._ask_guards)
+
+    async def prove(self) -> None:
+        """Have the guards look now, unless they have."""
+        if self._guards:
+            self._check_fork()
+            await self._in_reader(self.prove_now)
+
+    def _ensure_writable(self) -> None:
+        self._ensure_ready()
+        self._ask_guards()
+
+    def _ask_guards(self) -> None:
+        with self._lock:
+            while self._guards:
+                self._snapshot(self._guards[0])
+                del self._guards[0]
 
     def _check_fork(self) -> None:
         if self._forks != FORKS.count:

@@ -4,3 +4,5 @@ from agentflow.storage.base import ChangeKind as ChangeKind
 from agentflow.storage.base import OnBusy as OnBusy
 from agentflow.storage.base import OnExisting as OnExisting
 from agentflow.storage.base import RunStore as RunStore
+from agentflow.storage.integrity import RowDamage as RowDamage
+from agentflow.storage.integrity import Verified as Verified

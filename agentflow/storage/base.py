@@ -18,6 +18,7 @@ from typing import Any, Literal
 from agentflow.codec import Codec
 from agentflow.journal import Begun, Effect, EffectStatus, NewEffect, Outcome, Resolution
 from agentflow.storage.evolution import VersionVerbs
+from agentflow.storage.integrity import IntegrityVerbs
 from agentflow.types import (
     Approval,
     ApprovalRequest,
@@ -53,7 +54,7 @@ ChangeKind = Literal["due", "settled", "stop"]
 being driven may have to stop."""
 
 
-class RunStore(VersionVerbs, ABC):
+class RunStore(VersionVerbs, IntegrityVerbs, ABC):
     """Runs, leases, waits, audit events and dead letters of all tenants in one database.
 
     A run whose cancellation was requested becomes `cancelled` by `park_run`, `retry_run`,

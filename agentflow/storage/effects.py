@@ -16,6 +16,7 @@ from agentflow.errors import ConflictError, EffectConflictError, PayloadTooLarge
 from agentflow.journal import (
     CALLABLE,
     CHECK,
+    GLOBAL,
     Begun,
     EffectStatus,
     NewEffect,
@@ -40,6 +41,7 @@ from agentflow.storage.rows import (
     get_held_run,
     get_run,
     is_held,
+    lock_log,
 )
 from agentflow.types import Lease, NewEvent, RunStatus, WaitStatus
 
@@ -72,6 +74,9 @@ def begin_effect(
             return Begun(effect=made_effect(made, payloads, new), is_due=True)
     now = database_now(connection)
     run = get_held_run(connection, lease, now)
+    if new.scope == GLOBAL and len(key_hashes(payloads, new.key)) > 1:
+        # Under two keys it has two hashes, which the database does not know to be one.
+        lock_log(connection, lease.tenant)
     found = _find_by_key(connection, payloads, lease.tenant, new)
     mine = {"token": lease.token, "worker": lease.worker, "intended_at": now}
     if found is None:

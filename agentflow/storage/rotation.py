@@ -15,6 +15,7 @@ from agentflow.database.tables import effects, metadata, waits
 from agentflow.failpoints import failpoint
 from agentflow.storage.effect_objects import hold, open_apart, put_apart, read_reference
 from agentflow.storage.effect_rows import repack_request
+from agentflow.storage.key_check import check_keys
 from agentflow.storage.questions import repack_question
 from agentflow.storage.rows import KEYS, Column, Payloads
 
@@ -45,6 +46,8 @@ async def rotate_payloads(
     Returns:
         How many payloads were sealed.
     """
+    # What already has the name of the current key is not opened below.
+    await database.read(partial(check_keys, payloads))
     seen = sealed = 0
     for table in map(metadata.tables.__getitem__, KEYS):
         last: Mapping[str, Any] | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import zlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from datetime import datetime, timedelta
 from functools import partial
 from typing import Any, TypeVar
@@ -33,6 +33,9 @@ from agentflow.storage import (
     workers,
 )
 from agentflow.storage.base import ChangeKind, OnBusy, OnExisting, RunStore
+from agentflow.storage.effect_keys import EffectKeys
+from agentflow.storage.integrity import Verified
+from agentflow.storage.key_check import check_keys
 from agentflow.storage.questions import to_approval
 from agentflow.storage.rotation import rotate_payloads
 from agentflow.storage.rows import (
@@ -44,6 +47,7 @@ from agentflow.storage.rows import (
     to_run,
 )
 from agentflow.storage.sql_versions import SqlVersionVerbs
+from agentflow.storage.verification import find_damages
 from agentflow.storage.waits import get_wait, list_of_run, resolve_wait
 from agentflow.types import (
     Approval,
@@ -103,6 +107,9 @@ class SqlRunStore(SqlVersionVerbs, RunStore):
         self._payloads = Payloads(
             strict=codec, lenient=codec.readable_anywhere(), limit=max_payload, clock=clock
         )
+        self._effect_keys = EffectKeys(database, self._payloads)
+        if codec.keys is not None:
+            database.guard(partial(check_keys, self._payloads))
 
     async def create_run(
         self,
@@ -426,6 +433,7 @@ class SqlRunStore(SqlVersionVerbs, RunStore):
     async def begin_effect(
         self, lease: Lease, new: NewEffect, *, retake: int | None = None
     ) -> Begun:
+        await self._effect_keys.meet(lease, new)
         row = effect_rows.new_row(self._payloads, lease.tenant, new)
         begin = partial(self._write, effects.begin_effect, lease, new, row, retake=retake)
         try:
@@ -606,6 +614,11 @@ class SqlRunStore(SqlVersionVerbs, RunStore):
 
     async def rotate_keys(self, tell: Callable[[int, int], None]) -> int:
         return await rotate_payloads(self._database, self._payloads, tell)
+
+    def find_damages(
+        self, *, tenant: str | None = None, thread_id: str | None = None
+    ) -> AsyncIterator[Verified]:
+        return find_damages(self._database, self._payloads, tenant, thread_id)
 
     async def close(self) -> None:
         if self._owns_database:

@@ -64,7 +64,7 @@ _TABLES = {
 }
 _LATER = frozenset({"effects"})
 """What files lack that were made by programs which had none of it."""
-_OWN = ("run_id", "tenant")
+_OWN = ("tenant", "run_id", "thread_id")
 _NUMBERED = frozenset({runs.name, waits.name, effects.name})
 """Tables whose `seq` is a number of the database's; that of events is part of the run."""
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -200,10 +200,11 @@ def _check_own(
     if run["status"] not in _PARKED:
         raise HashMismatchError("exported run", f"it is {run['status']!r}")
     for name, rows in found.items():
-        shared = ("tenant", "graph") if name == "fingerprints" else (*_OWN, "thread_id")
+        shared = ("tenant", "graph") if name == "fingerprints" else _OWN
         for row in rows:
             if any(row[key] != run[key] for key in shared if key in row) or row["tenant"] != tenant:
                 raise HashMismatchError(f"a row of {_TABLES[name].name}", "it is not of this run")
+            _check_payloads(payloads, _TABLES[name], row)
     for row in found["fingerprints"]:
         where = f"fingerprint {row['digest']!r}"
         text = str(payloads.load(fingerprints.c.form, row))
@@ -212,6 +213,13 @@ def _check_own(
     is_asking = any(row["status"] == WaitStatus.PENDING for row in found["waits"])
     if run["status"] == RunStatus.WAITING and not is_asking:
         raise HashMismatchError("exported run", "it waits for nothing")
+
+
+def _check_payloads(payloads: Payloads, table: sa.Table, row: Mapping[str, Any]) -> None:
+    """See that the payloads of a row open at its place."""
+    for column in table.c:
+        if isinstance(column.type, sa.LargeBinary) and row[column.name] is not None:
+            payloads.unseal(column, row)
 
 
 def _add_fingerprints(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -237,14 +245,13 @@ def _add_effect(
 
 
 def _verify(payloads: Payloads, run: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> None:
-    """Verify that the events are all there are, and those of this run."""
+    """Verify that the events are all there are."""
     where = f"events of {run['run_id']!r}"
     previous, number = GENESIS, 0
     for event in log:
         number += 1
         is_next = event["seq"] == number and event["prev_hash"] == previous
-        is_own = all(event[name] == run[name] for name in _OWN)
-        if not is_next or not is_own or hash_event(event, payloads) != event["hash"]:
+        if not is_next or hash_event(event, payloads) != event["hash"]:
             raise HashMismatchError(f"event {number} of {run['run_id']!r}")
         previous = event["hash"]
     if (run["event_seq"], run["event_hash"]) != (number, previous):

@@ -27,18 +27,17 @@ from agentflow.checkpoint.audit import Scope, audit_group
 from agentflow.checkpoint.sql import open_rows
 from agentflow.codec import Codec
 from agentflow.database.session import Session
-from agentflow.database.tables import dead_letters, events, pauses, runs, waits
 from agentflow.errors import AgentflowError, CodecError
 from agentflow.keys import KeyRing
 from agentflow.testing.savers.graphs import DeltaState
 from agentflow.testing.savers.graphs import chain as delta_chain
 from tests.fault.conftest import Sampler, Tally
-from tests.integration.sealed import SEALED, open_app, read_payloads, read_rows, ring
+from tests.integration.sealed import OF_RUNS, open_app, read_payloads, read_rows, ring
 from tests.integration.sealed import fill as fill_runs
 
 _CASES, _ALL_CASES = 500, 50_000
 """Of each of the two databases, one of them encrypted."""
-_RUN_CASES, _ALL_RUN_CASES = 200, 5_000
+_RUN_CASES, _ALL_RUN_CASES = 500, 5_000
 _TENANTS = ("", "acme")
 _WITH_DELTAS = ("deltas", "pruned")
 _TEXT = "a text that is too long for the row of each checkpoint; " * 4
@@ -343,8 +342,7 @@ async def test_changed_payloads_of_runs_are_refused_by_name(
         await fill_runs(app)
         targets = [
             (column, row)
-            for column in SEALED
-            if column.table in {runs, waits, events, dead_letters, pauses}
+            for column in OF_RUNS
             for row in read_rows(engine, column.table)
             if row._mapping[column] is not None
         ]

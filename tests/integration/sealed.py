@@ -17,7 +17,17 @@ from langgraph.graph import END, START, StateGraph
 from agentflow import AgentFlow, RetryPolicy, effect, request_approval
 from agentflow.checkpoint import Saver
 from agentflow.database.engine import parse_url
-from agentflow.database.tables import checkpoints, effects, events, metadata, pauses, runs, waits
+from agentflow.database.tables import (
+    checkpoints,
+    dead_letters,
+    effects,
+    events,
+    fingerprints,
+    metadata,
+    pauses,
+    runs,
+    waits,
+)
 from agentflow.errors import PausedError
 from agentflow.journal import EffectStatus, Outcome
 from agentflow.keys import KeyRing
@@ -57,6 +67,8 @@ SEALED = [
     if isinstance(column.type, sa.LargeBinary) and column is not checkpoints.c.hash
 ]
 """Every column whose values are envelopes."""
+OF_RUNS = [column for column in SEALED if "tenant" in column.table.c]
+"""Those of the run store; the tables of checkpoints name a thread by its number."""
 
 
 def secret(name: str) -> bytes:
@@ -261,5 +273,8 @@ async def read_payloads(app: AgentFlow, table: sa.Table, row: Any) -> None:
         await store.get_effect("", row.effect_id)
     elif table is events:
         await store.list_events("", row.run_id, after=row.seq - 1, limit=1)
+    elif table is fingerprints:
+        await store.find_fingerprint("", row.digest)
     else:
+        assert table is dead_letters, "a table that no test reads"
         await store.find_dead_letter("", row.run_id)

@@ -13,13 +13,22 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from langgraph.graph import END, START, StateGraph
 from psycopg import sql
 from sqlalchemy.engine import Engine
 
-from agentflow import AgentFlow
+from agentflow import AgentFlow, RetryPolicy, effect
 from agentflow.checkpoint import Saver, open_checkpointer
 from agentflow.database.engine import parse_url
-from agentflow.database.tables import dead_letters, events, pauses, runs, waits
+from agentflow.database.tables import (
+    Length,
+    Timestamp,
+    effects,
+    events,
+    metadata,
+    runs,
+    waits,
+)
 from agentflow.errors import (
     CodecError,
     HashMismatchError,
@@ -28,10 +37,12 @@ from agentflow.errors import (
 )
 from agentflow.interrupts import proposal_hash
 from agentflow.keys import KEY_SIZE, KeyRing
+from agentflow.storage import rotation
+from agentflow.storage.rows import KEYS
 from agentflow.storage.sql import SqlRunStore
 from tests.integration.sealed import (
+    OF_RUNS,
     PLACES,
-    SEALED,
     Calls,
     fill,
     in_environment,
@@ -41,8 +52,43 @@ from tests.integration.sealed import (
     read_payloads,
     read_rows,
     ring,
+    secret,
 )
 from tests.servers import PostgresServer
+
+FACTS = {
+    "anchors": "ns checkpoint_id",
+    "checkpoints": "ns checkpoint_id parent_id attempt run_id",
+    "dead_letters": "tenant run_id checkpoint_id thread_id graph version reason",
+    "effects": (
+        "tenant effect_id scope key_hash run_id thread_id graph kind name compensate ns "
+        "task_id node status on_in_doubt worker resolved_by"
+    ),
+    "events": "tenant run_id type prev_hash hash",
+    "fingerprints": "tenant digest graph",
+    "leases": "tenant thread_id",
+    "logs": "tenant event_hash",
+    "object_space": "name",
+    "objects": "object",
+    "pauses": "tenant scope name paused_by",
+    "routes": "tenant graph version set_by",
+    "runs": (
+        "tenant run_id thread_id graph version queue status wake_reason progress "
+        "checkpoint_id worker submitted_by traceparent event_hash instance resume_from "
+        "rollback root forked_from saga fingerprint"
+    ),
+    "threads": "tenant thread_id",
+    "waits": (
+        "tenant wait_id kind run_id thread_id graph ns task_id interrupt_id "
+        "checkpoint_id status proposal_hash decision_type decided_by idempotency_key"
+    ),
+    "workers": "tenant instance name report",
+    "writes": "ns checkpoint_id",
+}
+"""The columns with text by table: ids, names, hashes and statuses, by which rows are searched.
+
+`workers.report` is what `WorkerReport` has: names and numbers. See docs/encryption.md.
+"""
 
 
 @pytest.fixture
@@ -85,6 +131,22 @@ def spellings(canary: str) -> list[bytes]:
     shifted = (base64.b64encode(b"x" * shift + raw) for shift in range(3))
     encoded = [text[4 : len(text) // 4 * 4 - 4] for text in shifted]
     return [raw, canary.encode("utf-16-le"), raw.hex().encode(), *encoded]
+
+
+def test_text_outside_of_envelopes_is_what_rows_are_searched_by() -> None:
+    """A column that is new is sealed, or it is put on this list, and into docs/encryption.md."""
+    found = {
+        table.name.removeprefix("agentflow_"): names
+        for table in metadata.sorted_tables
+        if (names := " ".join(each.name for each in table.c if isinstance(each.type, sa.Text)))
+    }
+    assert found == FACTS
+    others = {type(each.type) for table in metadata.sorted_tables for each in table.c}
+    assert others == {
+        *(sa.Text, sa.LargeBinary, sa.Integer, sa.BigInteger, sa.Boolean),
+        *(Length, Timestamp),
+    }
+    assert {column.table.name for column in OF_RUNS} == set(KEYS), "a table without contexts"
 
 
 @pytest.mark.slow
@@ -205,6 +267,138 @@ async def test_worker_without_the_key_leaves_a_run_to_others(database_url: str) 
         assert (await app.drive("queued")).status == "waiting"
 
 
+async def test_wrong_key_of_the_right_name_writes_nothing(
+    database_url: str, engine: Engine
+) -> None:
+    """What it wrote nobody else could read; so it does not even note what it cannot read."""
+    async with open_app(database_url, ring("one")) as app:
+        await fill(app)
+        await app.submit("refund", {"given": "x"}, run_id="queued")
+    stored = payloads(database_url)
+    calls = Calls()
+    wrong = KeyRing({"one": bytes(KEY_SIZE)})
+    async with open_app(database_url, wrong, calls=calls) as app:
+        options: dict[str, Any] = {"worker": "w", "queues": ["default"], "limit": 1}
+        graphs, lease = [("refund", "1")], app._settings.lease
+        attempts: list[Callable[[], Awaitable[Any]]] = [
+            lambda: app._store.claim_runs("", graphs=graphs, lease=lease, **options),
+            lambda: app.submit("refund", {"given": "x"}, run_id="new"),
+            lambda: app.cancel("queued"),
+            lambda: app.pause(queue="other", reason="x"),
+            app.rotate_keys,
+        ]
+        for attempt in attempts:
+            with pytest.raises(HashMismatchError, match="the key 'one' has not sealed it here"):
+                await attempt()
+    async with open_checkpointer(database_url, keys=wrong) as saver:
+        graph = app._registry.graphs["refund", "1"].graph.copy(update={"checkpointer": saver})
+        with pytest.raises(HashMismatchError, match="another key of the same name"):
+            await graph.ainvoke({"given": "x"}, {"configurable": {"thread_id": "new"}})
+    assert (calls, payloads(database_url)) == ([], stored)
+    (row,) = [row for row in read_rows(engine, runs) if row.run_id == "queued"]
+    with _moved(engine, runs.c.config, row, row.config[:-1] + bytes((row.config[-1] ^ 1,))):
+        async with open_app(database_url, ring("one")) as app:
+            # One that is damaged proves nothing.
+            await app.submit("refund", {"given": "x"}, run_id="new")
+    async with open_app(database_url, ring("one")) as app:
+        assert [event.type for event in await app.list_events("queued")] == ["run.submitted"]
+
+
+def _payer(calls: list[str]) -> Any:
+    """Build a graph that makes two calls to the outside; the second time it gets to its end."""
+
+    @effect(key="all", scope="global", name="sealed:once")
+    async def once() -> str:
+        calls.append("of the tenant")
+        return "done"
+
+    @effect(key="own", name="sealed:own")
+    async def own() -> str:
+        calls.append("of the run")
+        return "done"
+
+    async def node(state: dict[str, Any]) -> dict[str, Any]:
+        await once()
+        await own()
+        if len(calls) == 2 and not state.get("is_again"):
+            raise ValueError("after the calls")
+        return {"result": "end"}
+
+    graph: Any = StateGraph(dict)
+    graph.add_node("node", node)
+    graph.add_edge(START, "node")
+    graph.add_edge("node", END)
+    return graph
+
+
+UNMET: dict[str, tuple[KeyRing | None, KeyRing | None, type[CodecError] | None]] = {
+    "a key that is looked up": (
+        ring("old"),
+        KeyRing({"new": secret("new")}, lookup=secret),
+        None,
+    ),
+    "a lost key": (ring("old"), ring("new"), UnknownKeyError),
+    "no keys": (ring("old"), None, UnknownKeyError),
+    "plaintext": (None, ring("new"), UnencryptedValueError),
+}
+
+
+@pytest.mark.parametrize("case", UNMET)
+async def test_effect_that_another_key_hides_is_not_called_again(
+    database_url: str, case: str
+) -> None:
+    """What cannot be looked for, since its name is hashed by a key that is not here, is refused."""
+    before, after, error = UNMET[case]
+    calls: list[str] = []
+    async with AgentFlow(database_url, keys=before) as app:
+        app.register(_payer(calls), name="pay", retry=RetryPolicy(max_attempts=1))
+        await app.submit("pay", {}, run_id="first")
+        assert (await app.drive("first")).status == "failed"
+    assert calls == ["of the tenant", "of the run"]
+    async with AgentFlow(database_url, keys=after) as app:
+        app.register(_payer(calls), name="pay", retry=RetryPolicy(max_attempts=1))
+        await app.submit("pay", {"is_again": True}, run_id="second")
+        run = await app.drive("second")
+        if error is None:
+            assert run.status == "succeeded"
+            assert calls[2:] == ["of the run"]
+            return
+        assert run.error is not None
+        assert run.error.type.endswith(error.__name__)
+    assert calls == ["of the tenant", "of the run"]
+
+
+async def test_effect_that_a_killed_rotation_has_left_is_not_called_again(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the old key was taken away too early; with it the run goes on."""
+    calls: list[str] = []
+
+    def opened(*names: str) -> AgentFlow:
+        app = AgentFlow(sqlite_url, keys=ring(*names))
+        app.register(_payer(calls), name="pay", retry=RetryPolicy(max_attempts=1))
+        return app
+
+    async with opened("old") as app:
+        await app.submit("pay", {}, run_id="one")
+        assert (await app.drive("one")).status == "failed"
+    with monkeypatch.context() as patch:
+        others = {name: key for name, key in KEYS.items() if name != effects.name}
+        patch.setattr(rotation, "KEYS", others)
+        async with opened("new", "old") as app:
+            assert (await app.rotate_keys()).sealed
+    calls.append("and is driven again")
+    async with opened("new") as app:
+        await app.dead_letters.requeue("one")
+        run = await app.drive("one")
+        assert run.error is not None
+        assert run.error.type.endswith("UnknownKeyError")
+    async with opened("new", "old") as app:
+        await app.dead_letters.requeue("one")
+        assert (await app.drive("one")).status == "succeeded"
+    assert calls == ["of the tenant", "of the run", "and is driven again"]
+
+
 async def test_plaintext_is_read_while_it_is_accepted(database_url: str) -> None:
     async with open_app(database_url, None) as app:
         await fill(app)
@@ -225,24 +419,20 @@ async def test_payload_that_is_moved_is_refused(
     for tenant in ("", "acme"):
         async with open_app(database_url, keys, tenant=tenant) as app:
             await fill(app)
-    sealed = [
-        column for column in SEALED if column.table in (runs, waits, events, dead_letters, pauses)
-    ]
     moved = 0
     async with open_app(database_url, keys) as app:
-        for target in sealed:
-            rows = read_rows(engine, target.table)
-            for row in [
-                row for row in rows if row.tenant == "" and row._mapping[target] is not None
-            ]:
-                others = [
-                    other._mapping[source]
-                    for source in sealed
-                    if source.table is target.table
-                    for other in rows
-                    if (other is row) != (source is target)
-                ]
-                for other in {value for value in others if value is not None}:
+        for target in OF_RUNS:
+            found = read_rows(engine, target.table)
+            there = [row for row in found if row._mapping[target] is not None]
+            mine, theirs = ([row for row in there if row.tenant == each] for each in ("", "acme"))
+            for place, row in enumerate(mine):
+                others = {
+                    # The one before it, one of the other tenant's, and the columns beside it.
+                    mine[place - 1]._mapping[target],
+                    theirs[place % len(theirs)]._mapping[target],
+                    *(row._mapping[each] for each in OF_RUNS if each.table is target.table),
+                }
+                for other in others - {row._mapping[target], None}:
                     with _moved(engine, target, row, other), pytest.raises(HashMismatchError):
                         await read_payloads(app, target.table, row)
                     moved += 1

@@ -11,6 +11,7 @@ import sqlite3
 import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing
+from datetime import timedelta
 from itertools import pairwise
 from typing import Any
 
@@ -26,6 +27,8 @@ from agentflow.testing.savers import DeletionSuite, DeltaChannelSuite, Retention
 from agentflow.testing.savers.calls import at, checkpoint, dumped, ids, load, plain, put_list
 from agentflow.testing.savers.deltas import line, of_run, run
 from agentflow.testing.savers.graphs import CONFIG, Graph, asks, chain, logs
+from tests.integration.cli import fresh_cli
+from tests.integration.offloaded import Later
 
 TABLES = ("checkpoints", "values", "writes", "anchors")
 WORDS = [f"{number} " * 40 for number in range(1000)]
@@ -320,6 +323,15 @@ async def test_app_sweeps_only_threads_whose_runs_have_ended(sqlite_url: str) ->
         await app.drive(handle.id)
         await app.submit("plain", {"log": []}, thread_id="queued again")
         assert (await app.sweep()).swept == ()
+        with closing(sqlite3.connect(sqlite_url.removeprefix("sqlite:///"))) as raw:
+            ((before,),) = raw.execute("SELECT input FROM agentflow_runs WHERE thread_id = 'plain'")
+            put = "UPDATE agentflow_runs SET input = ? WHERE thread_id = 'plain'"
+            with raw:
+                raw.execute(put, [b""])
+            unread = await app.sweep(Retention(keep_last=1), dry_run=True)
+            assert (unread.swept, unread.spared) == ((), {"damaged": 1})
+            with raw:
+                raw.execute(put, [before])
         said = await app.sweep(Retention(keep_last=1), dry_run=True)
         done = await app.sweep(Retention(keep_last=1))
         assert [(each.thread_id, each.checkpoints) for each in done.swept] == [("plain", 2)]
@@ -344,6 +356,32 @@ async def test_retention_may_be_given_when_opening(sqlite_url: str) -> None:
         assert saver.sweep(Retention(keep_last=4)).checkpoints == 0
         async with AgentFlow(sqlite_url, checkpoints=saver) as app:
             assert (await app.sweep()).checkpoints == 2
+
+
+@pytest.mark.parametrize("keep", [Retention(keep_last=1), Retention(ttl=1)])
+def test_damaged_thread_is_let_be_and_the_others_are_swept(
+    sqlite_url: str, keep: Retention, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_checkpointer(sqlite_url) as saver:
+        graph = chain(("a", logs("a")), ("b", logs("b"))).compile(checkpointer=saver)
+        for name in ("one", "two", "three"):
+            graph.invoke({"log": []}, at(thread=name))
+    with closing(sqlite3.connect(sqlite_url.removeprefix("sqlite:///"))) as connection, connection:
+        damage = (
+            "UPDATE agentflow_checkpoints SET data = zeroblob(99) WHERE thread = "
+            "(SELECT id FROM agentflow_threads WHERE thread_id = 'two')"
+        )
+        count = connection.execute(damage).rowcount
+        of_it = "SELECT count(*) FROM agentflow_checkpoints WHERE data = zeroblob(99)"
+        with open_checkpointer(sqlite_url) as saver:
+            connection.commit()
+            for dry_run in (True, False):
+                report = saver.sweep(keep, dry_run=dry_run, clock=Later(timedelta(days=1)))
+                assert [each.thread_id for each in report.swept] == ["one", "three"]
+                assert report.spared == {"damaged": 1}
+        assert connection.execute(of_it).fetchone() == (count,)
+    result = fresh_cli(sqlite_url, monkeypatch)("sweep", "--keep-last", "1")
+    assert (result.code, "1 thread could not be read" in result.err) == (1, True)
 
 
 async def test_app_with_a_foreign_checkpointer_cannot_be_swept() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import copy
 import hashlib
 import json
@@ -92,6 +93,15 @@ def _resealed(change: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, An
     return apply
 
 
+LETTER = {
+    "tenant": "",
+    "run_id": "other",
+    "thread_id": "r",
+    "at": 1,
+    "attempts": 1,
+    "claims": 1,
+    "cause": "AAAA",
+}
 DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], Any], type[AgentflowError]]] = {
     "content": (lambda f: f["content"].update(graph="other"), HashMismatchError),
     "format": (lambda f: f.update(format="other"), InvalidInputError),
@@ -100,6 +110,30 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], Any], type[AgentflowError]]]
     "event gone": (_resealed(lambda c: c["rows"]["events"].pop()), HashMismatchError),
     "event changed": (
         _resealed(lambda c: c["rows"]["events"][1].update(type="run.other")),
+        HashMismatchError,
+    ),
+    "run of another tenant": (
+        _resealed(lambda c: c["rows"]["run"][0].update(tenant="other")),
+        HashMismatchError,
+    ),
+    "question of another tenant": (
+        _resealed(lambda c: c["rows"]["waits"][0].update(tenant="other")),
+        HashMismatchError,
+    ),
+    "question of another run": (
+        _resealed(lambda c: c["rows"]["waits"][0].update(run_id="other")),
+        HashMismatchError,
+    ),
+    "question changed": (
+        _resealed(lambda c: c["rows"]["waits"][0].update(request="AAAA")),
+        HashMismatchError,
+    ),
+    "dead letter of another run": (
+        _resealed(lambda c: c["rows"]["dead_letters"].append(LETTER)),
+        HashMismatchError,
+    ),
+    "fingerprint of another tenant": (
+        _resealed(lambda c: c["rows"]["fingerprints"][0].update(tenant="other")),
         HashMismatchError,
     ),
     "thread": (
@@ -168,12 +202,27 @@ async def test_file_that_does_not_fit_together_is_refused_and_nothing_is_left() 
         assert (await target.drive("r")).status is RunStatus.SUCCEEDED
 
 
+def _bytes_of(part: Any) -> bytes:
+    """Return all that is in a file, with what is written as base64 decoded."""
+    if isinstance(part, dict):
+        return b" ".join(_bytes_of(each) for item in part.items() for each in item)
+    if isinstance(part, list):
+        return b" ".join(map(_bytes_of, part))
+    text = str(part).encode()
+    try:
+        return text + b" " + base64.b64decode(text, validate=True)
+    except ValueError:
+        return text
+
+
 async def test_encrypted_run_needs_its_key_and_shows_nothing() -> None:
+    async with opened() as twin:
+        assert SECRET.encode() in _bytes_of(await exported(twin))
     keys = KeyRing({"a": b"k" * 32})
     async with opened(keys=keys) as source:
         file = await exported(source)
     assert file["content"]["is_encrypted"]
-    assert SECRET not in json.dumps(file)
+    assert SECRET.encode() not in _bytes_of(file)
     async with opened(keys=KeyRing({"b": b"o" * 32})) as stranger:
         with pytest.raises(UnknownKeyError):
             await stranger.import_run(file)
