@@ -126,7 +126,8 @@ class AgentFlow:
                 `AGENTFLOW_KEYS`, if there is one.
             redact: Changes values before they are stored; see `open_checkpointer`. The places in
                 what is stored of runs are named by table and column, such as `runs.input`.
-            offload: Where large values of checkpoints are kept; see `open_checkpointer`.
+            offload: Where large values of checkpoints, and large outcomes of effects, are kept; see
+                `open_checkpointer`.
 
         Raises:
             UnsupportedUrlError: A URL's scheme is unknown.
@@ -526,6 +527,7 @@ class AgentFlow:
             UnknownGraphError: The run's graph is not registered here.
             IncompatibleGraphError: The graph has changed where the run can still come to. Nothing
                 ran, and the run is paused.
+            UnknownVersionError: A newer agentflow has stored what is needed; the run is paused.
         """
         name = f"drive-{new_id()[-6:]}"
         keeper = self._keeper()

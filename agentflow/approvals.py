@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Any
 
 from langgraph.checkpoint.base import BaseCheckpointSaver
@@ -15,16 +15,10 @@ from agentflow.drive import acquire
 from agentflow.errors import ConflictError, FencedError, InvalidInputError
 from agentflow.inputs import member
 from agentflow.interrupts import parse_decision, validate
-from agentflow.journal import warn_if_early
+from agentflow.journal import safe_at_of, warn_if_early
 from agentflow.storage import RunStore
 from agentflow.telemetry import APPROVAL_OUTCOME, APPROVAL_WAIT, decide_span
 from agentflow.types import Approval, Decision, Page, SystemClock, WaitStatus, new_id
-
-
-def _safe_at(facts: Mapping[str, Any]) -> datetime | None:
-    """Return from when on it is safe to say what came of an effect, as its question shows it."""
-    at = facts.get("safe_at")
-    return None if at is None else datetime.fromisoformat(at)
 
 
 class Approvals:
@@ -107,7 +101,7 @@ class Approvals:
                 validate(approval_id, approval.request, parsed)
                 if approval.kind == "effect" and parsed.type == "respond":
                     asked = approval.request.proposal
-                    warn_if_early(asked["effect"], _safe_at(asked), SystemClock().now())
+                    warn_if_early(asked["effect"], safe_at_of(asked), SystemClock().now())
             resolved = await self._store.resolve_wait(
                 self._tenant,
                 approval_id,

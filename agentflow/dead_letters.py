@@ -61,7 +61,8 @@ class DeadLetters:
         Args:
             run_id: Which run.
             checkpoint_id: Where to continue: a checkpoint of its thread. By default it continues
-                from the node that failed, and what finished beside it is not executed again.
+                from the node that failed, and what finished beside it is not executed again; but
+                all of a run whose effects were undone is.
             by: Who does it.
 
         Raises:

@@ -202,7 +202,8 @@ def _graphs(survey: Survey) -> Check:
         name="graphs",
         level="problem",
         message=f"{survey.incompatible} runs are paused because their graph has changed where they "
-        "can still come to; 'agentflow run show' says what, and what can be done",
+        "can still come to, or a newer agentflow has stored them; 'agentflow run show' says what, "
+        "and what can be done",
     )
 
 

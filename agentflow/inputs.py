@@ -16,10 +16,11 @@ from pydantic.errors import PydanticUserError
 
 from agentflow.drive import RegisteredGraph
 from agentflow.errors import InvalidInputError
+from agentflow.journal import EffectStatus
 from agentflow.storage import OnBusy, OnExisting
 from agentflow.types import PauseScope, RunStatus, WaitStatus, to_timedelta
 
-_Status = TypeVar("_Status", RunStatus, WaitStatus)
+_Status = TypeVar("_Status", RunStatus, WaitStatus, EffectStatus)
 
 _QUALIFIERS = {
     typing_extensions.Required,

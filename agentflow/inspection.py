@@ -53,7 +53,7 @@ async def check_run(
     try:
         registered = registry.find(run.graph, run.version)
     except UnknownGraphError:
-        return _unregistered(run)
+        return _unregistered(run, registry)
     verdict = await Compatibility(store, saver, registered, run.tenant).look(run)
     return CheckedRun(
         run_id=run.id,
@@ -66,7 +66,11 @@ async def check_run(
     )
 
 
-def _unregistered(run: Run) -> CheckedRun:
+def _unregistered(run: Run, registry: Registry) -> CheckedRun:
+    text = "its version is not registered here"
+    newest = registry.versions_of(run.graph)[:1]
+    if newest and registry.way(run.graph, run.version, newest[0]) is not None:
+        text += f"; 'agentflow run migrate' brings it to version {newest[0]!r}"
     return CheckedRun(
         run_id=run.id,
         graph=run.graph,
@@ -74,7 +78,7 @@ def _unregistered(run: Run) -> CheckedRun:
         status=run.status,
         verdict="unregistered",
         action="refuse",
-        changes=("its version is not registered here",),
+        changes=(text,),
     )
 
 

@@ -188,15 +188,34 @@ def differences(stored: Any, given: Any, path: str) -> list[str]:
 
 def warn_if_early(effect_id: str, safe_at: datetime | None, now: datetime) -> bool:
     """Log that an effect is decided about while its call may still be under way; say whether."""
-    is_early = safe_at is not None and now < safe_at
-    if is_early and safe_at is not None:
+    is_early = safe_at is None or now < safe_at
+    if is_early:
+        at = "unknown" if safe_at is None else safe_at.isoformat()
         logger.warning(
             "effect is decided about before it is safe",
-            extra={"effect": effect_id, "safe_at": safe_at.isoformat()},
+            extra={"effect": effect_id, "safe_at": at},
         )
     return is_early
 
 
-def question_id(effect_id: str, attempt: int) -> str:
-    """Name the question whether this call of an effect happened."""
-    return f"{effect_id}:{attempt}"
+def safe_at_of(facts: Mapping[str, Any]) -> datetime | None:
+    """Return from when on it is safe to say what came of an effect, as its question shows it."""
+    at = facts.get("safe_at")
+    return None if at is None else datetime.fromisoformat(at)
+
+
+def question_id(effect_id: str, attempt: int, *, is_undoing: bool) -> str:
+    """Name the question whether this call of an effect happened.
+
+    It is another one when the run is being undone: whoever had the run cancelled instead of
+    answering the first has not answered it.
+    """
+    return f"{effect_id}:{attempt}{'!' if is_undoing else ''}"
+
+
+def question_ids(effect_id: str, attempt: int) -> tuple[str, str]:
+    """Name both questions whether this call of an effect happened."""
+    return (
+        question_id(effect_id, attempt, is_undoing=False),
+        question_id(effect_id, attempt, is_undoing=True),
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -151,6 +152,10 @@ class Registry:
             )
 
         def add(function: Migrate) -> Migrate:
+            if inspect.iscoroutinefunction(function):
+                raise InvalidInputError(
+                    "migration", ("function: must be a plain one, which is not async",)
+                )
             self.migrations[key] = GraphMigration(
                 graph=graph,
                 from_version=from_version,
@@ -181,16 +186,12 @@ class Registry:
 
 def warn_if_redefined(registered: RegisteredGraph) -> None:
     """Warn of nodes whose functions, in a notebook, were defined again since."""
-    if not registered.fingerprint.main:
-        return
-    stale = redefined_in_main(*(node.bound for node in registered.graph.nodes.values()))
-    if stale:
-        names = ", ".join(repr(name) for name in sorted(set(stale)))
+    if stale := redefined_in_main(registered.fingerprint.functions):
+        names = ", ".join(map(repr, sorted(stale)))
         warnings.warn(
             f"{names} of __main__ changed after graph {registered.name!r} version "
-            f"{registered.version!r} was registered, which still has the old code: build the graph "
-            "again and register it in a new app, under a new version if runs wait for it; or move "
-            "its functions into a module",
+            f"{registered.version!r} was registered: build the graph again and register it in a "
+            "new app, under a new version if runs wait for it; or move its functions into a module",
             CodeChangedWarning,
             stacklevel=3,
         )

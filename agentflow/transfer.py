@@ -28,8 +28,17 @@ from agentflow.errors import (
 from agentflow.failpoints import failpoint
 from agentflow.objects import Bundle
 from agentflow.storage import RunStore
-from agentflow.types import Run, SystemClock
+from agentflow.types import Run, RunStatus, SystemClock
 
+_HEAD = {
+    "run_id": "run_id",
+    "thread_id": "thread_id",
+    "graph": "graph",
+    "graph_version": "version",
+    "status": "status",
+    "fingerprint": "fingerprint",
+}
+"""What a file says of its run, by the column that has it."""
 FORMAT, VERSION = "agentflow-run", 1
 _WHAT = "exported run"
 
@@ -148,11 +157,27 @@ def _content_of(exported: Any, tenant: str) -> Mapping[str, Any]:
     content = exported.get("content")
     if not isinstance(content, Mapping) or exported.get("sha256") != _hash_of(content):
         raise HashMismatchError(_WHAT)
-    if content["tenant"] != tenant:
-        raise InvalidInputError(
-            _WHAT, (f"it is of tenant {content['tenant']!r}, and this is {tenant!r}",)
-        )
+    try:
+        if content["tenant"] != tenant:
+            raise InvalidInputError(
+                _WHAT, (f"it is of tenant {content['tenant']!r}, and this is {tenant!r}",)
+            )
+        _check_head(content)
+    except (LookupError, TypeError, ValueError, AttributeError) as exc:
+        raise HashMismatchError(_WHAT, "it lacks what every run has") from exc
     return content
+
+
+def _check_head(content: Mapping[str, Any]) -> None:
+    """See that what is said of the run is so, and that its thread is there if it has one."""
+    run: Mapping[str, Any]
+    (run,) = content["rows"]["run"]
+    for name, column in _HEAD.items():
+        if content[name] != run.get(column):
+            raise HashMismatchError(_WHAT, f"its {name} is not that of the run in it")
+    has_begun = run.get("checkpoint_id") is not None
+    if content["archive"] is None and has_begun and not RunStatus(run["status"]).is_ended:
+        raise HashMismatchError(_WHAT, "it has begun, and nothing of its thread is there")
 
 
 def _hash_of(content: Mapping[str, Any]) -> str:

@@ -71,6 +71,9 @@ class RunStatus(StrEnum):
         return self in {RunStatus.SUCCEEDED, RunStatus.FAILED, RunStatus.CANCELLED}
 
 
+FROM_START = ""
+"""Stands for the checkpoint from which all of a run is executed again."""
+
 TRANSITIONS: Mapping[RunStatus, frozenset[RunStatus]] = {
     RunStatus.QUEUED: frozenset({RunStatus.RUNNING, RunStatus.CANCELLED}),
     RunStatus.RUNNING: frozenset(
@@ -144,7 +147,8 @@ class Run:
     """The superstep of the newest checkpoint known to the run store."""
     checkpoint_id: str | None = None
     resume_from: str | None = None
-    """The checkpoint that the next attempt starts from, instead of the thread's head."""
+    """The checkpoint that the next attempt starts from, instead of the thread's head; or
+    `FROM_START`, the one before any of its nodes has run."""
     retry: Mapping[str, Any] | None = None
     """The retry policy as it was when the run was submitted, as plain data."""
     dead_letter: bool = False
@@ -477,7 +481,7 @@ class Pause:
     reason: str | None = None
 
 
-WorkerHealth = Literal["ok", "draining", "overloaded"]
+WorkerHealth = Literal["ok", "draining", "overloaded", "silent"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -493,7 +497,10 @@ class WorkerReport:
     concurrency: int
     active: int = 0
     health: WorkerHealth = "ok"
-    """`overloaded`: it claims nothing more and asks to be replaced."""
+    """`overloaded`: it claims nothing more and asks to be replaced. `silent`: others have noted
+    that it does not report any more."""
+    process: str | None = None
+    """The process that it is in, as `processes.own_mark` names it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -524,6 +531,7 @@ class MovedWait:
     """Under which ids a question is asked after its run was migrated."""
 
     wait_id: str
+    ns: str = ""
     task_id: str
     interrupt_id: str
     checkpoint_id: str

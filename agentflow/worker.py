@@ -22,6 +22,7 @@ from agentflow.drive import Driver, RegisteredGraph
 from agentflow.errors import AgentflowError, FencedError
 from agentflow.lease import LeaseKeeper
 from agentflow.listener import Listener
+from agentflow.processes import own_mark
 from agentflow.storage import RunStore
 from agentflow.threads import NodeThreads, on_loop
 from agentflow.types import ClaimedRun, WorkerHealth, WorkerReport, new_id
@@ -34,6 +35,8 @@ _PATIENT = 0.8
 """The part of the grace period in which graphs may come to the end of a superstep."""
 
 Graphs = Mapping[tuple[str, str], RegisteredGraph]
+_REPORT = 15.0
+"""Seconds after which a worker says again that it lives, at the latest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +86,7 @@ class Worker:
         self.name = name or f"{socket.gethostname()}-{os.getpid()}-{new_id()[-6:]}"
         self._instance = f"{self.name}-{new_id()}"
         """Unlike the name, that of this start alone: it is what a dead worker is known by."""
+        self._process = own_mark()
         self._store = store
         self._saver = saver
         self._graphs = graphs
@@ -252,12 +256,14 @@ class Worker:
                 concurrency=self._concurrency,
                 active=len(self._active),
                 health=self._health(),
+                process=self._process,
             )
             try:
                 await self._store.beat_worker(self._tenant, report)
             except AgentflowError as exc:
                 logger.warning("cannot report", extra={"error": type(exc).__name__})
-            await asyncio.sleep(self._settings.lease.total_seconds())
+            # However long its leases are: who says nothing for a minute is taken for dead.
+            await asyncio.sleep(min(self._settings.lease.total_seconds(), _REPORT))
 
     def _begin(
         self, group: asyncio.TaskGroup, driver: Driver, claimed: ClaimedRun, since: float

@@ -25,6 +25,7 @@ _OFFLOAD = "tests/integration/test_offload.py"
 _ARCHIVE = "tests/integration/test_archive.py"
 _DEPLOYS = "tests/fault/test_deploys.py"
 _TRANSFER = "tests/integration/test_transfer.py"
+_GOLDEN = "tests/integration/test_golden"
 _VERSIONS = "tests/integration/test_versions.py"
 _VALUES = "tests/unit/test_serializer.py"
 _RETRY = "tests/unit/test_retry.py"
@@ -39,6 +40,10 @@ _EFFECT_KILLS = "tests/fault/test_effects.py"
 _MISBEHAVIOUR = "tests/fault/test_misbehaviour.py"
 _LETTERS = "tests/conformance/test_run_store_letters.py"
 _PROCESSES = "tests/integration/test_cli_processes.py"
+_RECORDS = "tests/acceptance/test_records.py"
+_HOSTS = "tests/acceptance/test_hosts.py"
+_GROWTH = "tests/integration/test_growth.py"
+_STEPS = "tests/acceptance/test_steps.py"
 
 REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
     "S0-1": (
@@ -46,6 +51,9 @@ REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
         f"{_VALUES}::test_any_state_comes_back_equal",
         f"{_VALUES}::test_unstorable_value_is_refused_with_path_type_and_advice",
         f"{_RUNS}::test_unstorable_state_fails_the_run_naming_channel_path_and_type",
+    ),
+    "S0-3": (
+        f"{_STEPS}::test_every_step_is_a_checkpoint_and_a_run_killed_behind_it_goes_on_with_the_next",
     ),
     "S0-4": (f"{_KILLS}::test_run_killed_at_any_place_ends_as_its_twin",),
     "S0-5": (
@@ -58,11 +66,17 @@ REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
         f"{_VALUES}::test_newer_version_is_named",
         "tests/unit/test_fingerprints.py::test_golden_fingerprint_is_still_read_and_made",
         f"{_TRANSFER}::test_run_that_the_first_version_exported_goes_on",
+        f"{_GOLDEN}_database.py::test_runs_and_approvals_are_listed_as_they_were",
+        f"{_GOLDEN}_second.py::test_everything_is_listed_as_it_was_and_nothing_is_damaged",
+        f"{_GOLDEN}_third.py::test_everything_is_listed_with_its_version_and_nothing_is_damaged",
+        f"{_GOLDEN}_third.py::test_each_run_goes_on_and_nothing_is_done_twice",
     ),
     "S0-9": (
+        f"{_VERSIONS}::test_run_that_a_newer_program_has_stored_waits_for_one",
         f"{_VERSIONS}::test_verdict_is_right_about_each_change_from_where_the_run_stands",
         f"{_TRANSFER}::test_file_that_was_changed_is_refused_and_nothing_is_left",
         "tests/unit/test_fingerprints.py::test_fingerprint_of_a_newer_program_is_refused",
+        "tests/integration/test_migrations.py::test_newer_database_is_refused_and_left_alone",
     ),
     "S0-10": (
         f"{_DEPLOYS}::test_rolling_deploy_under_waiting_runs",
@@ -72,9 +86,11 @@ REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
         "tests/fault/test_soak.py::test_random_kills_and_stops_lose_nothing",
         f"{_KILLS}::test_run_killed_at_any_place_ends_as_its_twin",
     ),
+    "S0-12": (f"{_HOSTS}::test_run_goes_on_when_the_machine_that_began_it_is_lost_with_its_disk",),
     "S0-13": (
         f"{_PROCESSES}::test_a_run_is_submitted_driven_approved_and_finished_by_separate_processes",
     ),
+    "S0-16": (f"{_HOSTS}::test_ten_thousand_suspended_runs_cost_a_worker_nothing",),
     "S0-17": (
         f"{_RUNS}::test_events_are_followed_to_the_end_and_resumed_by_number",
         f"{_STORE}::test_audit_log_is_gapless_and_its_hashes_recompute",
@@ -84,9 +100,15 @@ REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
         f"{_SPANS}::test_resumed_segment_is_a_new_trace_linked_to_the_previous_one",
     ),
     "S0-21": (
+        f"{_VERSIONS}::test_verdict_is_right_about_each_change_from_where_the_run_stands",
+        "tests/unit/test_fingerprints.py::test_whatever_a_node_calls_by_name_counts",
         f"{_VERSIONS}::test_policy_of_the_graph_and_of_the_kind_of_change_decides",
         f"{_VERSIONS}::test_refused_run_is_paused_told_by_doctor_and_goes_on_when_resumed",
         f"{_DEPLOYS}::test_migration_goes_on_wherever_its_process_is_killed",
+    ),
+    "S0-22": (
+        f"{_GROWTH}::test_each_checkpoint_costs_so_many_bytes_and_statements",
+        f"{_GROWTH}::test_twice_the_steps_store_twice_as_much",
     ),
     "S0-23": (
         "tests/integration/test_encryption.py::test_no_payload_is_in_any_file_of_the_database",
@@ -137,10 +159,13 @@ REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
         f"{_TASKS}::test_task_that_the_snapshot_does_not_know_is_run",
     ),
     "S2-1": (f"{_RUNS}::test_result_is_there_for_another_process",),
+    "S2-2": (f"{_RECORDS}::test_versions_count_one_up_with_each_commit_and_no_other_is_taken",),
+    "S2-3": (f"{_STEPS}::test_cursor_counts_the_committed_steps_wherever_a_process_was_killed",),
     "S2-4": (
         f"{_STORE}::test_only_the_changes_in_the_table_of_statuses_are_legal",
         f"{_STORE}::test_each_verb_changes_a_run_only_as_the_table_allows",
     ),
+    "S2-6": (f"{_RECORDS}::test_history_is_of_step_time_and_hash_and_cannot_be_changed",),
     "S2-7": (f"{_RUNS}::test_exhausted_run_is_a_dead_letter_with_its_cause",),
     "S2-8": (f"{_SUITE}::test_loaded_values_cannot_change_what_is_stored",),
     "S2-9": (
@@ -208,8 +233,12 @@ REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
         f"{_LETTERS}::test_requeue_works_exactly_once",
         "tests/fault/test_transitions.py::test_process_killed_at_each_transition_leaves_nothing_undone",
     ),
+    "S3-1": (f"{_STEPS}::test_run_that_is_saved_at_marked_steps_repeats_what_came_after_them",),
     "S3-2": (f"{_SUITE}::test_listing_filters_limits_and_pages_over_all_threads",),
     "S3-3": (f"{_GRAPHS}::test_any_checkpoint_can_be_continued_and_the_branch_is_the_latest",),
+    "S3-4": (
+        f"{_RECORDS}::test_record_names_run_step_nodes_that_are_done_state_checkpoint_and_time",
+    ),
     "S3-5": (
         f"{_RUNS}::test_ended_run_is_not_driven_again",
         f"{_RUNS}::test_drained_run_is_queued_and_continues_where_it_stopped",
@@ -225,7 +254,11 @@ REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
     "S3-9": (
         f"{_SUITE}::test_list_grows_by_some_elements_at_a_time",
         "tests/integration/test_verify.py::TestDamage::test_deleted_value",
-        "tests/integration/test_growth.py::test_twice_the_steps_store_twice_as_much",
+        f"{_GROWTH}::test_twice_the_steps_store_twice_as_much",
+    ),
+    "S3-10": (
+        f"{_RECORDS}::test_compression_keeps_values_and_what_was_stored_without_it_is_still_read",
+        "tests/unit/test_codec.py::test_bomb_is_refused_before_it_takes_memory",
     ),
     "S3-11": (
         f"{_KILLS}::test_run_killed_at_any_place_ends_as_its_twin",
@@ -236,6 +269,12 @@ REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
     "S3-12": (
         f"{_STORE}::test_what_is_not_there_is_not_found",
         f"{_URLS}::test_database_that_cannot_be_reached_is_named_without_its_password",
+    ),
+    "S3-13": (
+        f"{_STEPS}::test_of_branches_those_that_were_done_before_a_crash_are_not_run_again",
+        "tests/integration/test_stops.py::test_langgraphs_timeout_of_an_async_node_fails_the_attempt_and_counts",
+        "tests/integration/test_stops.py::test_thread_that_is_too_slow_is_left_behind_and_its_late_result_dropped",
+        f"{_STEPS}::test_save_that_takes_too_long_ends_the_step_and_the_next_one_is_not_begun",
     ),
 }
 

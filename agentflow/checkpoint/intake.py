@@ -12,14 +12,14 @@ import atexit
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import ChannelVersions, Checkpoint, CheckpointMetadata
-from langgraph.checkpoint.serde.types import ERROR, INTERRUPT
+from langgraph.checkpoint.serde.types import ERROR, INTERRUPT, RESUME
 from opentelemetry.trace import Span
 
 from agentflow.checkpoint.batch import ThreadStates
@@ -51,7 +51,7 @@ _FAILED_LIMIT = 1000
 _CARRIED_LIMIT = 1000
 _MARKED_LIMIT = 10_000
 """How many checkpoints are remembered that were held back and followed by another one, or after
-which a marked node began."""
+which a marked node began, or a run stopped."""
 
 _Spot = tuple[HeadKey, Lease | None, str]
 """Namespace, lease and checkpoint; ids of checkpoints are never those of another invocation."""
@@ -75,6 +75,18 @@ class _Held:
     """Where the last stored checkpoint of the invocation is."""
     planned: PlannedCheckpoint
     carried: _Carried
+    writes: list[PlannedWrites] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Behind:
+    """Writes behind a stored checkpoint whose nodes are not marked.
+
+    If the next checkpoint is not stored, they are not either: a crash runs all again that came
+    after the last stored one, and not sometimes a part of it.
+    """
+
+    config: RunnableConfig
     writes: list[PlannedWrites] = field(default_factory=list)
 
 
@@ -105,7 +117,9 @@ class Intake:
         self._holding = threading.RLock()
         self._held: dict[_Spot, _Held] = {}
         self._carried: OrderedDict[_Spot, _Carried] = OrderedDict()
+        self._behind: dict[_Spot, _Behind] = {}
         self._marked: OrderedDict[_Spot, None] = OrderedDict()
+        self._stopped: OrderedDict[_Spot, None] = OrderedDict()
         self._has_writer = False
 
     def check_fork(self) -> None:
@@ -142,19 +156,40 @@ class Intake:
             return self._enqueue(key, lease, config, checkpoint_id, make)
         with self._holding:
             spot = (key, lease, checkpoint_id)
-            held = self._held.get(spot)
-            if held is not None:
-                try:
-                    planned = make()
-                except AgentflowError as exc:
-                    return self._refuse_held(spot, spot, config, exc)
-                if not any(channel in {ERROR, INTERRUPT} for channel, _ in writes):
+            try:
+                planned = make()
+            except AgentflowError as exc:
+                return self._refuse_held(spot, spot, config, exc)
+            if self._may_wait(spot, config, {channel for channel, _ in writes}):
+                held = self._held.get(spot)
+                if held is not None:
                     held.writes.append(planned)
-                    return _done()
-                # The run stops here, so that what was held back is stored, and this behind it.
-                self._store_held(spot)
-                make = partial(_same, planned)
-            return self._enqueue(key, lease, config, checkpoint_id, make)
+                else:
+                    behind = _Behind(_without_engine(config))
+                    self._behind.setdefault(spot, behind).writes.append(planned)
+                return _done()
+            # The run stops here, so that what was held back is stored, and this behind it.
+            self._store_held(spot)
+            return self._enqueue(key, lease, config, checkpoint_id, partial(_same, planned))
+
+    def _may_wait(self, spot: _Spot, config: RunnableConfig, channels: Collection[str]) -> bool:
+        """Whether writes may be held back until it is known if the next checkpoint is due."""
+        if not {ERROR, INTERRUPT}.isdisjoint(channels):
+            _remember(self._stopped, spot, None, _MARKED_LIMIT)
+            return False
+        if spot in self._held:
+            return True
+        if RESUME in channels:
+            self._stopped.pop(spot, None)
+            return False
+        return spot not in self._stopped and not self._is_before_marked(spot, config)
+
+    def _is_before_marked(self, spot: _Spot, config: RunnableConfig) -> bool:
+        """Whether a marked node comes after a checkpoint."""
+        key, _, checkpoint_id = spot
+        seen = read_seen(config, key[2])
+        is_seen = seen is not None and seen.checkpoint_id == checkpoint_id and seen.is_marked
+        return is_seen or spot in self._marked
 
     def checkpoint(
         self,
@@ -196,6 +231,7 @@ class Intake:
                 # Others may follow it too; if not, it is one of the first to be forgotten.
                 _remember(self._carried, parent, self._held.pop(parent).carried, _CARRIED_LIMIT)
             if is_due:
+                self._store_behind(parent)
                 return self._store(
                     encoder, *spot[:2], config, spot[2], metadata, partial(_same, planned)
                 )
@@ -203,6 +239,8 @@ class Intake:
                 # Starts its thread, since none can be started when the process ends.
                 self.verb(spot[0][:2], lambda _: None)
                 self._has_writer = True
+            # It brings what they have made of the state.
+            self._behind.pop(parent, None)
             changes = _Carried(_id_of(config), new_versions)
             self._held[spot] = _Held(encoder, _without_engine(config), planned, changes)
             return _done()
@@ -226,12 +264,10 @@ class Intake:
         checkpoint: Checkpoint,
         metadata: CheckpointMetadata,
     ) -> bool:
-        key, lease, parent_id = parent
+        key, lease, _ = parent
         seen = read_seen(config, key[2])
-        was_marked = parent in self._marked
+        was_marked = self._is_before_marked(parent, config)
         self._marked.pop(parent, None)
-        if seen is not None and seen.checkpoint_id == parent_id:
-            was_marked = was_marked or seen.is_marked
         if self._policy.is_marked(checkpoint):
             _remember(self._marked, (key, lease, checkpoint["id"]), None, _MARKED_LIMIT)
         return self._policy.is_due(
@@ -265,10 +301,10 @@ class Intake:
         return future
 
     def _store_held(self, spot: _Spot) -> list[Future]:
-        """Store a checkpoint that is held back, with its writes, if there is one."""
+        """Store a checkpoint that is held back, with its writes, or those behind a stored one."""
         held = self._held.pop(spot, None)
         if held is None:
-            return []
+            return self._store_behind(spot)
         # It is there for whoever follows it.
         self._carried.pop(spot, None)
         key, lease, checkpoint_id = spot
@@ -276,12 +312,17 @@ class Intake:
         metadata: CheckpointMetadata = {} if step is None else {"step": step}
         make = partial(_same, held.planned)
         stored = self._store(held.encoder, key, lease, held.config, checkpoint_id, metadata, make)
-        config = _at(held.config, checkpoint_id)
-        writes = (partial(_same, each) for each in held.writes)
-        return [
-            stored,
-            *(self._enqueue(key, lease, config, checkpoint_id, make) for make in writes),
-        ]
+        self._behind[spot] = _Behind(_at(held.config, checkpoint_id), held.writes)
+        return [stored, *self._store_behind(spot)]
+
+    def _store_behind(self, spot: _Spot) -> list[Future]:
+        """Store writes that wait behind a stored checkpoint."""
+        behind = self._behind.pop(spot, None)
+        if behind is None:
+            return []
+        key, lease, checkpoint_id = spot
+        makes = (partial(_same, each) for each in behind.writes)
+        return [self._enqueue(key, lease, behind.config, checkpoint_id, make) for make in makes]
 
     def _refuse_held(
         self, held: _Spot, spot: _Spot, config: RunnableConfig, error: AgentflowError
@@ -301,10 +342,11 @@ class Intake:
     def store_held(self, thread: ThreadKey | None = None) -> list[Future]:
         """Store what is held back of a thread, or of all threads."""
         self.check_fork()
-        if not self._held:
+        if not self._held and not self._behind:
             return []
         with self._holding:
-            spots = [spot for spot in self._held if thread is None or spot[0][:2] == thread]
+            waiting = [*self._held, *self._behind]
+            spots = [spot for spot in waiting if thread is None or spot[0][:2] == thread]
             return [future for spot in spots for future in self._store_held(spot)]
 
     def _enqueue(
@@ -457,7 +499,7 @@ class Intake:
                 del self._tails[place]
         with self._holding:
             kept: dict[_Spot, Any]
-            for kept in (self._held, self._carried, self._marked):
+            for kept in (self._held, self._behind, self._carried, self._marked, self._stopped):
                 for spot in [spot for spot in kept if spot[0][:2] == thread]:
                     del kept[spot]
 

@@ -19,7 +19,7 @@ Save = Literal["every_step", "exit"] | Collection[str]
 - `"every_step"`: after each superstep. A crash loses what the nodes of the current superstep have
   not finished, nothing else.
 - The names of some nodes, such as `["charge"]`: before each of these nodes begins, and after it has
-  ended. A crash runs again what came after the last such point, which none of these nodes did.
+  ended. A crash runs again all that came after the last such point, which none of these nodes did.
 - `"exit"`: when the graph ends. A crash runs the whole invocation again.
 
 Whatever the choice, the state is stored when a node interrupts or fails, and when the graph ends or

@@ -45,12 +45,20 @@ async def list_effects(
     call: Call,
     *,
     run_id: Annotated[str | None, typer.Option(help="Effects of this run only.")] = None,
+    status: Annotated[
+        EffectStatus | None, typer.Option(help="Effects with this status only.")
+    ] = None,
+    in_doubt: Annotated[
+        bool, typer.Option("--in-doubt", help="Those only that somebody has to look into.")
+    ] = False,
     limit: Annotated[int, typer.Option(min=1, help="How many at most.")] = 100,
     cursor: Annotated[str | None, typer.Option(help="Where the last page ended.")] = None,
 ) -> None:
     """List effects, in the order in which they were first intended."""
     async with call.open_app() as app:
-        page = await app.effects.list(run_id=run_id, limit=limit, cursor=cursor)
+        page = await app.effects.list(
+            run_id=run_id, status=status, in_doubt=in_doubt, limit=limit, cursor=cursor
+        )
     call.output.rows(page.items, _COLUMNS, empty="no effects")
     if page.cursor is not None:
         call.output.message(f"there are more: --cursor {page.cursor}")
@@ -61,6 +69,7 @@ async def show(call: Call, effect_id: EffectId) -> None:
     """Show an effect: what it was called with, and what is known of it."""
     async with call.open_app() as app:
         effect = await app.effects.get(effect_id)
+        safe_at = await app.effects.safe_at(effect)
     if call.output.format is not OutputFormat.TABLE:
         call.output.record(effect)
         return
@@ -75,7 +84,7 @@ async def show(call: Call, effect_id: EffectId) -> None:
     for line in lines:
         typer.echo(line)
     if effect.status is EffectStatus.INTENDED:
-        when = "its worker is gone" if effect.safe_at is None else effect.safe_at.isoformat()
+        when = "its worker is gone" if safe_at is None else safe_at.isoformat()
         call.output.message(f"its call is under way or in doubt; do not resolve it before {when}")
 
 
@@ -103,10 +112,12 @@ async def resolve(
         effect = await app.effects.get(effect_id)
         what = "happened" if happened else "did not happen"
         is_open = effect.status is EffectStatus.INTENDED
-        if is_open and effect.safe_at is not None and SystemClock().now() < effect.safe_at:
+        safe_at = await app.effects.safe_at(effect)
+        if is_open and (safe_at is None or SystemClock().now() < safe_at):
+            until = "" if safe_at is None else f"until {safe_at.isoformat()} "
             call.output.message(
-                f"WARNING: until {effect.safe_at.isoformat()} worker {effect.worker!r} may still "
-                "be at this call, unless you know that it is gone"
+                f"WARNING: {until}worker {effect.worker!r} may still be at this call, unless you "
+                "know that it is gone"
             )
         if not call.confirm(f"Say that {effect.name} of run {effect.run_id} {what}?"):
             raise OutcomeError("not confirmed; nothing was recorded")

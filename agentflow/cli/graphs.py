@@ -75,8 +75,12 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[dict[s
         elif name not in before:
             yield {"graph": name, "kind": "added", "change": "it is new"}
         elif before[name]["digest"] != now[name]["digest"]:
-            for change in compare_from_beginning(before[name]["graph"], now[name]["graph"]):
+            changes = compare_from_beginning(before[name]["graph"], now[name]["graph"])
+            for change in changes:
                 yield {"graph": name, "kind": change.kind, "change": str(change)}
+            if not changes:
+                text = "it is another one, in nothing that its runs rely on"
+                yield {"graph": name, "kind": "other", "change": text}
 
 
 async def _stopped(app: AgentFlow, url: str) -> list[CheckedRun]:
@@ -85,17 +89,25 @@ async def _stopped(app: AgentFlow, url: str) -> list[CheckedRun]:
 
 
 def _read(file: Path) -> dict[str, Any]:
+    from agentflow.errors import AgentflowError, InvalidInputError
+    from agentflow.versions import Fingerprint
+
     try:
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as exc:
         raise UsageError("--check", f"cannot read the file {str(file)!r}: {exc}") from exc
-    is_one = type(found) is dict and all(
-        isinstance(each, dict) and {"digest", "graph"} <= set(each) for each in found.values()
-    )
-    if not is_one:
+    try:
+        for name, each in found.items():
+            form = {part: each[part] for part in ("form", "graph")}
+            stored = Fingerprint.of_text(json.dumps(form), f"{name} in {str(file)!r}")
+            if stored.digest != each["digest"]:
+                raise InvalidInputError("fingerprint", (f"{name}: was changed by hand",))
+    except (AgentflowError, AttributeError, KeyError, TypeError) as exc:
+        said = f": {exc}" if isinstance(exc, AgentflowError) else ""
         raise UsageError(
-            "--check", f"{str(file)!r} has no fingerprints; 'agentflow graph fingerprint' prints it"
-        )
+            "--check",
+            f"{str(file)!r} has no fingerprints{said}; 'agentflow graph fingerprint' prints it",
+        ) from exc
     return found
 
 

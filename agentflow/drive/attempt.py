@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from datetime import datetime
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -36,11 +35,11 @@ from agentflow.drive.compatibility import (
     store_fingerprint,
 )
 from agentflow.drive.failures import Failed
-from agentflow.drive.forks import copy_migrated
+from agentflow.drive.forks import copy_migrated, find_start
 from agentflow.drive.gate import Gate
 from agentflow.drive.graph import RegisteredGraph
 from agentflow.drive.questions import Key, Question, Waits, open_questions, owed
-from agentflow.drive.settlement import Settlement
+from agentflow.drive.settlement import INCOMPATIBLE, Settlement
 from agentflow.effects import (
     SHIFT,
     InDoubt,
@@ -58,6 +57,7 @@ from agentflow.errors import (
     LeaseLostError,
     RunError,
     StoreUnavailableError,
+    UnknownVersionError,
 )
 from agentflow.interrupts import Asked
 from agentflow.retry import RetryPolicies, RetryPolicy
@@ -70,7 +70,7 @@ from agentflow.telemetry import (
     is_traced,
     traceparent,
 )
-from agentflow.types import Approval, AttemptStart, ClaimedRun, NewWait
+from agentflow.types import FROM_START, Approval, AttemptStart, ClaimedRun, NewWait
 
 _STRICT_RESUME = "__pregel_strict_resume"
 _PAGE = 200
@@ -128,7 +128,7 @@ class Attempt:
         self._gate = Gate(control, registered.time_limits(), self._journal.places)
         self._shift = claimed.run.effect_shift
         self._compatibility = Compatibility(store, saver, registered, claimed.run.tenant)
-        self.refused: IncompatibleGraphError | None = None
+        self.refused: IncompatibleGraphError | UnknownVersionError | None = None
         """Why the graph that is registered is not one that the run can go on with."""
         self._graph_changed: Mapping[str, Any] | None = None
         self._started: AttemptStart | None = None
@@ -281,7 +281,10 @@ class Attempt:
 
     async def _prepare(self, config: RunnableConfig) -> bool:
         """Bring the thread to where the run is to go on; say whether it did not stand there."""
-        if (checkpoint_id := self._run.resume_from) is not None:
+        checkpoint_id = self._run.resume_from
+        if checkpoint_id == FROM_START:
+            checkpoint_id = await find_start(self._saver, self._run)
+        if checkpoint_id is not None:
             place = {**config["configurable"], "checkpoint_id": checkpoint_id, "checkpoint_ns": ""}
             found = await self._saver.aget_tuple({"configurable": place})
             self._shift = 1 + shift_of(found, self._run)
@@ -377,15 +380,17 @@ class Attempt:
 
     async def _park(self, state: StateSnapshot, questions: list[Question], span: Span) -> None:
         waits = [question.to_wait() for question in questions]
-        seen: Mapping[str, datetime] = {}
-        if self._journal.doubts:
-            seen = await doubts.last_seen(self._store, self._run.tenant)
-        await self._settlement.park(state, [*waits, *self._stops(seen)], span)
+        about = self._journal.doubts.values()
+        tenant = self._run.tenant
+        workers = await doubts.look_for_workers(self._store, tenant, about) if about else {}
+        await self._settlement.park(state, [*waits, *self._stops(workers)], span)
 
-    def _stops(self, seen: Mapping[str, datetime] = MappingProxyType({})) -> list[NewWait]:
+    def _stops(self, workers: Mapping[str, doubts.Worker] = MappingProxyType({})) -> list[NewWait]:
         """Return what stopped the attempt in the middle of a node, and waits for somebody."""
-        found = self._journal.doubts.values()
-        waits = [doubts.to_wait(each, self._lease, seen) for each in found]
+        found, is_undoing = self._journal.doubts.values(), self._run.saga_cause is not None
+        waits = [
+            doubts.to_wait(each, self._lease, workers, is_undoing=is_undoing) for each in found
+        ]
         if self._meter is not None:
             waits += [allowances.to_wait(each) for each in self._meter.asks.values()]
         return waits
@@ -420,7 +425,7 @@ class Attempt:
         fail_span(span, type(error).__name__)
         await self._settlement.flush_quietly()
         failed = await self._failed(span)
-        if isinstance(error, IncompatibleGraphError):
+        if isinstance(error, INCOMPATIBLE):
             self.refused = error
         await self._settlement.fail(error, failed, self._policies, span)
 

@@ -16,10 +16,11 @@ from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import BaseCheckpointSaver, CheckpointTuple
 from langgraph.types import StateSnapshot
 
+from agentflow.drive.forks import find_start
 from agentflow.drive.graph import RegisteredGraph
 from agentflow.errors import FencedError, IncompatibleGraphError, StoreUnavailableError
 from agentflow.storage import RunStore
-from agentflow.types import Run
+from agentflow.types import FROM_START, Run
 from agentflow.versions import Change, Fingerprint, Frontier, compare, compare_channels, due_nodes
 
 logger = logging.getLogger(__name__)
@@ -161,6 +162,8 @@ class Compatibility:
             checkpoint_id: Where it is going to go on, if not at its head.
         """
         place: dict[str, Any] = {"thread_id": run.thread_id, "checkpoint_ns": ""}
+        if checkpoint_id == FROM_START:
+            checkpoint_id = await find_start(self._saver, run)
         if checkpoint_id is not None:
             # Its tasks are going to have other ids: nothing of them is done yet.
             place["checkpoint_id"], state = checkpoint_id, None

@@ -18,7 +18,12 @@ from agentflow.checkpoint import Saver
 from agentflow.control import AttemptControl, entered
 from agentflow.drive.attempt import Attempt
 from agentflow.drive.graph import RegisteredGraph
-from agentflow.errors import FencedError, IncompatibleGraphError, StoreUnavailableError
+from agentflow.errors import (
+    FencedError,
+    IncompatibleGraphError,
+    StoreUnavailableError,
+    UnknownVersionError,
+)
 from agentflow.lease import LeaseKeeper
 from agentflow.storage import RunStore
 from agentflow.telemetry import fail_span, segment_span
@@ -55,7 +60,7 @@ class Driver:
         control: AttemptControl,
         *,
         since: float,
-    ) -> IncompatibleGraphError | None:
+    ) -> IncompatibleGraphError | UnknownVersionError | None:
         """Drive a claimed run until it parks, ends, or has to be given up.
 
         Whatever happens is in the run store afterwards, unless the lease was lost or the store

@@ -28,6 +28,7 @@ from agentflow.errors import (
     FencedError,
     IncompatibleGraphError,
     StoreUnavailableError,
+    UnknownVersionError,
 )
 from agentflow.retry import GiveUp, Retry, RetryPolicies, decide
 from agentflow.storage import RunStore
@@ -36,6 +37,8 @@ from agentflow.types import ClaimedRun, Lease, NewWait
 
 logger = logging.getLogger(__name__)
 
+INCOMPATIBLE = (IncompatibleGraphError, UnknownVersionError)
+"""What is no fault of the run's: another program, of another release, can go on with it."""
 # LangGraph's own errors that the same call would only raise again.
 _HOPELESS = (GraphRecursionError, InvalidUpdateError, EmptyInputError)
 
@@ -154,7 +157,7 @@ class Settlement:
             )
             span.set_attribute(RUN_STATUS, "queued")
             return
-        is_paused = isinstance(error, IncompatibleGraphError) or (
+        is_paused = isinstance(error, INCOMPATIBLE) or (
             verdict.reason == "exhausted" and policies.of(failed.node).on_exhausted == "pause"
         )
         end = self._store.pause_failed_run if is_paused else self._store.fail_run
@@ -183,7 +186,7 @@ class Settlement:
 
 
 def _judge(error: Exception, failed: Failed, policies: RetryPolicies) -> Retry | GiveUp:
-    if isinstance(error, IncompatibleGraphError):
+    if isinstance(error, INCOMPATIBLE):
         return GiveUp("incompatible")
     if isinstance(error, _HOPELESS):
         return GiveUp("not_retryable")

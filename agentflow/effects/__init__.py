@@ -16,7 +16,7 @@ are in `agentflow.journal`, and stored by the run store.
 
 from __future__ import annotations
 
-from agentflow.effects.definition import effect, effect_context, run_effect
+from agentflow.effects.definition import effect, effect_context, find_definition, run_effect
 from agentflow.effects.journal import Journal, current_journal, recording
 from agentflow.effects.places import NAMES, SHIFT, Places, names_before, shift_of
 from agentflow.effects.policy import EffectContext, Happened, InDoubt, Policy
@@ -36,6 +36,7 @@ __all__ = [
     "current_journal",
     "effect",
     "effect_context",
+    "find_definition",
     "names_before",
     "recording",
     "run_effect",

@@ -6,17 +6,19 @@ import asyncio
 import functools
 import inspect
 import warnings
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import is_dataclass, replace
 from typing import Any, ParamSpec, TypeVar, get_args, get_type_hints, overload
 from weakref import WeakValueDictionary
 
-from pydantic import BaseModel, TypeAdapter
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic.errors import PydanticUserError
 
 from agentflow.effects.journal import Call, Journal, current_journal
 from agentflow.effects.policy import EffectContext, Happened, Policy
+from agentflow.effects.unknown import Classes, are_exceptions
 from agentflow.errors import InvalidInputError, RunError
 from agentflow.interrupts.plain import to_plain
 from agentflow.journal import CHECK, GLOBAL, Effect, NewEffect, OnInDoubt, Scope
@@ -65,6 +67,7 @@ def effect(
     scope: Scope = "run",
     on_in_doubt: OnInDoubt | None = None,
     check: Callable[..., Any] | None = None,
+    in_doubt_on: Sequence[type[Exception]] | None = None,
     retry: RetryPolicy | LangGraphRetryPolicy | None = None,
     timeout: Duration | None = None,
     compensate: Callable[..., Any] | None = None,
@@ -80,6 +83,7 @@ def effect(
     scope: Scope = "run",
     on_in_doubt: OnInDoubt | None = None,
     check: Callable[..., Any] | None = None,
+    in_doubt_on: Sequence[type[Exception]] | None = None,
     retry: RetryPolicy | LangGraphRetryPolicy | None = None,
     timeout: Duration | None = None,
     compensate: Callable[..., Any] | None = None,
@@ -93,7 +97,9 @@ def effect(
     Outside of a run it is an ordinary function, with a warning once.
 
     An exception is recorded like an outcome and raised again, unless `retry` says that it is worth
-    another call, or `on_in_doubt="retry"` that calls may be repeated.
+    another call, or `on_in_doubt="retry"` that calls may be repeated. Where they may not, one that
+    leaves open whether the call has happened (a connection that broke, a time that ran out) is no
+    outcome: the effect is in doubt, whatever `retry` says.
 
     Example:
         ```python
@@ -112,6 +118,10 @@ def effect(
             idempotent, or `fail` the run.
         check: With `check`: called with the same arguments. It returns `Happened(outcome)` if the
             call has happened, and `None` if not.
+        in_doubt_on: The exceptions after which the call may have happened, also as what another one
+            was raised from. By default `TimeoutError`, `ConnectionResetError`,
+            `ConnectionAbortedError`, `BrokenPipeError` and what HTTP clients say of a server that
+            has hung up; `OutcomeUnknownError` always is one.
         retry: Which exceptions are worth another call, how often, and after how long.
         timeout: How long a call may take; longer, and it is in doubt. What is not async cannot be
             stopped, and goes on.
@@ -126,15 +136,17 @@ def effect(
     if function is not None and not callable(function):
         raise InvalidInputError("effect", ("give its options by name: @effect(key=...)",))
     wanted = on_in_doubt or ("check" if check is not None else "ask")
-    _check_options(wanted, scope, check, timeout)
+    _check_options(wanted, scope, check, timeout, in_doubt_on)
 
     def decorate(target: Callable[..., Any]) -> Any:
+        check_function("effect", target, name)
         return Definition(
             target,
             key=key,
             scope=scope,
             on_in_doubt=wanted,
             check=check,
+            in_doubt_on=None if in_doubt_on is None else tuple(in_doubt_on),
             retry=None if retry is None else RetryPolicy.of(retry),
             timeout=timeout,
             compensate=compensate,
@@ -145,9 +157,15 @@ def effect(
 
 
 def _check_options(
-    on_in_doubt: str, scope: str, check: Callable[..., Any] | None, timeout: Duration | None
+    on_in_doubt: str,
+    scope: str,
+    check: Callable[..., Any] | None,
+    timeout: Duration | None,
+    in_doubt_on: Any,
 ) -> None:
     found = []
+    if in_doubt_on is not None and not are_exceptions(in_doubt_on):
+        found.append("in_doubt_on: must be a list of classes of exceptions")
     if on_in_doubt not in get_args(OnInDoubt):
         found.append(f"on_in_doubt: must be one of {', '.join(get_args(OnInDoubt))}")
     if scope not in get_args(Scope):
@@ -171,6 +189,7 @@ class Definition:
         scope: Scope,
         on_in_doubt: OnInDoubt,
         check: Callable[..., Any] | None,
+        in_doubt_on: Classes | None,
         retry: RetryPolicy | None,
         timeout: Duration | None,
         compensate: Callable[..., Any] | None,
@@ -188,7 +207,13 @@ class Definition:
         self.timeout = None if timeout is None else to_timedelta(timeout)
         self._signature = inspect.signature(function)
         self._is_async = inspect.iscoroutinefunction(function)
-        self._policy = Policy(retry=retry, can_be_stopped=self._is_async, restore=self._restore)
+        self.in_doubt_on = in_doubt_on
+        self._policy = Policy(
+            retry=retry,
+            can_be_stopped=self._is_async,
+            restore=self._restore,
+            in_doubt_on=in_doubt_on,
+        )
         self._warned = False
 
     def wrapped(self) -> Callable[..., Any]:
@@ -287,16 +312,38 @@ class Definition:
         is_plain = effect.resolved_by not in {None, CHECK}
         return self._restore(effect.outcome) if is_plain else effect.outcome
 
+    def outcome_problem(self, plain: Any) -> str | None:
+        """Return why the function's own type cannot be built from what a person gave."""
+        try:
+            self._restore(plain)
+        except ValidationError as exc:
+            paths = (".".join(map(str, each["loc"])) or "it" for each in exc.errors())
+            return f"does not fit what {self.name} returns: {', '.join(sorted(set(paths)))}"
+        return None
+
+    def outcome_schema(self) -> dict[str, Any] | None:
+        """Return the JSON Schema of what a person has to give for an outcome, if there is one."""
+        adapter = self._adapter()
+        try:
+            return None if adapter is None else adapter.json_schema()
+        except PydanticUserError:
+            return None
+
     def _restore(self, plain: Any) -> Any:
         """Build an outcome of the function's own type from what a person gave."""
+        adapter = self._adapter()
+        return plain if adapter is None else adapter.validate_python(plain)
+
+    def _adapter(self) -> TypeAdapter[Any] | None:
+        """Return what builds the function's own type, if it says that it returns one."""
         try:
             returned: Any = get_type_hints(self.function).get("return")
         except Exception:  # noqa: BLE001 -- names that are not there when it is called
-            return plain
+            return None
         is_typed = isinstance(returned, type) and (
             issubclass(returned, BaseModel) or is_dataclass(returned)
         )
-        return TypeAdapter(returned).validate_python(plain) if is_typed else plain
+        return TypeAdapter(returned) if is_typed else None
 
 
 def _alone() -> EffectContext:
@@ -310,6 +357,23 @@ def _alone() -> EffectContext:
 def find_definition(name: str) -> Definition | None:
     """Return the function of an effect, if it was decorated in this process."""
     return _definitions.get(name)
+
+
+def check_function(what: str, target: Any, name: str | None) -> None:
+    """Refuse what is not called as a function is, or has no name.
+
+    Raises:
+        InvalidInputError: It is.
+    """
+    found = []
+    if inspect.isgeneratorfunction(target) or inspect.isasyncgenfunction(target):
+        found.append("function: must not be a generator; its outcome is what it returns")
+    elif not inspect.isroutine(target) and not isinstance(target, functools.partial):
+        found.append("function: must be a function or a method")
+    elif name is None and not hasattr(target, "__qualname__"):
+        found.append("name: has to be given, since the function has none")
+    if found:
+        raise InvalidInputError(what, tuple(found))
 
 
 def name_of(function: Callable[..., Any]) -> str:

@@ -8,6 +8,7 @@ doubt about it. What stands in the journal already is returned without a call.
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import Future
@@ -39,6 +40,7 @@ from agentflow.errors import (
     EffectInDoubtError,
     FencedError,
     LeaseLostError,
+    OutcomeUnknownError,
     RunError,
     StoreUnavailableError,
 )
@@ -250,21 +252,32 @@ class Journal:
                 outcome = await self._timed(call(context_of_call(effect, number)), effect, policy)
             except (FencedError, StoreUnavailableError):
                 raise  # of a call inside this one: nothing more is known of it
-            except (GraphBubbleUp, AsksPerson):
-                # The call asks somebody: with the answer it starts from its top, as a node does.
+            except (GraphBubbleUp, AsksPerson, EffectInDoubtError):
+                # Somebody is to say something first, of a call inside this one perhaps: with the
+                # answer it starts from its top, as a node does.
                 await self._leave_uncalled(effect)
                 raise
-            except _Late as late:
-                return await self._after_timeout(effect, policy, str(late))
             except Exception as exc:  # noqa: BLE001 -- recorded, and raised again
                 error = exc
             else:
                 return await self._finish(effect, outcome)
+            is_doubtful = effect.on_in_doubt != "retry" and policy.leaves_doubt(error)
+            if is_doubtful and (found := await self._look_for(effect, policy, error)) is not None:
+                return found.outcome
             pause = pause_after(policy, number, error)
             if pause is None:
-                await self._fail(effect, error)
+                # What was in doubt has not happened, says its function.
+                await (self._leave_uncalled(effect) if is_doubtful else self._fail(effect, error))
                 raise error
             await asyncio.sleep(pause.total_seconds())
+
+    async def _look_for(self, effect: Effect, policy: Policy, error: Exception) -> Happened | None:
+        """Decide about a call that has raised and may have happened all the same."""
+        try:
+            # With a note of why, for whoever is asked; what is stored stays an intent.
+            return await self._clear_up(replace(effect, failure=describe(error)), policy)
+        except EffectInDoubtError as doubt:
+            raise doubt from error
 
     async def _admit(
         self, flight: _Flight, effect: Effect, admit: Callable[[], Awaitable[None]]
@@ -289,21 +302,12 @@ class Journal:
         try:
             async with limit:
                 return await calling
-        except TimeoutError as exc:
+        except TimeoutError:
             if not limit.expired():
                 raise
             text = f"effect {effect.name!r} took longer than its timeout"
-            raise (TimeoutError if effect.on_in_doubt == "retry" else _Late)(text) from exc
-
-    async def _after_timeout(self, effect: Effect, policy: Policy, text: str) -> Any:
-        """Decide about a call that was stopped because it took too long."""
-        found = await self._clear_up(effect, policy)
-        if found is not None:
-            return found.outcome
-        # Its function says that it has not happened: another attempt may call it.
-        await self._record(effect, Outcome(status=EffectStatus.NOT_CALLED))
-        self._keep(replace(effect, status=EffectStatus.NOT_CALLED))
-        raise TimeoutError(text)
+            # Whatever else leaves doubt: what was stopped may have happened.
+            raise TimeoutError(text) from OutcomeUnknownError()
 
     async def _clear_up(self, effect: Effect, policy: Policy) -> Happened | None:
         """Decide about an effect in doubt: its outcome, or `None` if it is to be called."""
@@ -338,7 +342,9 @@ class Journal:
             await self._record(effect, outcome)
         except CodecError as exc:
             # It has happened, so it is not to be called again, whatever the policy says.
-            await self._fail(effect, exc, is_final=True)
+            if effect.compensate is None or effect.on_in_doubt == "retry":
+                await self._fail(effect, exc, is_final=True)
+            # Else it may have to be undone: it is in doubt until somebody says with what outcome.
             raise
         self._keep(replace(effect, status=EffectStatus.SUCCEEDED, outcome=value))
         return value
@@ -375,7 +381,7 @@ class Journal:
     async def _recalled(self) -> dict[tuple[str, str], Effect]:
         try:
             page = await self._store.list_effects(
-                self._lease.tenant, scope=self.root, limit=_KNOWN, strict=True
+                self._lease.tenant, scope=self.root, limit=_KNOWN, strict=True, in_rows=True
             )
         except CodecError:
             return {}  # those that are asked for are read one by one
@@ -427,6 +433,8 @@ class Journal:
                 f"effect {new.name!r} is under way on this event loop, which a caller that is not "
                 "async would block; make the effect async, or the keys differ"
             )
+        if (handled := sys.exception()) is not None:
+            policy = replace(policy, handled=handled)
         caller = Caller(call)
         ended = self._started_here(self.run(new, policy, caller.ask))
         ended.add_done_callback(lambda _: caller.dismiss())
@@ -452,10 +460,6 @@ class Journal:
         """End the thread for callers that block the attempt's loop, if there is one."""
         if self._aside is not None:
             self._aside.close()
-
-
-class _Late(Exception):  # noqa: N818 -- seen by nobody
-    """A call was cancelled because it took too long."""
 
 
 _current: ContextVar[Journal | None] = ContextVar("agentflow_journal", default=None)

@@ -11,6 +11,7 @@ from typing import Any
 from agentflow.codec import Codec
 from agentflow.control import AsksPerson
 from agentflow.effects.failures import find_class, rebuild
+from agentflow.effects.unknown import Classes, leaves_doubt
 from agentflow.journal import CHECK, Effect
 from agentflow.retry import Retry, RetryPolicy, decide
 
@@ -37,6 +38,14 @@ class Policy:
     """Raises if the call is not to be made; asked before each."""
     restore: Callable[[Any], Any] = field(default=lambda plain: plain)
     """Builds an outcome that a person gave as plain data."""
+    in_doubt_on: Classes | None = None
+    """The exceptions after which a call may have happened; by default `unknown.IN_DOUBT`."""
+    handled: BaseException | None = None
+    """What the caller was handling when it began; calls have nothing to do with it."""
+
+    def leaves_doubt(self, error: BaseException) -> bool:
+        """Whether a call that raised this may have happened."""
+        return leaves_doubt(error, self.in_doubt_on, self.handled)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

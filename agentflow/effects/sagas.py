@@ -42,11 +42,15 @@ async def compensate(journal: Journal, store: RunStore, run: Run) -> None:
             did.
         RunError: A compensation is not to be found in this process.
     """
-    found = [each for each in await _effects(store, run) if each.compensate is not None]
-    if doubts := [each for each in found if each.status is EffectStatus.INTENDED]:
+    found = await _effects(store, run)
+    if doubts := [each for each in found if _is_to_be_asked(each)]:
         journal.doubts.update({each.id: each for each in doubts})
         raise InDoubt(doubts[0])
-    done = [each for each in found if each.status is EffectStatus.SUCCEEDED]
+    done = [
+        each
+        for each in found
+        if each.compensate is not None and each.status is EffectStatus.SUCCEEDED
+    ]
     for effect in sorted(done, key=lambda each: each.order or 0, reverse=True):
         try:
             await _undo(journal, effect)
@@ -57,6 +61,15 @@ async def compensate(journal: Journal, store: RunStore, run: Run) -> None:
                 "compensation failed",
                 extra={"run_id": run.id, "effect": effect.id, "error": type(exc).__name__},
             )
+
+
+def _is_to_be_asked(effect: Effect) -> bool:
+    """Whether it has to be known of an effect first if it has happened.
+
+    One that may be repeated, or is declared to fail, matters only if it may have to be undone.
+    """
+    may_matter = effect.compensate is not None or effect.on_in_doubt in {"ask", "check"}
+    return may_matter and effect.status is EffectStatus.INTENDED
 
 
 async def count_undone(store: RunStore, run: Run) -> int:
@@ -103,7 +116,10 @@ async def _undo(journal: Journal, effect: Effect) -> None:
         timeout=None if own is None else own.timeout,
         kind="compensation",
     )
-    policy = Policy(retry=RetryPolicy() if own is None or own.retry is None else own.retry)
+    policy = Policy(
+        retry=RetryPolicy() if own is None or own.retry is None else own.retry,
+        in_doubt_on=None if own is None else own.in_doubt_on,
+    )
     target = function if own is None else own.function
     await journal.run(new, policy, functools.partial(_call, target, definition, effect))
 

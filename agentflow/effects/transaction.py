@@ -16,7 +16,7 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from agentflow.effects import outside
-from agentflow.effects.definition import name_of, new_effect
+from agentflow.effects.definition import check_function, name_of, new_effect
 from agentflow.effects.journal import Journal, current_journal
 from agentflow.effects.outside import Found, Rows
 from agentflow.errors import InvalidInputError
@@ -69,6 +69,7 @@ def transaction(
     """
 
     def decorate(function: F) -> Callable[..., Any]:
+        check_function("transaction", function, name)
         return _Transaction(engine, function, key=key, scope=scope, name=name).wrapped()
 
     return decorate

@@ -26,6 +26,8 @@ _DEEPEST = 100
 """Levels of nesting; more is a cycle, or nothing that a person could review."""
 _FRAME = 10
 """Levels that a record around the data may add when it is hashed or sent as a whole."""
+_PLAIN = frozenset({str, int, bool, type(None)})
+"""Classes of values that are plain as they are; what is derived from them may not be."""
 _TEXTUAL = (date, time, timedelta, Decimal, UUID, PurePath, bytes)
 """Values with one well-known text form in JSON; pydantic reads each back from it."""
 
@@ -82,7 +84,8 @@ def digest(value: Any) -> str:
 
 
 def _plain(value: Any, path: str, lenient: bool, room: int) -> Any:  # noqa: FBT001, C901, PLR0912 - one branch per kind
-    if value is None or isinstance(value, bool):
+    kind = type(value)
+    if kind in _PLAIN:
         return value
     if isinstance(value, Enum):
         return _plain(value.value, path, lenient, room)
@@ -96,11 +99,11 @@ def _plain(value: Any, path: str, lenient: bool, room: int) -> Any:  # noqa: FBT
         return str(value) if lenient else _refuse(value, path, "JSON has no NaN and no infinity")
     if not room:
         return "…" if lenient else _refuse(value, path, "it is nested too deeply, or in itself")
-    if isinstance(value, BaseModel):
+    if kind is not dict and isinstance(value, BaseModel):
         return _plain(_model(value, path, lenient), path, lenient, room - 1)
-    if typed(value):
+    if kind is not dict and typed(value):
         value = {f.name: getattr(value, f.name) for f in fields(value) if f.init}
-    if isinstance(value, Mapping):
+    if isinstance(value, (dict, Mapping)):
         return {
             (name := _key(key, path, lenient)): _plain(
                 item, f"{path}.{name}" if path else name, lenient, room - 1

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, get_args
 
+from agentflow.effects.unknown import are_exceptions
 from agentflow.errors import InvalidInputError
 from agentflow.interrupts.shapes import DECISION_TYPES
 from agentflow.retry import LangGraphRetryPolicy, RetryPolicy
@@ -44,6 +45,9 @@ class ToolPolicy:
     """Whether a call may be made again: when it is not known whether it has happened, and when it
     has raised. So it is for tools that only read, and for those whose own effects are each in the
     journal. For other tools a person is asked what has happened, and what was raised stands."""
+    in_doubt_on: Sequence[type[Exception]] | None = None
+    """The exceptions after which it is not known whether a call has happened, unless the tool is
+    idempotent; see `effect`."""
     retry: RetryPolicy | LangGraphRetryPolicy | None = None
     """Which exceptions are worth another call, at once and in later attempts."""
     on_error: OnError = "raise"
@@ -62,6 +66,8 @@ class ToolPolicy:
             found.append(f"allowed: must be a list with some of {', '.join(DECISION_TYPES)}")
         if self.timeout is not None and to_timedelta(self.timeout) <= timedelta(0):
             found.append("timeout: must be above 0")
+        if self.in_doubt_on is not None and not are_exceptions(self.in_doubt_on):
+            found.append("in_doubt_on: must be a list of classes of exceptions")
         if self.on_error not in get_args(OnError):
             found.append(f"on_error: must be one of {', '.join(get_args(OnError))}")
         if found:

@@ -28,7 +28,7 @@ from langgraph.types import Command
 from pydantic import ValidationError
 
 from agentflow.budgets import TOOL, Usage, current_meter
-from agentflow.effects import EffectContext, Policy, run_effect
+from agentflow.effects import EffectContext, Policy, current_journal, run_effect
 from agentflow.errors import ApprovalMismatchError, InvalidInputError, StoreError
 from agentflow.interrupts import request_approval
 from agentflow.interrupts.schemas import problems, to_schema
@@ -223,7 +223,7 @@ class PolicyToolNode(ToolNode):
         """Make a call, unless the journal has what came of it."""
         call, policy = ruling.call, self._policy_of(ruling.call["name"])
 
-        meter = current_meter()
+        meter, is_recorded = current_meter(), current_journal() is not None
 
         async def admit() -> None:
             if meter is not None:
@@ -232,13 +232,21 @@ class PolicyToolNode(ToolNode):
         async def make(_: EffectContext) -> Any:
             try:
                 result = await execute(request.override(tool_call=call))
-            except Exception as error:  # noqa: BLE001 -- a tool may raise anything
+            except Exception as error:
+                if is_recorded and not policy.idempotent and how.leaves_doubt(error):
+                    raise  # no message to the model: a person is asked first
                 result = self._failed(call, error)
             finally:
                 if meter is not None:
                     meter.end("tool", Usage(tool_calls=1))
             return to_stored(_told(result, ruling))
 
+        how = Policy(
+            admit=admit,
+            retry=None if policy.retry is None else RetryPolicy.of(policy.retry),
+            restore=lambda said: to_stored(_said(call, said)),
+            in_doubt_on=None if policy.in_doubt_on is None else tuple(policy.in_doubt_on),
+        )
         try:
             stored = await run_effect(
                 make,
@@ -247,11 +255,7 @@ class PolicyToolNode(ToolNode):
                 arguments={"args": call["args"]},
                 on_in_doubt="retry" if policy.idempotent else "ask",
                 timeout=policy.timeout,
-                policy=Policy(
-                    admit=admit,
-                    retry=None if policy.retry is None else RetryPolicy.of(policy.retry),
-                    restore=lambda said: to_stored(_said(call, said)),
-                ),
+                policy=how,
             )
         except TimeoutError as error:
             return self._failed(call, error)

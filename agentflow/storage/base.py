@@ -16,7 +16,7 @@ from datetime import datetime, timedelta
 from typing import Any, Literal
 
 from agentflow.codec import Codec
-from agentflow.journal import Begun, Effect, NewEffect, Outcome, Resolution
+from agentflow.journal import Begun, Effect, EffectStatus, NewEffect, Outcome, Resolution
 from agentflow.storage.evolution import VersionVerbs
 from agentflow.storage.integrity import IntegrityVerbs
 from agentflow.types import (
@@ -397,8 +397,9 @@ class RunStore(VersionVerbs, IntegrityVerbs, ABC):
         """Queue a failed run again, with a new attempt budget and its whole time, once.
 
         It continues from where it failed, or, by `resume_from`, from `checkpoint_id`; if another
-        run of its thread has started since it failed, from its own newest checkpoint. Its dead
-        letter is gone. A run without one is `NotDeadLetterError`. Event: `run.requeued`.
+        run of its thread has started since it failed, from its own newest checkpoint; if its
+        effects were undone, from its start (`FROM_START`). Its dead letter is gone. A run without
+        one is `NotDeadLetterError`. Event: `run.requeued`.
         """
 
     @abstractmethod
@@ -505,7 +506,10 @@ class RunStore(VersionVerbs, IntegrityVerbs, ABC):
         """Record what somebody says of an effect that is in doubt or failed.
 
         Pending questions about it become `superseded`, and a waiting run is queued. One that is
-        under way, or of which the outcome is known, is `ConflictError`. Event: `effect.resolved`.
+        under way, or of which the outcome is known, is `ConflictError`; but an outcome that a
+        person gave may be corrected when its run has failed. Of a compensation that did not
+        happen, whose run has failed, another call is made: the run is queued for that; when all
+        have happened, it is `compensated`. Event: `effect.resolved`.
         """
 
     @abstractmethod
@@ -519,14 +523,19 @@ class RunStore(VersionVerbs, IntegrityVerbs, ABC):
         *,
         run_id: str | None = None,
         scope: str | None = None,
+        status: EffectStatus | None = None,
+        in_doubt: bool = False,
         limit: int = 100,
         cursor: str | None = None,
         strict: bool = False,
+        in_rows: bool = False,
     ) -> Page[Effect]:
         """Return a page of effects, the first intended first.
 
         `run_id` names the run that intended them last, `scope` where their keys are unique;
-        `strict` refuses outcomes of classes that are not known here.
+        `in_doubt` leaves those that were intended by an attempt that does not hold its lease now;
+        `strict` refuses outcomes of classes that are not known here; `in_rows` leaves out effects
+        whose outcomes are too large for their rows and stand elsewhere.
         """
 
     @abstractmethod
@@ -534,8 +543,9 @@ class RunStore(VersionVerbs, IntegrityVerbs, ABC):
         """Note that a worker lives, and what it says about itself.
 
         Workers that have been silent for a day are forgotten. With the first beat of an instance,
-        versions that have unfinished runs and no living worker are told. Event for each, in the
-        tenant's own log: `graph.stranded`.
+        versions that have unfinished runs and no living worker are told; with any beat, those of
+        workers that have been silent for a minute, once. Event for each, in the tenant's own log:
+        `graph.stranded`.
         """
 
     @abstractmethod

@@ -410,7 +410,10 @@ def take(
         "losses": losses_of(row),
     }
     isolation = isolation_of(row, claimant.lease) if is_suspect(row) else None
-    log = [NewEvent(type="run.claimed", data={"worker": claimant.worker, "token": token})]
+    claim = {"worker": claimant.worker, "token": token}
+    if claimant.instance is not None:
+        claim["instance"] = claimant.instance
+    log = [NewEvent(type="run.claimed", data=claim)]
     if is_recovery:
         log.insert(
             0, NewEvent(type="run.recovered", data={"worker": row.worker, "counts": counted})

@@ -9,21 +9,46 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from agentflow.database.engine import StoreNow
 from agentflow.database.tables import effects, runs
 from agentflow.journal import GLOBAL, EffectStatus
+from agentflow.storage.effect_objects import release
 from agentflow.storage.rows import Payloads
+from agentflow.types import RunStatus
 
 _UNDOABLE = {EffectStatus.SUCCEEDED.value, EffectStatus.INTENDED.value}
 
 
-def listed(tenant: str, *, run_id: str | None, scope: str | None) -> sa.Select[Any]:
+def listed(
+    tenant: str,
+    *,
+    run_id: str | None,
+    scope: str | None,
+    status: EffectStatus | None = None,
+    in_doubt: bool = False,
+) -> sa.Select[Any]:
     """Return the query for rows of effects, in the order of their first intents."""
     query = sa.select(effects).where(effects.c.tenant == tenant).order_by(effects.c.seq)
+    if status is not None:
+        query = query.where(effects.c.status == status.value)
+    if in_doubt:
+        query = query.where(effects.c.status == EffectStatus.INTENDED.value, sa.not_(_is_owned()))
     if scope is not None:
         query = query.where(effects.c.scope == scope)
     if run_id is not None:
         query = query.where(effects.c.run_id == run_id)
     return query
+
+
+def _is_owned() -> sa.Exists:
+    """Return the condition that the attempt which has intended an effect still holds its lease."""
+    return sa.exists().where(
+        runs.c.tenant == effects.c.tenant,
+        runs.c.run_id == effects.c.run_id,
+        runs.c.status == RunStatus.RUNNING.value,
+        runs.c.token == effects.c.token,
+        runs.c.lease_expires_at > StoreNow(),
+    )
 
 
 def has_any_to_undo(connection: Connection, run: sa.Row[Any]) -> bool:
@@ -85,4 +110,5 @@ def prune_effects(connection: Connection, payloads: Payloads, doomed: sa.Select[
     del payloads
     numbers = connection.execute(doomed).scalars().all()
     connection.execute(sa.delete(effects).where(effects.c.seq.in_(numbers)))
+    release(connection, numbers)
     return len(numbers)

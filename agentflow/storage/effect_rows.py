@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from agentflow.codec import is_apart
 from agentflow.database.tables import effects
 from agentflow.errors import NotFoundError
 from agentflow.journal import Effect, EffectFailure, EffectStatus, NewEffect, Outcome
-from agentflow.storage.rows import Keyed, Payloads
+from agentflow.storage.effect_objects import open_apart
+from agentflow.storage.rows import Keyed, Payloads, place_of
 
 _FIND = sa.select(effects).where(
     effects.c.tenant == sa.bindparam("of_tenant"),
@@ -65,27 +67,24 @@ def new_row(payloads: Payloads, tenant: str, new: NewEffect) -> dict[str, Any]:
     }
 
 
-def seal_outcome(
-    payloads: Payloads, tenant: str, effect_id: str, outcome: Outcome
-) -> tuple[bytes, dict[str, Any]]:
-    """Return an outcome as it is stored, and as it is kept if it comes too late."""
-    key = {"tenant": tenant, "effect_id": effect_id}
+def outcome_body(payloads: Payloads, row: Keyed, outcome: Outcome) -> tuple[bytes, dict[str, Any]]:
+    """Return an outcome as it is stored, not sealed yet, and as it is kept if it comes too late."""
     plain = {"value": outcome.value, "failure": _failure_to_plain(outcome.failure)}
-    return payloads.dump(plain, effects.c.outcome, key), {"status": outcome.status.value, **plain}
+    return payloads.body(plain, effects.c.outcome, row), {"status": outcome.status.value, **plain}
 
 
 def to_effect(row: Keyed, payloads: Payloads, *, strict: bool = False) -> Effect:
     """Build the record of an effect; `strict` refuses an outcome with unknown classes."""
     columns = columns_of(row)
-    request = payloads.load(effects.c.request, row)
-    return _record(columns, payloads, request["key"], request["arguments"], row, strict=strict)
+    request = payloads.load(effects.c.request, columns)
+    return _record(columns, payloads, request["key"], request["arguments"], strict=strict)
 
 
 def made_effect(row: Mapping[str, Any], payloads: Payloads, new: NewEffect) -> Effect:
     """Build the record of an intent that was just written."""
     whole = {"resolved_by": None, "comment": None, "outcome": None, "late": None, **row}
     whole = {"ended_at": None, "ended_seq": None, **whole}
-    return _record(whole, payloads, new.key, new.arguments, whole, strict=True)
+    return _record(whole, payloads, new.key, new.arguments, strict=True)
 
 
 def _record(
@@ -93,11 +92,10 @@ def _record(
     payloads: Payloads,
     key: str,
     arguments: Mapping[str, Any],
-    row: Keyed,
     *,
     strict: bool,
 ) -> Effect:
-    outcome = payloads.load(effects.c.outcome, row, strict=strict) or {}
+    outcome = _outcome_of(payloads, columns, strict=strict)
     return Effect(
         id=columns["effect_id"],
         scope=columns["scope"],
@@ -125,9 +123,19 @@ def _record(
         outcome=outcome.get("value"),
         failure=_failure_of(outcome.get("failure")),
         resolved_by=columns["resolved_by"],
-        comment=payloads.load(effects.c.comment, row),
-        late=tuple(payloads.load(effects.c.late, row) or ()),
+        comment=payloads.load(effects.c.comment, columns),
+        late=tuple(payloads.load(effects.c.late, columns) or ()),
     )
+
+
+def _outcome_of(payloads: Payloads, row: Keyed, *, strict: bool) -> Mapping[str, Any]:
+    data = columns_of(row)["outcome"]
+    if data is None or not is_apart(data):
+        return payloads.load(effects.c.outcome, row, strict=strict) or {}
+    codec = payloads.strict if strict else payloads.lenient
+    where = place_of(effects.c.outcome, row)
+    plain: Mapping[str, Any] = codec.deserialize(open_apart(payloads, row), where=where)
+    return plain
 
 
 def repack_request(payloads: Payloads, row: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -158,7 +166,10 @@ def key_hashes(payloads: Payloads, key: str) -> list[str]:
 
 def columns_of(row: Keyed) -> Mapping[str, Any]:
     """Return the columns of a row by name."""
-    return cast("Mapping[str, Any]", row._mapping) if isinstance(row, sa.Row) else row
+    if isinstance(row, sa.Row):
+        # Each look into the row itself costs ten into a dictionary.
+        return dict(zip(row._fields, row, strict=True))
+    return row
 
 
 def _failure_to_plain(failure: EffectFailure | None) -> dict[str, Any] | None:

@@ -9,30 +9,32 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from agentflow.apart import Sealed
 from agentflow.database.engine import now as database_now
 from agentflow.database.tables import effects, runs, waits
-from agentflow.errors import ConflictError, EffectConflictError
+from agentflow.errors import ConflictError, EffectConflictError, PayloadTooLargeError
 from agentflow.journal import (
     CALLABLE,
     CHECK,
     GLOBAL,
     Begun,
-    Effect,
     EffectStatus,
     NewEffect,
     Resolution,
     differences,
-    question_id,
+    question_ids,
 )
-from agentflow.storage import effect_steps
+from agentflow.storage import effect_objects, effect_steps
+from agentflow.storage.effect_queries import is_all_undone
 from agentflow.storage.effect_rows import (
     columns_of,
     get_effect,
     key_hashes,
     made_effect,
-    to_effect,
     update_effect,
 )
+from agentflow.storage.endings import COMPENSATED, PARTIALLY_COMPENSATED
+from agentflow.storage.letters import undo_again
 from agentflow.storage.rows import (
     Payloads,
     change_run,
@@ -61,8 +63,11 @@ def begin_effect(
     row: Mapping[str, Any],
     *,
     retake: int | None,
-) -> Begun:
-    """See `RunStore.begin_effect`; `row` is what `new_row` made of it."""
+) -> Begun | tuple[sa.Row[Any], bool]:
+    """See `RunStore.begin_effect`; `row` is what `new_row` made of it.
+
+    What is known already is returned as its row, and whether it is held, to be read by the caller.
+    """
     if retake is None and len(key_hashes(payloads, new.key)) == 1:
         made = effect_steps.begin(connection, payloads, lease, row)
         if made is not None:
@@ -89,9 +94,7 @@ def begin_effect(
         retake == found.attempt and status is not EffectStatus.SUCCEEDED and not is_held_elsewhere
     )
     if not is_free:
-        return Begun(
-            effect=to_effect(found, payloads, strict=True), is_due=False, is_held=is_held_elsewhere
-        )
+        return found, is_held_elsewhere
     changes = {
         **mine,
         "status": EffectStatus.INTENDED.value,
@@ -119,11 +122,17 @@ def finish_effect(
     lease: Lease,
     effect_id: str,
     status: EffectStatus,
-    sealed: bytes,
+    sealed: Sealed,
     plain: Mapping[str, Any],
-) -> bool:
-    """See `RunStore.finish_effect`; `sealed` is what `seal_outcome` made of it."""
-    if effect_steps.finish(connection, payloads, lease, effect_id, status, sealed):
+) -> bool | None:
+    """See `RunStore.finish_effect`; `None`, and nothing changes, if its object was collected.
+
+    `plain` is the outcome as it is kept if it comes too late.
+    """
+    is_usual = not sealed.object
+    if is_usual and effect_steps.finish(
+        connection, payloads, lease, effect_id, status, sealed.data
+    ):
         return True
     now = database_now(connection)
     run = get_run(connection, lease.tenant, lease.run_id, lock=True)
@@ -131,10 +140,13 @@ def finish_effect(
     if row.status != EffectStatus.INTENDED or row.token != lease.token:
         _keep_late(connection, payloads, run, row, now, plain)
         return False
+    name = sealed.object
+    if name and not effect_objects.hold(connection, payloads, row.seq, row.attempt, name):
+        return None
     seq = _log(connection, payloads, run, now, status.value, columns_of(row))
     changes = {
         "status": status.value,
-        "outcome": sealed,
+        "outcome": sealed.data,
         "ended_at": now,
         "ended_seq": seq,
     }
@@ -151,7 +163,7 @@ def resolve_effect(
     tenant: str,
     effect_id: str,
     resolution: Resolution,
-) -> Effect:
+) -> sa.Row[Any]:
     """See `RunStore.resolve_effect`."""
     now = database_now(connection)
     row = get_effect(connection, tenant, effect_id)
@@ -159,7 +171,9 @@ def resolve_effect(
     row = get_effect(connection, tenant, effect_id)
     resolve(connection, payloads, run, row, now, resolution)
     _settle_waits(connection, payloads, row, now)
-    return to_effect(get_effect(connection, tenant, effect_id), payloads)
+    if row.kind == "compensation":
+        _settle_saga(connection, payloads, row, now, happened=resolution.happened)
+    return get_effect(connection, tenant, effect_id)
 
 
 def resolve(
@@ -177,6 +191,10 @@ def resolve(
     """
     status = EffectStatus(row.status)
     is_known = status in {EffectStatus.SUCCEEDED, *CALLABLE}
+    if status is EffectStatus.SUCCEEDED and resolution.happened:
+        # Of a run that has failed on it, what a person said may be corrected.
+        is_told = row.resolved_by not in {None, CHECK}
+        is_known = not (is_told and run.status == RunStatus.FAILED)
     is_running = status is EffectStatus.INTENDED and _has_living_owner(run, row, now)
     if is_known or (is_running and resolution.by != CHECK):
         state = "under way" if is_running else status.value
@@ -199,6 +217,7 @@ def resolve(
         "comment": None if comment is None else payloads.dump(comment, effects.c.comment, key),
     }
     update_effect(connection, row, changes)
+    effect_objects.release(connection, [row.seq])
     _note_undone(connection, row, told)
 
 
@@ -254,8 +273,15 @@ def _keep_late(
     if plain["status"] == EffectStatus.NOT_CALLED:
         return  # what was not called does not contradict anybody
     key = {"tenant": row.tenant, "effect_id": row.effect_id}
-    late = [*(payloads.load(effects.c.late, row) or ()), {**plain, "at": now.isoformat()}]
-    update_effect(connection, row, {"late": payloads.dump(late, effects.c.late, key)})
+    before = payloads.load(effects.c.late, row) or ()
+    entry = {**plain, "at": now.isoformat()}
+    try:
+        late = payloads.dump([*before, entry], effects.c.late, key)
+    except PayloadTooLargeError:
+        # The alarm matters more than the value.
+        entry |= {"value": None, "is_too_large": True}
+        late = payloads.dump([*before, entry], effects.c.late, key)
+    update_effect(connection, row, {"late": late})
     facts = {"late": plain["status"], "stands": row.status}
     changes: dict[str, Any] = {}
     if not RunStatus(run.status).is_ended and run.paused_at is None:
@@ -272,7 +298,7 @@ def _settle_waits(
         waits.c.tenant == row.tenant,
         waits.c.run_id == row.run_id,
         waits.c.kind == "effect",
-        waits.c.interrupt_id == question_id(row.effect_id, row.attempt),
+        waits.c.interrupt_id.in_(question_ids(row.effect_id, row.attempt)),
         waits.c.status == WaitStatus.PENDING.value,
     ]
     ids = connection.execute(sa.select(waits.c.wait_id).where(*pending)).scalars().all()
@@ -294,6 +320,24 @@ def _settle_waits(
         )
     else:
         change_run(connection, run, payloads, now, log=log)
+
+
+def _settle_saga(
+    connection: Connection,
+    payloads: Payloads,
+    row: sa.Row[Any],
+    now: datetime,
+    *,
+    happened: bool,
+) -> None:
+    """Go on, or be done, with a run that could not be undone as a whole."""
+    run = get_run(connection, row.tenant, row.run_id, lock=True)
+    if run.saga != PARTIALLY_COMPENSATED or not RunStatus(run.status).is_ended:
+        return
+    if happened and is_all_undone(connection, run):
+        change_run(connection, run, payloads, now, saga=COMPENSATED)
+    elif not happened and run.status == RunStatus.FAILED:
+        undo_again(connection, payloads, run, now)
 
 
 def give_up(

@@ -27,6 +27,8 @@ from agentflow.types import NewEvent, RunFailure, RunStatus, WaitStatus
 
 COMPENSATING = "compensating"
 """What `runs.saga` says of a run whose effects are being undone."""
+COMPENSATED, PARTIALLY_COMPENSATED = "compensated", "partially_compensated"
+"""What it says once they are, as far as they could be."""
 _MESSAGE, _TRACEBACK = 16_000, 64_000
 """Characters that are kept; a message may hold what the node could not store."""
 
@@ -119,7 +121,7 @@ def _end_of_saga(connection: Connection, row: sa.Row[Any]) -> dict[str, str]:
     if row.saga != COMPENSATING:
         return {}
     is_whole = is_all_undone(connection, row)
-    return {"saga": "compensated" if is_whole else "partially_compensated"}
+    return {"saga": COMPENSATED if is_whole else PARTIALLY_COMPENSATED}
 
 
 def clipped(failure: RunFailure) -> RunFailure:

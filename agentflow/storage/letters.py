@@ -11,6 +11,7 @@ from sqlalchemy.engine import Connection
 from agentflow.database.engine import now as database_now
 from agentflow.database.tables import dead_letters, runs
 from agentflow.errors import InvalidInputError, NotDeadLetterError
+from agentflow.storage.endings import COMPENSATING
 from agentflow.storage.rows import (
     CLEARED,
     Payloads,
@@ -19,7 +20,7 @@ from agentflow.storage.rows import (
     to_dead_letter,
     to_run,
 )
-from agentflow.types import DeadLetter, NewEvent, Page, Run, RunStatus
+from agentflow.types import FROM_START, DeadLetter, NewEvent, Page, Run, RunStatus
 
 
 def list_dead_letters(
@@ -116,7 +117,10 @@ def requeue(
     _drop(connection, row)
     at = payloads.time(now)
     timeout: timedelta | None = row.timeout
-    if checkpoint_id is None and _was_overtaken(connection, row):
+    if checkpoint_id is None and row.saga is not None:
+        # Nodes that have finished count on effects that are undone by now.
+        checkpoint_id = FROM_START
+    elif checkpoint_id is None and _was_overtaken(connection, row):
         # What the thread's head shows by now is another run's state.
         checkpoint_id = row.checkpoint_id
     change_run(
@@ -136,6 +140,24 @@ def requeue(
         is_dead_letter=False,
         ended_at=None,
         **CLEARED,
+    )
+
+
+def undo_again(connection: Connection, payloads: Payloads, row: sa.Row[Any], now: datetime) -> None:
+    """Queue a locked, failed run to have undone what could not be undone before."""
+    _drop(connection, row)
+    changes = {**CLEARED, "saga": COMPENSATING, "wake_reason": "compensation"}
+    change_run(
+        connection,
+        row,
+        payloads,
+        now,
+        status=RunStatus.QUEUED,
+        log=[NewEvent(type="run.compensating", data={"cause": "failed"})],
+        available_at=payloads.time(now),
+        is_dead_letter=False,
+        ended_at=None,
+        **changes,
     )
 
 

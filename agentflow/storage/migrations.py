@@ -86,7 +86,7 @@ def route_graph(
         row = {**key, "share": round(share * _WHOLE), "at": now, "set_by": by}
         replace(connection, routes, [row])
     found = list_routes(connection, payloads, tenant, graph)
-    if sum(each.share for each in found) > 1:
+    if sum(round(each.share * _WHOLE) for each in found) > _WHOLE:
         raise InvalidInputError(
             "route", (f"share: those of graph {graph!r} would be more than 1 in all",)
         )
@@ -216,6 +216,7 @@ def _move_waits(connection: Connection, row: sa.Row[Any], moved: Sequence[MovedW
             sa.update(waits)
             .where(waits.c.tenant == row.tenant, waits.c.wait_id == wait.wait_id)
             .values(
+                ns=wait.ns,
                 task_id=wait.task_id,
                 interrupt_id=wait.interrupt_id,
                 checkpoint_id=wait.checkpoint_id,

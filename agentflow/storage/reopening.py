@@ -55,8 +55,9 @@ def claim_reopening(
         raise ThreadBusyError(row.thread_id, run_id)
     is_dead = status is RunStatus.FAILED and row.is_dead_letter
     is_undone = row.saga_cause is not None and not is_dead
+    is_undone = is_undone or row.saga is not None
     if (status.is_ended and not is_dead) or is_undone:
-        state = "being undone" if is_undone else status.value
+        state = status.value if row.saga is None else row.saga.replace("_", " ")
         raise ConflictError(f"run {run_id!r} is {state}; fork it instead")
     if is_dead:
         requeue(connection, payloads, row, now, checkpoint_id=None, by=by)

@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from agentflow.codec import is_apart
 from agentflow.database import Database
 from agentflow.database.tables import effects, metadata, waits
 from agentflow.failpoints import failpoint
+from agentflow.storage.effect_objects import hold, open_apart, put_apart, read_reference
 from agentflow.storage.effect_rows import repack_request
 from agentflow.storage.key_check import check_keys
 from agentflow.storage.questions import repack_question
@@ -26,6 +28,8 @@ class _Change(NamedTuple):
     column: Column
     row: Mapping[str, Any]
     after: Mapping[str, Any]
+    hold: Callable[[Connection], bool] | None = None
+    """Refers to the object that the payload is in after it, if that is still there."""
 
 
 async def rotate_payloads(
@@ -62,6 +66,7 @@ def _read(
 ) -> Sequence[Mapping[str, Any]]:
     key = [table.c[name] for name in KEYS[table.name]]
     hashes = [waits.c.proposal_hash, effects.c.key_hash]
+    hashes += [effects.c.seq, effects.c.attempt]  # which say what an object is needed for
     columns = (*key, *_payload_columns(table), *(each for each in hashes if each.table is table))
     query = sa.select(*columns).order_by(*key).limit(_ROWS_AT_ONCE)
     if after is not None:
@@ -84,6 +89,10 @@ def _changes(payloads: Payloads, table: sa.Table, row: Mapping[str, Any]) -> lis
             after = repack_question(payloads, row)
         elif column is effects.c.request:
             after = repack_request(payloads, row)
+        elif column is effects.c.outcome and is_apart(before):
+            if not payloads.strict.is_current(before):
+                changes.append(_put_anew(payloads, row))
+            continue
         elif not payloads.strict.is_current(before):
             body = payloads.unseal(column, row)
             after = {column.name: payloads.seal(body, column, row)}
@@ -92,10 +101,26 @@ def _changes(payloads: Payloads, table: sa.Table, row: Mapping[str, Any]) -> lis
     return changes
 
 
+def _put_anew(payloads: Payloads, row: Mapping[str, Any]) -> _Change:
+    """Put an outcome into an object that is sealed by the current key, under its name by that."""
+    reference = read_reference(payloads, row)
+    tier = payloads.strict.tier
+    body = open_apart(payloads, row)
+    assert tier is not None
+    sealed = put_apart(payloads, tier, reference.name.partition("/")[0], row, body)
+    holding: Callable[[Connection], bool] | None = None
+    if sealed.object:
+        of_row: Mapping[str, Any] = {"seq": row["seq"], "attempt": row["attempt"]}
+        holding = partial(hold, payloads=payloads, name=sealed.object, **of_row)
+    return _Change(effects.c.outcome, row, {"outcome": sealed.data}, holding)
+
+
 def _apply(changes: Sequence[_Change], connection: Connection) -> int:
     """Replace payloads that still are as they were; who has changed one meanwhile sealed it."""
     sealed = 0
-    for column, row, after in changes:
+    for column, row, after, holding in changes:
+        if holding is not None and not holding(connection):
+            continue  # it was collected; the next pass puts it again
         table = column.table
         of_row = [table.c[name] == row[name] for name in KEYS[table.name]]
         changed = connection.execute(

@@ -32,6 +32,7 @@ from agentflow.database.tables import (
     waits,
 )
 from agentflow.errors import (
+    CodecError,
     IllegalTransitionError,
     LeaseLostError,
     NotFoundError,
@@ -102,18 +103,26 @@ class Payloads:
 
     def dump(self, value: Any, column: Column, row: Keyed) -> bytes:
         """Encode a payload for its column of a row."""
+        return self.seal(self.body(value, column, row), column, row)
+
+    def body(self, value: Any, column: Column, row: Keyed) -> bytes:
+        """Encode a payload that is not too large, without its envelope."""
         body = self.serialize(self.redacted(value, column), column, row)
         if len(body) > self.limit:
             raise PayloadTooLargeError(len(body), self.limit, place_of(column, row))
-        return self.seal(body, column, row)
+        return body
 
     def load(self, column: Column, row: Keyed, *, strict: bool = False) -> Any:
         """Decode the payload in a column of a row; `None` stays `None`."""
         data = _mapping(row)[column.name]
         if data is None:
             return None
-        codec = self.strict if strict else self.lenient
-        return codec.loads(data, context=context_in(column, row), where=place_of(column, row))
+        codec, context = self.strict if strict else self.lenient, context_in(column, row)
+        try:
+            return codec.loads(data, context=context)
+        except CodecError:
+            # To name the place takes longer than all the rest: only if there is something to say.
+            return codec.loads(data, context=context, where=place_of(column, row))
 
     def redacted(self, value: Any, column: Column) -> Any:
         """Return what is to be stored of a payload."""
@@ -140,14 +149,20 @@ def context_in(column: Column, row: Keyed) -> bytes:
 
 
 def _key(column: Column, row: Keyed) -> list[Any]:
-    found = _mapping(row)
-    return [found[name] for name in KEYS[column.table.name]]
+    found = row._mapping if isinstance(row, sa.Row) else row
+    return [found[name] for name in _columns_of_key(column)]
 
 
 def _mapping(row: Keyed) -> Mapping[str, Any]:
     return cast("Mapping[str, Any]", row._mapping) if isinstance(row, sa.Row) else row
 
 
+@cache
+def _columns_of_key(column: Column) -> tuple[str, ...]:
+    return KEYS[column.table.name]
+
+
+@cache
 def _name(column: Column) -> str:
     return f"{column.table.name.removeprefix('agentflow_')}.{column.name}"
 

@@ -17,10 +17,11 @@ from agentflow.database.session import Session
 from agentflow.database.tables import dead_letters, events, runs, waits
 from agentflow.database.tables import effects as effects_table
 from agentflow.errors import InvalidInputError
-from agentflow.journal import Begun, Effect, NewEffect, Outcome, Resolution
+from agentflow.journal import Begun, Effect, EffectStatus, NewEffect, Outcome, Resolution
 from agentflow.storage import (
     attempts,
     claims,
+    effect_objects,
     effect_queries,
     effect_rows,
     effects,
@@ -436,28 +437,38 @@ class SqlRunStore(SqlVersionVerbs, RunStore):
         row = effect_rows.new_row(self._payloads, lease.tenant, new)
         begin = partial(self._write, effects.begin_effect, lease, new, row, retake=retake)
         try:
-            return await begin()
+            begun = await begin()
         except sa.exc.IntegrityError:
             # Another process was first with a key of the whole tenant; now it can be compared.
-            return await begin()
+            begun = await begin()
+        if isinstance(begun, Begun):
+            return begun
+        found, is_held = begun
+        (effect,) = await self._effects([found], strict=True)
+        return Begun(effect=effect, is_due=False, is_held=is_held)
 
     async def finish_effect(self, lease: Lease, effect_id: str, outcome: Outcome) -> bool:
         # Here, so that an outcome that cannot be stored costs the batch nothing.
-        sealed, plain = effect_rows.seal_outcome(self._payloads, lease.tenant, effect_id, outcome)
-        return await self._write(
-            effects.finish_effect, lease, effect_id, outcome.status, sealed, plain
-        )
+        key = {"tenant": lease.tenant, "effect_id": effect_id}
+        body, plain = effect_rows.outcome_body(self._payloads, key, outcome)
+        while True:
+            sealed = await effect_objects.seal_body(self._database, self._payloads, key, body)
+            is_current: bool | None = await self._write(
+                effects.finish_effect, lease, effect_id, outcome.status, sealed, plain
+            )
+            if is_current is not None:
+                return is_current
 
     async def resolve_effect(self, tenant: str, effect_id: str, resolution: Resolution) -> Effect:
-        resolved = await self._write(effects.resolve_effect, tenant, effect_id, resolution)
+        row = await self._write(effects.resolve_effect, tenant, effect_id, resolution)
         self._tell("due")
-        return resolved
+        return (await self._effects([row]))[0]
 
     async def get_effect(self, tenant: str, effect_id: str) -> Effect:
         row = await self._database.read(
             lambda connection: effect_rows.get_effect(connection, tenant, effect_id)
         )
-        return effect_rows.to_effect(row, self._payloads)
+        return (await self._effects([row]))[0]
 
     async def list_effects(
         self,
@@ -465,14 +476,23 @@ class SqlRunStore(SqlVersionVerbs, RunStore):
         *,
         run_id: str | None = None,
         scope: str | None = None,
+        status: EffectStatus | None = None,
+        in_doubt: bool = False,
         limit: int = 100,
         cursor: str | None = None,
         strict: bool = False,
+        in_rows: bool = False,
     ) -> Page[Effect]:
-        query = effect_queries.listed(tenant, run_id=run_id, scope=scope)
+        query = effect_queries.listed(
+            tenant, run_id=run_id, scope=scope, status=status, in_doubt=in_doubt
+        )
         if cursor is not None:
             query = query.where(effects_table.c.seq > _parse_cursor(cursor))
-        return await self._page(query, limit, partial(effect_rows.to_effect, strict=strict))
+        page = await self._page(query, limit, lambda row, _: row)
+        rows = page.items
+        if in_rows:
+            rows = tuple(row for row in rows if not effect_objects.has_any([row]))
+        return Page(items=await self._effects(rows, strict=strict), cursor=page.cursor)
 
     async def pause_run(
         self, tenant: str, run_id: str, *, reason: str | None, by: str | None
@@ -613,6 +633,16 @@ class SqlRunStore(SqlVersionVerbs, RunStore):
         return await self._database.read(
             lambda connection: look(connection, self._payloads, *args, **named)
         )
+
+    async def _effects(
+        self, rows: Sequence[sa.Row[Any]], *, strict: bool = False
+    ) -> tuple[Effect, ...]:
+        """Read effects; in a thread, if their outcomes are objects."""
+
+        def read() -> tuple[Effect, ...]:
+            return tuple(effect_rows.to_effect(row, self._payloads, strict=strict) for row in rows)
+
+        return await asyncio.to_thread(read) if effect_objects.has_any(rows) else read()
 
     def _tell(self, *kinds: str) -> None:
         self._database.notices.tell(*kinds)

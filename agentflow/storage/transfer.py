@@ -16,6 +16,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from agentflow.codec import is_apart
 from agentflow.database.engine import now as database_now
 from agentflow.database.statements import insert_new
 from agentflow.database.tables import (
@@ -36,7 +37,9 @@ from agentflow.errors import (
 )
 from agentflow.journal import GLOBAL
 from agentflow.storage.claims import lock_thread
+from agentflow.storage.effect_objects import open_apart
 from agentflow.storage.effect_rows import key_hashes, repack_request, to_effect
+from agentflow.storage.questions import to_approval
 from agentflow.storage.rows import (
     GENESIS,
     RELEASED,
@@ -48,7 +51,8 @@ from agentflow.storage.rows import (
     hash_event,
     to_run,
 )
-from agentflow.types import NewEvent, Run, RunStatus
+from agentflow.types import NewEvent, Run, RunStatus, WaitStatus
+from agentflow.versions import Fingerprint
 
 _TABLES = {
     "run": runs,
@@ -60,11 +64,13 @@ _TABLES = {
 }
 _LATER = frozenset({"effects"})
 """What files lack that were made by programs which had none of it."""
-_OWN = ("tenant", "run_id", "thread_id")
+_OWN = ("run_id", "tenant")
 _NUMBERED = frozenset({runs.name, waits.name, effects.name})
 """Tables whose `seq` is a number of the database's; that of events is part of the run."""
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
+_PARKED = frozenset({*RunStatus} - {RunStatus.RUNNING})
+"""What a run may be that nobody drives."""
 _LEASE = frozenset({*RELEASED, "token", "claimed_at"})
 
 
@@ -77,7 +83,6 @@ def get_rows(
         raise ConflictError(
             f"run {run_id!r} is being driven; wait until it is parked, or pause it, and call again"
         )
-    del payloads
     _refuse_shared(connection, row)
     found: dict[str, Any] = {}
     for name, table in _TABLES.items():
@@ -88,8 +93,20 @@ def get_rows(
             query = query.where(table.c.run_id == run_id)
         order = [table.c.seq] if "seq" in table.c else list(table.primary_key.columns)
         rows = connection.execute(query.order_by(*order)).mappings()
-        found[name] = [_packed(table, each) for each in rows]
+        found[name] = [_packed(table, _whole(payloads, table, each)) for each in rows]
     return found
+
+
+def _whole(payloads: Payloads, table: sa.Table, row: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """Return a row with what stands apart from it in its place: the other database has no object.
+
+    Raises:
+        MissingBlobError: It is not there.
+    """
+    if table is not effects or row["outcome"] is None or not is_apart(row["outcome"]):
+        return row
+    body = open_apart(payloads, row)
+    return {**row, "outcome": payloads.seal(body, effects.c.outcome, row)}
 
 
 def _refuse_shared(connection: Connection, run: sa.Row[Any]) -> None:
@@ -139,11 +156,9 @@ def import_run(
         ]
         for name, table in _TABLES.items()
     }
-    run = found["run"][0]
+    _check_own(payloads, tenant, found)
+    (run,) = found["run"]
     run_id, thread_id = run["run_id"], run["thread_id"]
-    for name, rows in found.items():
-        for each in rows:
-            _check_row(payloads, _TABLES[name], each, {**run, "tenant": tenant})
     if find_run(connection, tenant, run_id, lock=True) is not None:
         raise ConflictError(f"run {run_id!r} is there already; nothing was imported")
     lock_thread(connection, tenant, thread_id)
@@ -169,24 +184,34 @@ def import_run(
     change_run(connection, row, payloads, now, log=[event])
     final = get_run(connection, tenant, run_id, lock=False)
     # Read whole, so that what cannot be read here is not let in.
+    is_own = sa.and_(waits.c.tenant == tenant, waits.c.run_id == run_id)
+    for wait in connection.execute(sa.select(waits).where(is_own)):
+        to_approval(wait, payloads)
     return to_run(final, payloads)
 
 
-def _check_row(
-    payloads: Payloads, table: sa.Table, row: Mapping[str, Any], run: Mapping[str, Any]
+def _check_own(
+    payloads: Payloads, tenant: str, found: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> None:
-    """See that a row is of the run that is imported, and its payloads open.
-
-    Raises:
-        HashMismatchError: It is another run's, or another tenant's, or was changed.
-    """
-    for name in _OWN:
-        is_unsaid = name in row and row[name] is None and table.c[name].nullable
-        if row.get(name, run[name]) != run[name] and not is_unsaid:
-            raise HashMismatchError(f"a row of {table.name}", "it is not of this run")
-    for column in table.c:
-        if isinstance(column.type, sa.LargeBinary) and row[column.name] is not None:
-            payloads.unseal(column, row)
+    """See that all rows are those of one run of the tenant, and can be read here."""
+    if len(found["run"]) != 1:
+        raise HashMismatchError("exported run", "it is not of one run")
+    (run,) = found["run"]
+    if run["status"] not in _PARKED:
+        raise HashMismatchError("exported run", f"it is {run['status']!r}")
+    for name, rows in found.items():
+        shared = ("tenant", "graph") if name == "fingerprints" else (*_OWN, "thread_id")
+        for row in rows:
+            if any(row[key] != run[key] for key in shared if key in row) or row["tenant"] != tenant:
+                raise HashMismatchError(f"a row of {_TABLES[name].name}", "it is not of this run")
+    for row in found["fingerprints"]:
+        where = f"fingerprint {row['digest']!r}"
+        text = str(payloads.load(fingerprints.c.form, row))
+        if Fingerprint.of_text(text, where).digest != row["digest"]:
+            raise HashMismatchError(where)
+    is_asking = any(row["status"] == WaitStatus.PENDING for row in found["waits"])
+    if run["status"] == RunStatus.WAITING and not is_asking:
+        raise HashMismatchError("exported run", "it waits for nothing")
 
 
 def _add_fingerprints(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -212,13 +237,14 @@ def _add_effect(
 
 
 def _verify(payloads: Payloads, run: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> None:
-    """Verify that the events are all there are."""
+    """Verify that the events are all there are, and those of this run."""
     where = f"events of {run['run_id']!r}"
     previous, number = GENESIS, 0
     for event in log:
         number += 1
         is_next = event["seq"] == number and event["prev_hash"] == previous
-        if not is_next or hash_event(event, payloads) != event["hash"]:
+        is_own = all(event[name] == run[name] for name in _OWN)
+        if not is_next or not is_own or hash_event(event, payloads) != event["hash"]:
             raise HashMismatchError(f"event {number} of {run['run_id']!r}")
         previous = event["hash"]
     if (run["event_seq"], run["event_hash"]) != (number, previous):
@@ -264,6 +290,8 @@ def _unpacked(table: sa.Table, row: Mapping[str, Any]) -> dict[str, Any]:
             if column.name == "seq" and table.name in _NUMBERED:
                 continue
             value = row.get(column.name)
+            if table is runs and column.name in _LEASE:
+                value = None  # nobody drives it here, whoever is said to
             if value is not None and isinstance(column.type, sa.LargeBinary):
                 value = base64.b64decode(value, validate=True)
             elif value is not None and isinstance(column.type, Timestamp):

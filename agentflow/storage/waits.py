@@ -116,18 +116,12 @@ def resolve_wait(
     now = run.now
     row = get_wait(connection, tenant, wait_id, lock=True)
     stored = to_approval(row, payloads)
-    if stored.status is WaitStatus.RESOLVED:
-        if idempotency_key and idempotency_key == row.idempotency_key:
-            if stored.decision == payloads.redacted(decision, waits.c.decision):
-                return stored
-            raise IdempotencyConflictError(run.run_id, "decision under this idempotency key")
-        raise AlreadyResolvedError(wait_id, stored.status.value, row.decision_type, row.decided_by)
-    if stored.status is not WaitStatus.PENDING:
-        raise SupersededError(wait_id, stored.status.value)
-    if version is not None and version != row.version:
-        raise VersionChangedError(wait_id, version, row.version)
-    if stored.request != request:
-        raise VersionChangedError(wait_id, row.version - 1, row.version)
+    is_known = bool(idempotency_key) and idempotency_key == row.idempotency_key
+    if is_known and stored.status is WaitStatus.RESOLVED:
+        if stored.decision == payloads.redacted(decision, waits.c.decision):
+            return stored
+        raise IdempotencyConflictError(run.run_id, "decision under this idempotency key")
+    _check_is_open(row, stored, request, version)
     comment_data = None if comment is None else payloads.dump(comment, waits.c.comment, row)
     changed = _RESOLVE.one(
         connection,
@@ -169,6 +163,22 @@ def resolve_wait(
         }
     change_run(connection, run, payloads, now, log=log, **wake)
     return to_approval(changed, payloads)
+
+
+def _check_is_open(
+    row: sa.Row[Any], stored: Approval, request: ApprovalRequest, version: int | None
+) -> None:
+    """Refuse a decision unless what was shown is what waits for one now."""
+    if stored.status is WaitStatus.RESOLVED:
+        raise AlreadyResolvedError(
+            row.wait_id, stored.status.value, row.decision_type, row.decided_by
+        )
+    if stored.status is not WaitStatus.PENDING:
+        raise SupersededError(row.wait_id, stored.status.value)
+    if version is not None and version != row.version:
+        raise VersionChangedError(row.wait_id, version, row.version)
+    if stored.request != request:
+        raise VersionChangedError(row.wait_id, row.version - 1, row.version)
 
 
 def _answer_doubt(

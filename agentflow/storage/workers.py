@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -51,6 +51,40 @@ def beat_worker(
         is_old = (workers.c.tenant == tenant, workers.c.beat_at < now - _FORGET)
         connection.execute(sa.delete(workers).where(*is_old))
         _tell_stranded(connection, payloads, tenant, now)
+    _tell_silent(connection, payloads, tenant, now)
+
+
+def _tell_silent(connection: Connection, payloads: Payloads, tenant: str, now: datetime) -> None:
+    """Note workers that live no more, and what runs they have left that no other can drive."""
+    silent = (
+        sa.select(workers)
+        .where(
+            workers.c.tenant == tenant,
+            workers.c.report != "",
+            workers.c.beat_at < now - _SILENCE,
+        )
+        .order_by(workers.c.instance)
+    )
+    left: set[tuple[str, str]] = set()
+    for row in connection.execute(silent).all():
+        report = _to_record(row, now).report
+        if report.health == "silent":
+            continue
+        # Of all that find it out, one tells.
+        noted = connection.execute(
+            sa.update(workers)
+            .where(
+                workers.c.tenant == tenant,
+                workers.c.instance == row.instance,
+                workers.c.report == row.report,
+                workers.c.beat_at == row.beat_at,
+            )
+            .values(report=json.dumps(asdict(replace(report, health="silent"))))
+        )
+        if noted.rowcount == 1:
+            left.update(report.graphs)
+    if left:
+        _tell_stranded(connection, payloads, tenant, now, among=left)
 
 
 def remove_worker(connection: Connection, payloads: Payloads, tenant: str, instance: str) -> None:
@@ -111,8 +145,10 @@ def _to_record(row: sa.Row[Any], now: datetime) -> WorkerRecord:
     said = json.loads(row.report)
     said["queues"] = tuple(said["queues"])
     said["graphs"] = tuple((name, version) for name, version in said["graphs"])
+    known = {each.name for each in fields(WorkerReport)}
     return WorkerRecord(
-        report=WorkerReport(**said),
+        # A newer program may tell more about itself.
+        report=WorkerReport(**{name: value for name, value in said.items() if name in known}),
         started_at=row.started_at,
         beat_at=row.beat_at,
         silence=now - row.beat_at,

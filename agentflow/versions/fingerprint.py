@@ -27,7 +27,8 @@ from langgraph.pregel import Pregel
 
 from agentflow.errors import InvalidInputError, UnknownVersionError
 from agentflow.versions.schema import defaults_of, reducer_text, type_text
-from agentflow.versions.source import Sources
+from agentflow.versions.source import Code, Sources
+from agentflow.versions.syntax import digest
 
 FORM = 1
 """The version of the stored form."""
@@ -45,12 +46,13 @@ class Fingerprint:
     """By `nodes`, `channels`, `context` and `mode`; a node with a subgraph has its own `graph`."""
     main: Mapping[str, tuple[str, ...]] = field(default_factory=dict, compare=False)
     """By node, functions that stand in `__main__`; not stored, and not part of the digest."""
+    functions: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """All functions that stand in `__main__`, and what each of them said; not stored either."""
 
     @cached_property
     def text(self) -> str:
         """What is stored."""
-        stored = {"form": FORM, "graph": self.graph}
-        return json.dumps(stored, sort_keys=True, separators=(",", ":"))
+        return _text({"form": FORM, "graph": self.graph})
 
     @cached_property
     def digest(self) -> str:
@@ -89,7 +91,11 @@ def fingerprint_of(
             subgraph by path, as `outer/inner`. A node's `metadata["version"]` says the same.
     """
     maker = _Maker(Sources(), dict(versions or {}))
-    return Fingerprint(maker.graph(graph, "", ()), maker.main)
+    return Fingerprint(maker.graph(graph, "", ()), maker.main, maker.sources.main)
+
+
+def _text(form: Mapping[str, Any]) -> str:
+    return json.dumps(form, sort_keys=True, separators=(",", ":"))
 
 
 @dataclass(slots=True)
@@ -105,7 +111,7 @@ class _Maker:
         is_state, defaults = isinstance(graph, CompiledStateGraph), {}
         if isinstance(graph, CompiledStateGraph):
             _connect(graph, nodes)
-            defaults = defaults_of(graph.builder.state_schema)
+            defaults = defaults_of(graph.builder.state_schema, self.sources)
         else:
             _connect_by_channels(graph, nodes)
         return {
@@ -130,8 +136,10 @@ class _Maker:
         if code.main:
             self.main[full] = code.main
         version = self.versions.get(full) or (node.metadata or {}).get("version")
+        inner = next((each for each in node.subgraphs if isinstance(each, Pregel)), None)
+        around = (*around, graph)
         made: dict[str, Any] = {
-            "code": f"version {version}" if version else code.tag,
+            "code": f"version {version}" if version else self._code(code, inner, full, around),
             "triggers": sorted(node.triggers),
             "joins": {
                 trigger: sorted(map(str, channel.names))
@@ -142,13 +150,18 @@ class _Maker:
             # Whether it may go on to anything: what it returns nobody declared.
             "open": "Command" in code.names or not code.has_source,
         }
-        inner = next((each for each in node.subgraphs if isinstance(each, Pregel)), None)
         if inner is not None and inner not in around:
-            made["graph"] = self.graph(inner, f"{full}/", (*around, graph))
+            made["graph"] = self.graph(inner, f"{full}/", around)
             # What a subgraph's node says to its parent is not known here either.
             made["open"] |= any(each["commands"] for each in made["graph"]["nodes"].values())
         made["commands"] = "Command" in code.names
         return made
+
+    def _code(self, code: Code, inner: Any, full: str, around: tuple[Any, ...]) -> str:
+        """Return the tag of a node's code, with graphs of which LangGraph does not know."""
+        others = [each for each in code.graphs if each is not inner and each not in around]
+        forms = [self.graph(each, f"{full}/", around) for each in others]
+        return digest("\n".join([code.tag, *map(_text, forms)])) if forms else code.tag
 
     def _channel(self, channel: Any, default: str | None) -> dict[str, Any]:
         if not isinstance(channel, BaseChannel):  # a managed value

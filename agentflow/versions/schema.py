@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import re
 import sys
 import types
@@ -24,7 +25,8 @@ import typing_extensions
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from agentflow.versions.source import Sources, digest
+from agentflow.versions.source import Sources
+from agentflow.versions.syntax import digest
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _DEEPEST = 4
@@ -70,7 +72,7 @@ def _class_text(found: type, inside: tuple[Any, ...]) -> str:
     if found in inside or len(inside) > _DEEPEST or _is_library(found):
         return name
     if issubclass(found, enum.Enum):
-        return f"{name}({', '.join(f'{each.name}={each.value!r}' for each in found)})"
+        return f"{name}({', '.join(f'{each.name}={_value_text(each.value)}' for each in found)})"
     hints = fields_of(found)
     if hints is None:
         return name
@@ -90,7 +92,7 @@ def fields_of(found: Any) -> Mapping[str, Any] | None:
     return {name: kind for name, kind in hints.items() if name not in BaseModel.__annotations__}
 
 
-def defaults_of(schema: Any) -> dict[str, str]:
+def defaults_of(schema: Any, sources: Sources) -> dict[str, str]:
     """Return the defaults of a state's fields as text; of factories, which one it is."""
     found: dict[str, Any] = {}
     if isinstance(schema, type) and issubclass(schema, BaseModel):
@@ -105,11 +107,13 @@ def defaults_of(schema: Any) -> dict[str, str]:
                 found[each.name] = each.default_factory
             elif each.default is not dataclasses.MISSING:
                 found[each.name] = each.default
-    return {name: _value_text(value) for name, value in found.items()}
+    return {name: _default_text(value, sources) for name, value in found.items()}
 
 
 def reducer_text(reducer: Any, sources: Sources) -> str:
     """Name a reducer; one of the user's own, with the digest of its code."""
+    if isinstance(reducer, functools.partial):
+        return f"partial({reducer_text(reducer.func, sources)})"
     named = getattr(reducer, "__qualname__", type(reducer).__qualname__)
     module = getattr(reducer, "__module__", "") or ""
     if _is_named_by_module(module):
@@ -117,11 +121,30 @@ def reducer_text(reducer: Any, sources: Sources) -> str:
     return f"{named.rpartition('.')[2]}#{sources.read(reducer).tag}"
 
 
+def _default_text(value: Any, sources: Sources) -> str:
+    if not callable(value):
+        # The text of a value may hold anything; only whether it changes is of interest.
+        return digest(_ADDRESS.sub("", _value_text(value)))
+    name = getattr(value, "__qualname__", type(value).__qualname__)
+    code = sources.read(value) if isinstance(value, types.FunctionType) else None
+    return name if code is None else f"{name}#{code.tag}"
+
+
 def _value_text(value: Any) -> str:
-    if callable(value):
-        return getattr(value, "__qualname__", type(value).__qualname__)
-    # The text of a value may hold anything; only whether it changes is of interest.
-    return digest(_ADDRESS.sub("", repr(value)))
+    """Write a value out, of sets in an order that is the same in every process."""
+    if isinstance(value, (set, frozenset)):
+        return f"{type(value).__name__}{sorted(map(_value_text, value))}"
+    if isinstance(value, (list, tuple)):
+        return f"{type(value).__name__}({', '.join(map(_value_text, value))})"
+    if isinstance(value, Mapping):
+        parts = (f"{_value_text(key)}: {_value_text(each)}" for key, each in value.items())
+        return f"{type(value).__name__}({', '.join(parts)})"
+    if isinstance(value, BaseModel):
+        return f"{type(value).__name__}{_value_text(dict(value))}"
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        own = {each.name: getattr(value, each.name, None) for each in dataclasses.fields(value)}
+        return f"{type(value).__name__}{_value_text(own)}"
+    return repr(value)
 
 
 def _name_of(found: Any) -> str:

@@ -7,15 +7,16 @@ same: what it reads of a clock or of chance would otherwise be in the state of s
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any
 
 from langgraph.checkpoint.base import Checkpoint
+from langgraph.graph.state import CompiledStateGraph
 from langgraph.pregel import Pregel
 from langgraph.types import Send
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
 from agentflow.versions.frontier import due_nodes
@@ -63,10 +64,11 @@ class Names:
         channels: dict[str, str] = {}
         for step in steps:
             for known, new in ((nodes, step.nodes), (channels, step.channels)):
+                reached = set(known.values())  # before this step, in which names may change places
                 for name, current in list(known.items()):
                     known[name] = new.get(current, current)
                 for name, current in new.items():
-                    if name not in known.values():
+                    if name not in reached:
                         known.setdefault(name, current)
         return cls(nodes, channels)
 
@@ -78,6 +80,7 @@ def transform(
     *,
     old: Mapping[str, Any] | None,
     new: Mapping[str, Any],
+    whole: Mapping[str, Any],
     next_version: Callable[[Any, None], Any],
 ) -> Checkpoint:
     """Return a checkpoint as the graph after some migrations would have made it.
@@ -88,38 +91,37 @@ def transform(
         graph: The graph after the last of them.
         old: What the graph was when it was saved, if that is known.
         new: What it is.
+        whole: The values of channels of which the checkpoint has only changes.
         next_version: The version of a channel that follows one.
 
     Raises:
         TransformationError: It cannot.
     """
     names = Names.of(steps)
-    found = checkpoint["channel_values"]
-    values = {name: value for name, value in found.items() if not _is_inner(name)}
+    found = {name: v for name, v in checkpoint["channel_values"].items() if name not in whole}
+    values = {name: value for name, value in found.items() if not _is_inner(name)} | dict(whole)
     inner = {name: value for name, value in found.items() if _is_inner(name)}
     migrated = _migrate(values, steps)
-    _validate(migrated, graph)
+    apart = {name: value for name, value in found.items() if name != _SENDS}
+    pulled = due_nodes(Checkpoint(**{**checkpoint, "channel_values": apart}), old)
+    _validate(migrated, graph, {names.node(name) for name in pulled})
     rename = Renaming(names, new["nodes"])
+    kept = {rename.channel(name): rename.value(name, value) for name, value in inner.items()}
+    before = {rename.channel(name): value for name, value in found.items()}
+    after = {**kept, **migrated}
+    left_out = {*before, *map(rename.channel, whole)} - set(after)
     versions = {rename.channel(name): v for name, v in checkpoint["channel_versions"].items()}
-    newest = max(versions.values(), default=None)
-    triggers = {trigger for node in new["nodes"].values() for trigger in node["triggers"]}
-    kept = {rename.channel(name): value for name, value in inner.items()}
-    for name, value in kept.items():
-        kept[name] = rename.value(name, value)
-        if not _equal(kept[name], value):
-            # Or whoever copies the checkpoint would take the value from before.
-            versions[name] = next_version(newest, None)
-    for name in set(versions) - set(migrated):
-        if not _is_inner(name) and name not in graph.channels:
+    following = next_version(max(versions.values(), default=None), None)
+    for name in {*versions, *after}:
+        if name in after:
+            if name not in versions or not _is_unchanged(before.get(name), after[name]):
+                # Or whoever copies the checkpoint would take the value from before.
+                versions[name] = following
+        elif name in left_out or not (_is_inner(name) or name in graph.channels):
+            # A version without a value has LangGraph look for one in earlier checkpoints.
             del versions[name]
-    before = {names.channels.get(name, name): value for name, value in values.items()}
-    for name, value in migrated.items():
-        if name in triggers:
-            continue
-        if name not in before or not _equal(before[name], value) or name not in versions:
-            versions[name] = next_version(newest, None)
     made = Checkpoint(**checkpoint)
-    made["channel_values"] = {**kept, **migrated}
+    made["channel_values"] = after
     made["channel_versions"] = versions
     made["versions_seen"] = {
         names.node(node): {rename.channel(name): v for name, v in seen.items()}
@@ -189,17 +191,47 @@ def _equal(first: Any, second: Any) -> bool:
         return repr(first) == repr(second)
 
 
-def _validate(values: Mapping[str, Any], graph: Pregel[Any, Any, Any, Any]) -> None:
-    """Check that the graph has such channels, and that the values are of their types."""
-    problems = []
+def _is_unchanged(before: Any, after: Any) -> bool:
+    """Whether a value needs no version of its own: 5 is equal to 5.0, and another value."""
+    try:
+        return bool(before == after) and type(before) is type(after) and repr(before) == repr(after)
+    except Exception:  # noqa: BLE001 -- the user's own values
+        return False
+
+
+def _validate(
+    values: Mapping[str, Any], graph: Pregel[Any, Any, Any, Any], due: Collection[str]
+) -> None:
+    """Check that the graph has such channels, and that what is due can take the values."""
+    problems: list[str] = []
     for name, value in values.items():
         channel = graph.channels.get(name)
         if channel is None or isinstance(channel, type):
             problems.append(f"{name}: there is no such channel")
         elif (adapter := _adapter(channel.ValueType)) is not None:
-            problems += _problems(adapter, name, value)
+            problems += _problems(adapter, value, name)
+    if isinstance(graph, CompiledStateGraph):
+        specs = (graph.builder.nodes.get(name) for name in due)
+        for schema in dict.fromkeys(spec.input_schema for spec in specs if spec is not None):
+            problems += _problems_of_node(values, schema)
     if problems:
-        raise TransformationError(f"the migrated state is invalid: {'; '.join(problems)}")
+        told = "; ".join(dict.fromkeys(problems))
+        raise TransformationError(f"the migrated state is invalid: {told}")
+
+
+def _problems_of_node(values: Mapping[str, Any], schema: Any) -> list[str]:
+    """Return why LangGraph could not make a node's input; a typed dictionary it takes as it is."""
+    if isinstance(schema, type) and issubclass(schema, BaseModel):
+        # By the names that channels have, not by aliases.
+        given = {name: values[name] for name in schema.model_fields if name in values}
+        return _problems(TypeAdapter(schema), given)
+    if is_dataclass(schema):
+        return [
+            f"{each.name}: Field required"
+            for each in fields(schema)
+            if each.name not in values and each.default is each.default_factory is MISSING
+        ]
+    return []
 
 
 def _adapter(kind: Any) -> TypeAdapter[Any] | None:
@@ -212,14 +244,14 @@ def _adapter(kind: Any) -> TypeAdapter[Any] | None:
     return None
 
 
-def _problems(adapter: TypeAdapter[Any], name: str, value: Any) -> list[str]:
+def _problems(adapter: TypeAdapter[Any], value: Any, *path: str) -> list[str]:
     try:
         adapter.validate_python(value)
     except ValidationError as exc:
         errors = exc.errors(include_url=False, include_input=False, include_context=False)
-        return [f"{'.'.join([name, *map(str, each['loc'])])}: {each['msg']}" for each in errors]
+        return [f"{'.'.join([*path, *map(str, each['loc'])])}: {each['msg']}" for each in errors]
     except Exception as exc:  # noqa: BLE001 -- a validator of the user's
-        return [f"{name}: its validation raised {type(exc).__name__}"]
+        return [f"{'.'.join(path) or 'state'}: its validation raised {type(exc).__name__}"]
     return []
 
 

@@ -97,6 +97,7 @@ ERRORS = {
         "DeadlineExceededError",
         "EffectFailedError",
         "EffectInDoubtError",
+        "OutcomeUnknownError",
         "IllegalTransitionError",
         "NonDeterministicNodeError",
         "IncompatibleGraphError",

@@ -113,6 +113,39 @@ async def test_effect_is_taken_again_only_from_the_attempt_that_was_seen(store: 
     assert not (await store.begin_effect(lease, new(), retake=1)).is_due
 
 
+async def test_effects_in_doubt_are_those_that_no_attempt_is_at(store: RunStore) -> None:
+    lease = await running(store, "r")
+    done = (await store.begin_effect(lease, new(key="done"))).effect
+    await store.finish_effect(lease, done.id, DONE)
+    intent = (await store.begin_effect(lease, new())).effect
+    assert (await store.list_effects("", in_doubt=True)).items == ()
+    assert (await store.list_effects("", status=EffectStatus.INTENDED)).items == (intent,)
+    await store.extend_leases([lease], EXPIRED)
+    assert (await store.list_effects("", in_doubt=True)).items == (intent,)
+    assert (await store.list_effects("acme", in_doubt=True)).items == ()
+
+
+async def test_outcome_that_a_person_gave_is_corrected_once_its_run_has_failed(
+    store: RunStore,
+) -> None:
+    lease = await running(store, "r")
+    called = (await store.begin_effect(lease, new(key="called"))).effect
+    await store.finish_effect(lease, called.id, DONE)
+    told = (await store.begin_effect(lease, new())).effect
+    lease = await again(store, lease)
+    wrong = Resolution(happened=True, by="ada", outcome=1)
+    await store.resolve_effect("", told.id, wrong)
+    right = Resolution(happened=True, by="ada", outcome=2)
+    with pytest.raises(ConflictError):
+        await store.resolve_effect("", told.id, right)
+    await store.fail_run(lease, FAILURE, reason="exhausted", checkpoint_id=None, step=None)
+    assert (await store.resolve_effect("", told.id, right)).outcome == 2
+    with pytest.raises(ConflictError):
+        await store.resolve_effect("", called.id, right)
+    with pytest.raises(ConflictError):
+        await store.resolve_effect("", told.id, Resolution(happened=False, by="ada"))
+
+
 async def test_of_concurrent_runs_with_a_global_key_one_is_to_call(
     store: RunStore, database_url: str
 ) -> None:

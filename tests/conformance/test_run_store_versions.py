@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
+from agentflow.database.tables import workers
 from agentflow.errors import (
     ConflictError,
     InvalidInputError,
@@ -24,6 +27,7 @@ from agentflow.types import (
     WaitStatus,
     WorkerReport,
 )
+from agentflow.versions import Fingerprint
 from tests.conformance.runs import (
     FAILURE,
     LEASE,
@@ -39,6 +43,7 @@ from tests.conformance.runs import (
     running,
     types_of_events,
 )
+from tests.golden import versions_v1
 
 
 async def take(store: RunStore, run_id: str) -> ClaimedRun:
@@ -62,7 +67,9 @@ async def migrate(store: RunStore, lease: Lease, *waits: MovedWait, **changes: A
 
 def moved(wait: NewWait) -> MovedWait:
     """Ask a question under other ids."""
-    return MovedWait(wait_id=wait.wait_id, task_id="new", interrupt_id="f" * 32, checkpoint_id="c2")
+    return MovedWait(
+        wait_id=wait.wait_id, ns="n", task_id="new", interrupt_id="f" * 32, checkpoint_id="c2"
+    )
 
 
 async def test_fingerprint_is_stored_once_and_found_by_its_tenant(store: RunStore) -> None:
@@ -99,6 +106,8 @@ async def test_routes_of_a_graph_are_at_most_everything(store: RunStore) -> None
     assert [route.version for route in routes] == ["3"]
     assert len(await store.list_routes("", None)) == 2
     assert await store.list_routes("other", None) == ()
+    for version, share in {"1": 0.05, "2": 0.55, "3": 0.3, "4": 0.1}.items():
+        await store.route_graph("acme", "g", version, share, by=None)
     log = await store.list_events("", "", after=0, limit=100)
     assert [event.type for event in log] == ["graph.routed"] * 4
     assert log[-1].data == {"graph": "g", "version": "2", "share": None, "by": "bob"}
@@ -143,7 +152,8 @@ async def test_migrated_run_waits_for_what_it_asks_under_new_ids(
     assert (run.status, run.version, run.fingerprint) == (status, "2", "f2")
     assert (run.checkpoint_id, run.attempt, run.losses) == ("c2", 0, 0)
     wait = await store.get_wait("", kept.wait_id)
-    assert (wait.task_id, wait.interrupt_id, wait.checkpoint_id) == ("new", "f" * 32, "c2")
+    assert (wait.ns, wait.task_id) == ("n", "new")
+    assert (wait.interrupt_id, wait.checkpoint_id) == ("f" * 32, "c2")
     assert (await store.get_wait("", gone.wait_id)).status is WaitStatus.SUPERSEDED
     assert (await types_of_events(store, "r"))[-2:] == ["approval.superseded", "run.migrated"]
     with pytest.raises(LeaseLostError):
@@ -173,7 +183,9 @@ async def test_resumed_run_is_not_counted_as_incompatible(store: RunStore) -> No
 
 async def test_run_moves_with_its_waits_and_events(store: RunStore, database_url: str) -> None:
     asked = question()
-    await store.create_fingerprint("", "d", "g", "form")
+    form = versions_v1.FILE.read_text().strip()
+    digest = Fingerprint.of_text(form, "golden").digest
+    await store.create_fingerprint("", digest, "g", form)
     await parked(store, "r", asked)
     rows = await store.get_rows("", "r")
     other = open_store("memory://")
@@ -184,7 +196,7 @@ async def test_run_moves_with_its_waits_and_events(store: RunStore, database_url
         after = await other.list_events("", "r", after=0, limit=100)
         assert after[:-1] == before
         assert after[-1].type == "run.imported"
-        assert await other.find_fingerprint("", "d") == "form"
+        assert await other.find_fingerprint("", digest) == form
         await resolve(other, asked.wait_id)
         lease = await claim(other, "r")
         await finish(other, lease)
@@ -238,3 +250,28 @@ async def test_versions_that_have_runs_and_no_worker_are_told(store: RunStore) -
     assert await told() == [first]
     await store.beat_worker("", report("next", "2"))
     assert await told() == [first, first]
+    # Killed, the only one of its version does not say so itself; of all others one tells, once.
+    await store.beat_worker("", report("killed", "1", "2"))
+    await age(store, "killed", timedelta(seconds=50))
+    await store.beat_worker("", report("new", "2"))
+    assert await told() == [first, first]
+    await age(store, "killed", timedelta(seconds=20))
+    for instance in ("new", "next", "new"):
+        await store.beat_worker("", report(instance, "2"))
+    assert await told() == [first, first, first]
+    silent = [w.report.name for w in await store.list_workers("") if w.report.health == "silent"]
+    assert silent == ["killed"]
+    # It was only stopped for a while.
+    await store.beat_worker("", report("killed", "1", "2"))
+    assert [w.report.health for w in await store.list_workers("")] == ["ok"] * 3
+
+
+async def age(store: RunStore, instance: str, by: timedelta) -> None:
+    """Let time pass in which a worker says nothing."""
+
+    def change(connection: Any) -> None:
+        own = workers.c.instance == instance
+        beat_at = connection.execute(sa.select(workers.c.beat_at).where(own)).scalar_one()
+        connection.execute(sa.update(workers).where(own).values(beat_at=beat_at - by))
+
+    await store._database.write(change)  # type: ignore[attr-defined]

@@ -54,9 +54,12 @@ class Release:
     def register(self, app: AgentFlow) -> None:
         """Register what this release has."""
         if self._number == 1:
+            app.register(self._nested("under"), name="nested", version="1")
             app.register(self._graph("approve", "pay", Refund), name="refund", version="1")
             return
-        last = "pay" if self._number == 2 else "transfer"
+        app.register(self._nested("below"), name="nested", version="2")
+        app.migration("nested", from_="1", to="2", nodes={"under": "below"})(lambda values: values)
+        last = "transfer" if self._number == 3 else "pay"
         app.register(self._graph("manager", last, Payment), name="refund", version="2")
         app.migration(
             "refund", from_="1", to="2", nodes={"approve": "manager"}, channels={"amount": "cents"}
@@ -66,7 +69,7 @@ class Release:
         self, approver: str, payer: str, schema: Any
     ) -> CompiledStateGraph[Any, Any, Any, Any]:
         graph: StateGraph[Any, None, Any, Any] = StateGraph(schema)
-        graph.add_node("check", self._reports("check"))
+        graph.add_node("check", self._checks() if self._number == 4 else self._reports("check"))
         graph.add_node("notify", self._reports("notify"))
         graph.add_node(approver, self._asks())
         graph.add_node(payer, self._reports("pay"))
@@ -77,12 +80,35 @@ class Release:
         graph.add_edge(payer, END)
         return graph.compile()
 
+    def _nested(self, name: str) -> CompiledStateGraph[Any, Any, Any, Any]:
+        inner: StateGraph[Any, None, Any, Any] = StateGraph(Refund)
+        inner.add_node("check", self._reports("check"))
+        inner.add_node("approve", self._asks())
+        inner.add_node("notify", self._reports("notify"))
+        inner.add_edge(START, "check")
+        inner.add_edge("check", "approve")
+        inner.add_edge("approve", "notify")
+        outer: StateGraph[Any, None, Any, Any] = StateGraph(Refund)
+        outer.add_node(name, inner.compile())
+        outer.add_node("pay", self._reports("pay"))
+        outer.add_edge(START, name)
+        outer.add_edge(name, "pay")
+        return outer.compile()
+
     def _reports(self, step: str) -> Node:
         def node(state: Any, config: RunnableConfig) -> dict[str, Any]:
             del state
             run = config["metadata"]["run_id"]
             record(self._ledger, run=run, step=step, release=self._number)
             return {"log": [step]}
+
+        return node
+
+    def _checks(self) -> Node:
+        """Release 4 checks in another way than all before."""
+
+        def node(state: Any) -> dict[str, Any]:
+            return {"log": ["check"]} if state else {}
 
         return node
 

@@ -18,6 +18,7 @@ from collections.abc import (
 )
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
 from typing import Any, TypeVar
 
@@ -40,6 +41,7 @@ from agentflow.database.tables import (
     runs,
     threads,
     values,
+    workers,
     writes,
 )
 from agentflow.errors import AlreadyResolvedError, SupersededError
@@ -241,6 +243,14 @@ class Scene:
         with connected(self.url) as connection:
             held = sa.and_(runs.c.run_id.in_(sorted(run_ids)), runs.c.lease_expires_at.is_not(None))
             connection.execute(sa.update(runs).where(held).values(lease_expires_at=now(connection)))
+            connection.commit()
+
+    def silence(self, name: str) -> None:
+        """Let time pass in which a worker that is dead says nothing."""
+        with connected(self.url) as connection:
+            before = now(connection) - timedelta(minutes=2)
+            own = sa.update(workers).where(workers.c.name == name)
+            assert connection.execute(own.values(beat_at=before)).rowcount == 1
             connection.commit()
 
     async def stop_each(

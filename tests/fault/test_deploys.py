@@ -100,11 +100,41 @@ async def test_rolling_deploy_under_waiting_runs(scene: Scene) -> None:
         documented = re.sub(r"\s+(> )?", " ", DOCS.read_text(encoding="utf-8"))
         assert run.error.message in documented
         assert ("pay", 3) not in steps(scene, "r-4711")
-        # The old code is put back.
-        scene.forkserver.spawn(WORKER, *where, 2)
+        # The next release has the old name again, and changes what the run has behind it.
+        scene.forkserver.spawn(WORKER, *where, 4)
         await app.resume_run("r-4711")
         await scene.ended(["r-4711"])
-        assert steps(scene, "r-4711")["pay", 2] == 1
+        assert steps(scene, "r-4711") == {("check", 2): 1, ("notify", 2): 1, ("pay", 4): 1}
+        [changed] = [e for e in await app.list_events("r-4711") if e.type == "run.graph_changed"]
+        assert changed.data["verdict"] == "behind"
+        assert changed.data["changes"] == ["node 'check' has other code"]
+
+
+async def test_runs_of_a_worker_that_was_killed_are_told_of(scene: Scene) -> None:
+    where = (scene.url, scene.ledger.address)
+    async with released(scene, 1) as old:
+        await old.submit("refund", {"amount": 5.0}, run_id="waiting")
+        first = scene.forkserver.spawn(WORKER, *where, 1)
+        await scene.parked("waiting")
+        second = scene.forkserver.spawn(WORKER, *where, 2, env={"AGENTFLOW_LEASE": "0.3"})
+
+        async def both() -> bool | None:
+            return len(await old._store.list_workers("")) == 2 or None
+
+        await scene.until(both, "the second worker")
+        first.kill(signal.SIGKILL)
+        first.wait(LONG)
+        scene.silence("release-1")
+
+        async def told() -> list[Any] | None:
+            log = await old.list_events()
+            return [e.data for e in log if e.type == "graph.stranded"] or None
+
+        assert await scene.until(told, "the event") == [
+            {"graph": "refund", "version": "1", "runs": 1}
+        ]
+        second.kill(signal.SIGTERM)
+        second.wait(LONG)
 
 
 async def _paused(app: AgentFlow, run_id: str) -> Run | None:
@@ -136,6 +166,28 @@ async def test_migration_goes_on_wherever_its_process_is_killed(scene: Scene) ->
             assert steps(scene, run_id) == expected, place
             migrated = [e for e in await app.list_events(run_id) if e.type == "run.migrated"]
             assert len(migrated) == 1, place
+
+
+async def test_run_inside_of_a_subgraph_is_migrated_wherever_that_is_killed(scene: Scene) -> None:
+    places = ("migration.carried", "migration.saved")
+    asked = {}
+    async with released(scene, 1) as old:
+        for place in places:
+            await old.submit("nested", {"amount": 5.0}, run_id=place)
+            await old.drive(place)
+            [approval] = await old.handle(place).approvals()
+            asked[place] = approval.id
+    for place in places:
+        await scene.died(_mover(scene, place, "", place))
+    scene.expire(places)
+    async with released(scene, 2) as app:
+        for place in places:
+            run = await app.migrate_run(place)
+            assert (run.version, run.status) == ("2", RunStatus.WAITING), place
+            assert await approve(app, place) == asked[place], place
+            assert (await app.drive(place)).status is RunStatus.SUCCEEDED, place
+            expected = {("check", 1): 1, ("notify", 2): 1, ("pay", 2): 1}
+            assert steps(scene, place) == expected, place
 
 
 async def test_old_worker_that_finds_a_half_migrated_run_does_not_drive_it(scene: Scene) -> None:

@@ -125,6 +125,8 @@ async def test_call_that_happened_unheard_of_is_not_repeated(scene: Scene) -> No
     (run,) = await scene.ended(["unheard"])
     assert run.status is RunStatus.SUCCEEDED, run.error
     assert payments(scene, "unheard") == {"deposit": 1, "rest": 1}
+    assert all(each.request.proposal["worker_is_gone"] for each in witness.asked)
+    assert all("its process has ended" in (e.request.description or "") for e in witness.asked)
     assert {each.request.proposal["name"] for each in witness.asked}
     assert_sound(scene.url, ["unheard"])
 
@@ -169,6 +171,7 @@ async def test_outcome_of_a_call_that_somebody_denied_raises_the_alarm(
     assert asked.request.proposal["safe_at"] is not None
     assert "Do not answer before" in (asked.request.description or "")
     assert asked.request.proposal["worker_seen_at"] is not None
+    assert not asked.request.proposal["worker_is_gone"]  # it is stopped
     assert "Its last sign of life came at" in (asked.request.description or "")
     no = {"type": "respond", "value": {"happened": False}}
     await scene.app.approvals.decide(asked.id, no, by="hasty")

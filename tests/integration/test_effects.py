@@ -8,6 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -508,11 +509,22 @@ def test_call_outside_of_a_run_has_a_key_to_send_along() -> None:
         {"on_in_doubt": "check"},
         {"scope": "galaxy"},
         {"timeout": 0},
+        {"in_doubt_on": [OSError()]},
     ],
 )
 def test_options_that_cannot_be_meant_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(InvalidInputError):
         effect(**options)
+
+
+async def _streams() -> AsyncIterator[int]:
+    yield 1
+
+
+@pytest.mark.parametrize("target", [_streams, Outside(), partial(Outside().call, 1)])
+def test_what_is_no_function_is_refused(target: Any) -> None:
+    with pytest.raises(InvalidInputError, match="invalid effect"):
+        effect()(target)
 
 
 async def test_arguments_that_do_not_name_a_call_need_a_key(

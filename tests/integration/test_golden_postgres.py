@@ -51,18 +51,18 @@ def golden(postgres_server: PostgresServer, tmp_path_factory: pytest.TempPathFac
     name = postgres_server.create_database()
     engine = make_engine(parse_url(postgres_server.url(name)), load_settings())
     with writing(engine) as connection:
-        create_first_schema(connection)
+        create_schema(connection, v1.REVISION)
         copy_rows(file, connection)
     engine.dispose()
     return name
 
 
-def create_first_schema(connection: sa.Connection) -> None:
+def create_schema(connection: sa.Connection, revision: str) -> None:
     from alembic import command
 
     config = migrate._alembic_config()
     config.attributes["connection"] = connection
-    command.upgrade(config, v1.REVISION)
+    command.upgrade(config, revision)
 
 
 def copy_rows(file: Path, connection: sa.Connection) -> None:
@@ -74,6 +74,8 @@ def copy_rows(file: Path, connection: sa.Connection) -> None:
             if table.name == "agentflow_schema":
                 continue
             rows = [dict(row) for row in source.execute(f"SELECT * FROM {table.name}")]
+            if not rows:
+                continue
             for row in rows:
                 for column in table.c:
                     if isinstance(column.type, sa.Boolean):

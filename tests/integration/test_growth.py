@@ -5,11 +5,10 @@ from __future__ import annotations
 import gc
 import sqlite3
 import weakref
-from collections import Counter
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 import sqlalchemy as sa
 from langchain_core.messages import AIMessage
@@ -20,8 +19,11 @@ from agentflow.checkpoint import open_checkpointer
 from agentflow.database.tables import metadata
 from agentflow.keys import KeyRing
 from agentflow.testing.savers.calls import put
+from tests.fault.scene import connected
 
 STEPS = 150
+MOST_BYTES = 800
+MOST_STATEMENTS = {"sqlite": 25, "postgresql": 2}
 COLUMNS = [
     (table.name, column.name)
     for table in metadata.sorted_tables
@@ -46,36 +48,51 @@ def talk(steps: int) -> StateGraph[Any, Any, Any, Any]:
     return builder
 
 
-def run(path: Path, steps: int, keys: KeyRing | None) -> tuple[int, int, Counter[str]]:
-    """Return the rows and bytes that a run stores, and the statements that it takes, by verb."""
-    statements: Counter[str] = Counter()
-    with open_checkpointer(f"sqlite:///{path}", keys=keys) as saver:
+def run(url: str, steps: int, keys: KeyRing | None = None) -> tuple[int, int, int]:
+    """Return the rows and bytes that a run stores, and the statements that it takes."""
+    statements: list[str] = []
+    execute = psycopg.Cursor.execute
+
+    def noted(cursor: psycopg.Cursor[Any], query: Any, *args: Any, **options: Any) -> Any:
+        statements.append(query)
+        return execute(cursor, query, *args, **options)
+
+    with open_checkpointer(url, keys=keys) as saver, pytest.MonkeyPatch.context() as patched:
+        patched.setattr(psycopg.Cursor, "execute", noted)
 
         @sa.event.listens_for(saver._database._connections.engine, "connect")
-        def _trace(connection: sqlite3.Connection, _: Any) -> None:
-            connection.set_trace_callback(lambda sql: statements.update([sql.split()[0].upper()]))
+        def _trace(connection: Any, _: Any) -> None:
+            if isinstance(connection, sqlite3.Connection):
+                # What its triggers do, too.
+                connection.set_trace_callback(statements.append)
 
         graph = talk(steps).compile(checkpointer=saver)
         config: Any = {"configurable": {"thread_id": "t"}, "recursion_limit": 10 * STEPS}
         graph.invoke({"messages": []}, config, durability="sync")
     rows = stored = 0
-    with closing(sqlite3.connect(path)) as connection:
+    with connected(url) as connection:
         for table in sorted({table for table, _ in COLUMNS}):
-            ((count,),) = connection.execute(f"SELECT count(*) FROM {table}")
-            rows += count
+            rows += connection.execute(sa.text(f"SELECT count(*) FROM {table}")).scalar_one()
         for table, column in COLUMNS:
-            ((size,),) = connection.execute(f"SELECT sum(length({column})) FROM {table}")
-            stored += size or 0
-    return rows, stored, statements
+            size = sa.text(f"SELECT sum(length({column})) FROM {table}")
+            stored += connection.execute(size).scalar_one() or 0
+    return rows, stored, len(statements)
 
 
 @pytest.mark.parametrize("keys", [None, KeyRing({"k": bytes(32)})], ids=["plain", "encrypted"])
 def test_twice_the_steps_store_twice_as_much(tmp_path: Path, keys: KeyRing | None) -> None:
-    rows, stored, statements = run(tmp_path / "once.db", STEPS, keys)
-    more_rows, more_stored, more_statements = run(tmp_path / "twice.db", 2 * STEPS, keys)
+    rows, stored, statements = run(f"sqlite:///{tmp_path}/once.db", STEPS, keys)
+    more_rows, more_stored, more_statements = run(f"sqlite:///{tmp_path}/twice.db", 2 * STEPS, keys)
     assert more_stored <= 2.1 * stored
     assert more_rows <= 2.1 * rows
-    assert more_statements.total() <= 2.1 * statements.total()
+    assert more_statements <= 2.1 * statements
+
+
+def test_each_checkpoint_costs_so_many_bytes_and_statements(database_url: str) -> None:
+    """A message of about 300 bytes, and what is put together anew after every sixteenth."""
+    _, stored, statements = run(database_url, STEPS)
+    assert stored / (STEPS + 2) <= MOST_BYTES
+    assert statements / (STEPS + 2) <= MOST_STATEMENTS[sa.make_url(database_url).get_dialect().name]
 
 
 def test_lists_of_threads_that_have_ended_do_not_fill_the_memory(

@@ -20,9 +20,9 @@ import sqlalchemy as sa
 from langgraph.graph import END, START, StateGraph
 
 from agentflow import AgentFlow
+from agentflow.apart import context_of_object
 from agentflow.checkpoint import Saver, open_checkpointer
 from agentflow.checkpoint.collection import GRACE
-from agentflow.checkpoint.offload import _context
 from agentflow.codec import Codec
 from agentflow.database.engine import parse_url
 from agentflow.database.tables import objects as references
@@ -237,7 +237,7 @@ class TestDamage:
         """Also if it was sealed for this place, as anybody can who needs no key for that."""
         (path, *_) = objects(folder)
         body = saver._codec.serialize(text("forged"))
-        path.write_bytes(saver._codec.seal(body, _context("acme", path.name)))
+        path.write_bytes(saver._codec.seal(body, context_of_object("acme", path.name)))
         (said,) = self.read(saver)
         assert "HashMismatchError" in said
         assert "is not the one that was stored" in said
@@ -622,7 +622,7 @@ class TestEncryption:
             put_value(saver, "c1", None, text("x"))
             (path,) = objects(folder)
             body = saver._codec.serialize(text("x"))
-            path.write_bytes(Codec().seal(body, _context("", path.name)))
+            path.write_bytes(Codec().seal(body, context_of_object("", path.name)))
             with pytest.raises(CodecError, match="not encrypted"):
                 load(saver)
 

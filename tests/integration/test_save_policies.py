@@ -15,6 +15,7 @@ import pytest
 from langchain_core.runnables import RunnableConfig
 from langgraph.channels.delta import DeltaChannel
 from langgraph.checkpoint.base import empty_checkpoint
+from langgraph.checkpoint.serde.types import ERROR, INTERRUPT
 from langgraph.errors import GraphRecursionError
 from langgraph.graph import END, START, StateGraph
 from langgraph.types import Command, Send, interrupt
@@ -310,6 +311,30 @@ def put(saver: Saver, thread: str, name: str, parent: str | None, **values: Any)
     }
     changed = list(values)[-1]
     saver.put({"configurable": place}, made, {"source": "loop", "step": 1}, {changed: 1})
+
+
+@pytest.mark.parametrize("channel", [ERROR, INTERRUPT])
+def test_writes_behind_a_stored_checkpoint_are_stored_when_the_run_stops_there(
+    sqlite_url: str, channel: str
+) -> None:
+    def writers() -> set[str]:
+        with open_checkpointer(sqlite_url) as other:
+            found = other.get_tuple(CONFIG)
+        assert found is not None
+        return {task for task, _, _ in found.pending_writes or ()}
+
+    behind: RunnableConfig = {
+        "configurable": {"thread_id": "t", "checkpoint_ns": "", "checkpoint_id": "c1"}
+    }
+    with open_checkpointer(sqlite_url, save=["marked"]) as saver:
+        put(saver, "t", "c1", None, x=1)
+        assert saver.get_tuple(CONFIG) is not None, "what is read is stored"
+        saver.put_writes(behind, [("x", 2)], "first")
+        assert writers() == set(), "the next checkpoint may not be due"
+        saver.put_writes(behind, [(channel, "it stops")], "second")
+        assert writers() == {"first", "second"}
+        saver.put_writes(behind, [("x", 3)], "third")
+        assert writers() == {"first", "second", "third"}
 
 
 def test_several_may_follow_what_is_held_back(sqlite_url: str) -> None:

@@ -323,6 +323,25 @@ async def test_error_of_a_tool_fails_the_attempt_or_is_a_message(
     assert len(SENT) == 1
 
 
+async def test_model_hears_nothing_of_a_call_that_may_have_happened(app: AgentFlow) -> None:
+    @tool
+    async def broken(word: str) -> str:
+        """Break."""
+        SENT.append({"word": word})
+        raise ConnectionResetError
+
+    node = tool_node([broken], policy=ToolPolicy(on_error="message"))
+    app.register(graph_of(node, [call("broken", "b1", word="tea")]), name="g", retry=ONCE)
+    handle = await app.submit("g", {"messages": [HumanMessage("go")]})
+    assert (await app.drive(handle.id)).status is RunStatus.WAITING
+    (asked,) = (await app.approvals.list()).items
+    assert asked.kind == "effect"
+    answer = {"type": "respond", "value": {"happened": True, "outcome": "sent"}}
+    await app.approvals.decide(asked.id, answer, by="ada")
+    assert results(await app.drive(handle.id)) == [("b1", "sent")]
+    assert len(SENT) == 1
+
+
 async def test_idempotent_tool_that_takes_too_long_is_called_again(app: AgentFlow) -> None:
     calls = Counter[str]()
 

@@ -160,6 +160,48 @@ async def test_file_that_was_changed_is_refused_and_nothing_is_left(damage: str)
         await target.import_run(file)
 
 
+def _row(name: str, **changes: Any) -> Callable[[dict[str, Any]], None]:
+    return _resealed(lambda content: content["rows"][name][0].update(changes))
+
+
+FORGERIES: dict[str, Callable[[dict[str, Any]], None]] = {
+    "another tenant's wait": _row("waits", tenant="other"),
+    "another run's wait": _row("waits", run_id="other"),
+    "another tenant's fingerprint": _row("fingerprints", tenant="other"),
+    "another graph's fingerprint": _row("fingerprints", digest="0" * 16),
+    "another thread": _row("run", thread_id="other"),
+    "another version": _row("run", version="9"),
+    "an end that it has not come to": _row("run", status="succeeded"),
+    "nothing that is waited for": _resealed(lambda c: c["rows"]["waits"].clear()),
+    "two runs": _resealed(lambda c: c["rows"]["run"].append(c["rows"]["run"][0])),
+    "no thread": _resealed(lambda c: c.update(archive=None)),
+    "no header": _resealed(lambda c: c.pop("graph_version")),
+}
+
+
+async def test_file_that_does_not_fit_together_is_refused_and_nothing_is_left() -> None:
+    """Whoever makes one knows how to hash it; it may not reach beyond its run."""
+    async with opened() as source:
+        file = await exported(source)
+    async with opened() as target:
+        let_in = []
+        for name, forge in FORGERIES.items():
+            forged = copy.deepcopy(file)
+            forge(forged)
+            try:
+                await target.import_run(forged)
+            except HashMismatchError:
+                continue
+            let_in.append(name)
+        assert let_in == []
+        claimed = copy.deepcopy(file)
+        _row("run", worker="w", token=7, lease_expires_at=2**60)(claimed)
+        await target.import_run(claimed)
+        [approval] = await target.handle("r").approvals()
+        await target.approvals.decide(approval.id, {"type": "approve"}, by="bob")
+        assert (await target.drive("r")).status is RunStatus.SUCCEEDED
+
+
 def _bytes_of(part: Any) -> bytes:
     """Return all that is in a file, with what is written as base64 decoded."""
     if isinstance(part, dict):
@@ -218,6 +260,24 @@ async def test_stored_runs_are_held_against_todays_code(tmp_path: Path) -> None:
             await replay_stored(app, file)
         with pytest.raises(AssertionError, match="nothing stored"):
             await replay_stored(app)
+
+
+async def test_stored_runs_of_a_version_that_is_gone_are_held_against_its_migration() -> None:
+    async with AgentFlow("memory://") as source, AgentFlow("memory://") as app:
+        for each, version in ((source, "1"), (app, "2")):
+            each.register(paying([]), name="pay", version=version)
+        await source.submit("pay", {"log": []}, run_id="r")
+        await source.drive("r")
+        file = await source.export_run("r")
+        with pytest.raises(AssertionError, match="no migration leads there"):
+            await replay_stored(app, file)
+        app.migration("pay", from_="1", to="2")(lambda values: values)
+        [checked] = await replay_stored(app, file)
+        assert (checked.verdict, checked.version) == ("same", "2")
+        app._registry.migrations.clear()
+        app.migration("pay", from_="1", to="2")(lambda values: {**values, "more": 1})
+        with pytest.raises(AssertionError, match="more: there is no such channel"):
+            await replay_stored(app, file)
 
 
 async def test_run_that_the_first_version_exported_goes_on() -> None:

@@ -106,3 +106,28 @@ async def test_code_that_changed_in_a_notebook_is_warned_of_by_name(notebook: Mo
         app.register(chain(("ask", asks("?")), ("pay", notebook.pay)), name="g")
         with pytest.raises(IncompatibleGraphError, match=r"of __main__, .* changed: pay"):
             await app.drive(handle.id)
+
+
+async def test_functions_that_a_node_calls_and_conditions_are_warned_of_too(
+    notebook: ModuleType,
+) -> None:
+    run_cell(notebook, "def fee(): return 1\ndef pay(state): return {'log': [str(fee())]}\n", 1)
+    run_cell(
+        notebook, "def onward(state): return '__end__'\nclass Rule:\n    def ok(self): pass\n", 2
+    )
+    run_cell(notebook, "rule = Rule()\ndef check(state): return rule.ok() or {}\n", 3)
+    graph: Any = chain(("check", notebook.check), ("pay", notebook.pay))
+    graph.add_conditional_edges("pay", notebook.onward, ["__end__"])
+    async with AgentFlow("memory://") as app:
+        app.register(graph.compile(), name="g")
+        for number, code in enumerate(
+            (
+                "def fee(): return 2",
+                "def onward(state): return 'pay'",
+                "class Rule:\n def ok(self): 1",
+            )
+        ):
+            run_cell(notebook, f"{code}\n", number + 4)
+            name = ("fee", "onward", "Rule.ok")[number]
+            with pytest.warns(CodeChangedWarning, match=f"'{name}'"):
+                await app.submit("g", {"log": []})

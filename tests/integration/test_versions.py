@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Callable
+from typing import Any, get_args
 
 import pytest
 import sqlalchemy as sa
@@ -11,8 +11,16 @@ from langgraph.types import interrupt
 
 from agentflow import AgentFlow, RetryPolicy
 from agentflow.database.tables import checkpoints, values, writes
-from agentflow.errors import IncompatibleGraphError, InvalidInputError, PausedError
+from agentflow.drive import Compatibility, RegisteredGraph
+from agentflow.errors import (
+    ChangeKind,
+    IncompatibleGraphError,
+    InvalidInputError,
+    PausedError,
+    UnknownVersionError,
+)
 from agentflow.types import RunStatus
+from agentflow.versions import ChangeAction, ChangePolicy
 from tests.integration.graphs import chain, fan, logs
 from tests.integration.versions import CHANGES, STANDS, Shape, called
 
@@ -29,6 +37,18 @@ def deploy(app: AgentFlow, shape: Shape, **options: Any) -> None:
     """Start a process with another version of the code, as far as the app can tell."""
     app._registry.graphs.clear()
     app.register(shape.build(), name="g", **options)
+
+
+released: dict[str, RegisteredGraph] = {}
+
+
+def release(app: AgentFlow, name: str) -> RegisteredGraph:
+    """Deploy one of `CHANGES`, which is built and read once for all tests."""
+    if name not in released:
+        deploy(app, CHANGES[name][0])
+        released[name] = app.graphs["g", "1"]
+    app._registry.graphs["g", "1"] = released[name]
+    return released[name]
 
 
 async def stand(app: AgentFlow, where: str) -> str:
@@ -58,8 +78,10 @@ async def rows(app: AgentFlow) -> list[Any]:
 
 async def test_run_that_has_not_begun_takes_the_graph_as_it_is(app: AgentFlow) -> None:
     handle = await app.submit("g", {})
+    for name in CHANGES:
+        release(app, name)
+        assert (await app.check_run(handle.id)).verdict == "same"
     deploy(app, Shape(names={"plan": "begin"}, extra="ask"))
-    assert (await app.check_run(handle.id)).verdict == "same"
     called.clear()
     assert (await app.drive(handle.id)).status is RunStatus.SUCCEEDED
     assert "extra" in called
@@ -73,11 +95,18 @@ async def test_verdict_is_right_about_each_change_from_where_the_run_stands(
     await answer(app, run_id)
     wrong: list[tuple[str, object]] = []
     before = await rows(app)
-    for name, (shape, kind, ahead) in CHANGES.items():
-        deploy(app, shape)
-        found = await app.check_run(run_id)
-        if found.verdict != ("ahead" if where in ahead else "behind"):
+    for name, (_, kind, ahead) in CHANGES.items():
+        registered = release(app, name)
+        judge = Compatibility(app._store, app._saver, registered, "")
+        found = await judge.look(await app.get_run(run_id))
+        if found.name != ("ahead" if where in ahead else "behind"):
             wrong.append((name, found))
+        for action in get_args(ChangeAction):
+            of_kind = {**dict.fromkeys(get_args(ChangeKind), "accept"), kind: action}
+            for policy in (action, of_kind):
+                settled = ChangePolicy.of(policy).verdict(found.changes)
+                if settled != (action if where in ahead else "accept"):
+                    wrong.append((name, (policy, settled)))
         if where not in ahead:
             continue
         # The way of a worker: it is refused, whatever was decided, and nothing is lost by it.
@@ -273,3 +302,33 @@ async def test_run_that_goes_back_is_judged_from_where_it_goes_back_to(app: Agen
         await app.drive(handle.id)
     assert await rows(app) == before
     assert "other" not in called
+
+
+async def test_run_that_a_newer_program_has_stored_waits_for_one(app: AgentFlow) -> None:
+    """As in a deploy that is under way, or was taken back."""
+    run_id = await stand(app, "ask")
+    await answer(app, run_id)
+
+    def change(to: Callable[[bytes], bytes]) -> Callable[[Any], None]:
+        def apply(connection: Any) -> None:
+            for row in connection.execute(sa.select(checkpoints)).all():
+                own = [key == getattr(row, key.name) for key in checkpoints.primary_key]
+                query = sa.update(checkpoints).where(*own).values(data=to(row.data))
+                connection.execute(query)
+
+        return apply
+
+    database = app._store._database  # type: ignore[attr-defined]
+    version = (await rows(app))[0][0].data[:1]
+    await database.write(change(lambda data: b"\x63" + data[1:]))
+    before = await rows(app)
+    with pytest.raises(UnknownVersionError, match="upgrade agentflow here"):
+        await app.drive(run_id)
+    run = await app.get_run(run_id)
+    assert (run.status, run.paused_at is None, run.dead_letter) == (RunStatus.QUEUED, False, False)
+    assert await rows(app) == before
+    assert called == []
+    await database.write(change(lambda data: version + data[1:]))
+    await app.resume_run(run_id)
+    assert (await app.drive(run_id)).status is RunStatus.SUCCEEDED
+    assert called == ["ask", "first", "second", "last"]

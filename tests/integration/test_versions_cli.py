@@ -11,7 +11,7 @@ import pytest
 
 from agentflow.types import RunStatus
 from tests.integration import releases
-from tests.integration.cli import Cli, fresh_cli
+from tests.integration.cli import Cli, Result, fresh_cli
 
 FIRST, SECOND = ("--app", "tests.integration.releases:first"), (
     "--app",
@@ -35,10 +35,20 @@ def waiting(cli: Cli, run_id: str) -> None:
     asyncio.run(drive())
 
 
+DOCS = Path(__file__).parents[2] / "docs" / "versions.md"
+
+
+def assert_documented(result: Result) -> None:
+    """See that the documents show what a command prints, line by line, apart from the layout."""
+    shown = {" ".join(line.split()) for line in DOCS.read_text(encoding="utf-8").splitlines()}
+    printed = f"{result.out}\n{result.err}".splitlines()
+    assert {" ".join(line.split()) for line in printed if line} <= shown
+
+
 def test_fingerprints_are_committed_and_a_change_is_told_with_the_runs_it_stops(
     cli: Cli, tmp_path: Path
 ) -> None:
-    waiting(cli, "r1")
+    waiting(cli, "r-17")
     file = tmp_path / "fingerprints.json"
     file.write_text(cli.ok("graph", "fingerprint", *FIRST).out)
     checked = cli.ok("graph", "fingerprint", "--check", str(file), "--url", cli.url, *FIRST)
@@ -56,19 +66,26 @@ def test_fingerprints_are_committed_and_a_change_is_told_with_the_runs_it_stops(
     ]
     stopped = cli("graph", "fingerprint", "--check", str(file), "--url", cli.url, *SECOND)
     assert (stopped.code, "1 unfinished runs would be stopped" in stopped.err) == (1, True)
-    assert "r1" in stopped.out
+    assert_documented(stopped)
     (run,) = json.loads(cli("graph", "check", *SECOND, "-o", "json").out)
-    assert (run["run_id"], run["verdict"], run["action"]) == ("r1", "ahead", "refuse")
+    assert (run["run_id"], run["verdict"], run["action"]) == ("r-17", "ahead", "refuse")
     (run,) = cli.data("graph", "check", *FIRST)
     assert run["verdict"] == "same"
 
 
-@pytest.mark.parametrize("content", [None, "", "{}x", "[]", '{"refund@1": {}}'])
+@pytest.mark.parametrize("content", [None, "", "{}x", "[]", '{"refund@1": {}}', "changed", "newer"])
 def test_file_that_has_no_fingerprints_is_a_usage_error(
     cli: Cli, tmp_path: Path, content: str | None
 ) -> None:
     file = tmp_path / "file"
-    if content is not None:
+    if content in {"changed", "newer"}:
+        made = json.loads(cli.ok("graph", "fingerprint", *FIRST).out)
+        if content == "newer":
+            made["refund@1"]["form"] = 99
+        else:
+            made["refund@1"]["graph"]["context"] = "other"
+        file.write_text(json.dumps(made))
+    elif content is not None:
         file.write_text(content)
     result = cli("graph", "fingerprint", "--check", str(file), *FIRST)
     assert (result.code, "--check" in result.err) == (2, True)
@@ -85,7 +102,10 @@ def test_routes_are_set_shown_and_cleared(cli: Cli) -> None:
 
 
 def test_waiting_runs_are_migrated_after_a_dry_run(cli: Cli) -> None:
-    waiting(cli, "r1")
+    waiting(cli, "r-17")
+    assert_documented(
+        cli.ok("run", "migrate", "--graph", "refund", "--to", "2", "--dry-run", *SECOND)
+    )
     waiting(cli, "r2")
     (dry, _) = cli.data("run", "migrate", "--graph", "refund", "--dry-run", *SECOND)
     assert (dry["outcome"], dry["to_version"]) == ("would_migrate", "2")

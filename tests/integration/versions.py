@@ -111,6 +111,8 @@ class Shape:
     """A node that stands behind this one."""
     skip: bool = False
     """Whether `ask` leads to the last node at once."""
+    flat: bool = False
+    """Whether `sub` is a plain node."""
     context: Any = None
 
     def build(self) -> CompiledStateGraph[Any, Any, Any, Any]:
@@ -128,7 +130,8 @@ class Shape:
     def _line(self, names: tuple[str, ...], graph: Any, inner: Any = None) -> Any:
         kept = [name for name in names if name != self.without]
         for name in kept:
-            node = inner.compile() if name == "sub" else self._node(name)
+            is_graph = name == "sub" and not self.flat
+            node = inner.compile() if is_graph else self._node(name)
             graph.add_node(self.names.get(name, name), node)
         if self.extra in kept:
             graph.add_node("extra", _step("extra"))
@@ -167,14 +170,18 @@ CHANGES: Mapping[str, tuple[Shape, str, frozenset[str]]] = {
     "rename subgraph": (Shape(names={"sub": "under"}), "node_removed", ahead_of("second")),
     **{
         f"remove {name}": (Shape(without=name), "node_removed", ahead_of(name))
-        for name in ("plan", "ask")
+        for name in ("plan", "ask", "last")
     },
+    "remove in subgraph": (Shape(without="first"), "node_removed", ahead_of("first")),
+    "remove subgraph": (Shape(without="sub"), "node_removed", ahead_of("second")),
+    "flatten subgraph": (Shape(flat=True), "code_changed", ahead_of("second")),
     **{
         f"code of {name}": (Shape(changed=frozenset({name})), "code_changed", ahead_of(name))
         for name in ("plan", "loop", "ask", "first", "second", "last")
     },
     "add behind plan": (Shape(extra="plan"), "edge_changed", ahead_of("plan")),
     "add behind ask": (Shape(extra="ask"), "edge_changed", ahead_of("ask")),
+    "add in subgraph": (Shape(extra="first"), "edge_changed", ahead_of("first")),
     "rewire ask": (Shape(skip=True), "edge_changed", ahead_of("ask")),
     "add channel": (Shape(schema=Added), "channel_added", ALWAYS),
     "remove channel": (Shape(schema=Removed), "channel_removed", ALWAYS),

@@ -55,6 +55,7 @@ PLAIN_FACTS = {
     "StoreError",
     "InputError",
     "RunError",
+    "OutcomeUnknownError",
     "ConflictError",
     "CodecError",
     "SerializationError",

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +18,7 @@ from langchain_core.tools import StructuredTool
 from langgraph.func import entrypoint, task
 from langgraph.graph import START, StateGraph
 from langgraph.prebuilt import ToolNode
-from pydantic import create_model
+from pydantic import Field, create_model
 from sqlalchemy import create_engine
 from typing_extensions import TypedDict
 
@@ -25,7 +26,7 @@ from agentflow import effect, transaction
 from agentflow.errors import InvalidInputError, UnknownVersionError
 from agentflow.nodes import ToolPolicy, approval_node, llm_node, tool_node
 from agentflow.tasks import Task, TaskRunner
-from agentflow.versions import Fingerprint, fingerprint_of, source
+from agentflow.versions import Fingerprint, fingerprint_of, source, syntax
 from tests.golden import versions_v1
 
 PROJECT = Path(__file__).parents[2]
@@ -96,6 +97,153 @@ def test_what_changes_what_code_says_counts(code: str, tmp_path: Path) -> None:
     assert tag(define(code, tmp_path / "b")) != tag(define(PLAIN, tmp_path / "a"))
 
 
+RUNNABLES = "from langchain_core.runnables import *\ndef f(s): return {'log': [%d]}\nnode = "
+CALLED = {
+    "method of an object": """
+        class Node:
+            def __call__(self, state): return self.help(state)
+            def help(self, state): return {"log": [%d]}
+        node = Node()
+        """,
+    "method that a subclass overrides": """
+        class Base:
+            def __call__(self, state): return self.help(state)
+            def help(self, state): return {}
+        class Node(Base):
+            def help(self, state): return {"log": [%d]}
+        node = Node()
+        """,
+    "function that an object was given": """
+        class Node:
+            def __init__(self, f): self.f = f
+            def __call__(self, state): return self.f(state)
+        def f(state): return {"log": [%d]}
+        node = Node(f)
+        """,
+    "method of an object that it has": """
+        class Bank:
+            __slots__ = ()
+            def pay(self): return {"log": [%d]}
+        class Node:
+            __slots__ = ("bank",)
+            def __init__(self): self.bank = Bank()
+            def run(self, state): return self.bank.pay()
+        node = Node().run
+        """,
+    "method of a global object": """
+        class Bank:
+            def pay(self): return {"log": [%d]}
+        bank = Bank()
+        def node(state): return bank.pay()
+        """,
+    "class that it makes an object of": """
+        class Pay:
+            def __init__(self, amount): self.amount = amount + %d
+        def node(state): return {"log": [Pay(1).amount]}
+        """,
+    "function that a partial was given": """
+        import functools
+        def f(): return %d
+        node = functools.partial(lambda f, state: {"log": [f()]}, f)
+        """,
+    "graph inside of a function": """
+        from langgraph.graph import START, StateGraph
+        graph = StateGraph(dict)
+        graph.add_node("n", lambda _: {"log": [%d]})
+        graph.add_edge(START, "n")
+        graph = graph.compile(checkpointer=False)
+        def call(state): return graph.invoke(state)
+        def node(state): return call(state)
+        """,
+    "parallel": RUNNABLES + "RunnableParallel(log=f)",
+    "branch": RUNNABLES + "RunnableBranch((bool, f), str)",
+    "binding": RUNNABLES + "RunnableLambda(f).with_retry().with_config(tags=['x'])",
+    "fallback": RUNNABLES + "RunnableLambda(str).with_fallbacks([RunnableLambda(f)])",
+    "assignment": RUNNABLES + "RunnablePassthrough.assign(log=f)",
+    "own runnable": """
+        from langchain_core.runnables import Runnable
+        class Node(Runnable):
+            def invoke(self, state, config=None): return {"log": [%d]}
+        node = Node()
+        """,
+}
+
+
+@pytest.mark.parametrize("code", CALLED.values(), ids=CALLED)
+def test_whatever_a_node_calls_by_name_counts(code: str, tmp_path: Path) -> None:
+    one, again, two = (
+        tag(define(textwrap.dedent(code) % number, tmp_path / str(index)))
+        for index, number in enumerate((1, 1, 2))
+    )
+    assert one == again != two
+
+
+def test_what_stands_in_for_something_else_is_not_looked_at(tmp_path: Path) -> None:
+    """A lazy setting, or what belongs to the request that is being served."""
+    code = """
+        class Lazy:
+            def __getattribute__(self, name): raise RuntimeError("outside of a request")
+            @property
+            def __class__(self): raise RuntimeError("outside of a request")
+        request = Lazy()
+        class Settings:
+            current = Lazy()
+        def node(state): return {"log": [request.user, Settings.current.rate]}
+        """
+    assert tag(define(code, tmp_path / "a")) == tag(define(code, tmp_path / "b"))
+
+
+def test_second_graph_that_a_node_calls_counts() -> None:
+    def calls(*numbers: int) -> str:
+        one, two = (
+            StateGraph[Any](State).add_node("n", lambda _: {}, metadata={"version": str(n)})
+            for n in numbers
+        )
+        first, second = (each.add_edge(START, "n").compile() for each in (one, two))
+        outer: Any = StateGraph(State)
+        outer.add_node("n", lambda state: second.invoke(first.invoke(state)))
+        return fingerprint_of(outer.add_edge(START, "n").compile()).digest
+
+    assert len({calls(1, 1), calls(1, 2), calls(2, 1)}) == 3
+
+
+def test_code_without_source_is_known_by_what_it_was_compiled_to(tmp_path: Path) -> None:
+    def compiled(code: str) -> str:
+        space: dict[str, Any] = {"__name__": "project"}
+        exec(compile(code, "/gone.py", "exec"), space)  # noqa: S102 -- the test's own code
+        return tag(space["node"])
+
+    codes = [
+        "def node(s): return {'log': ['a']}",
+        "def node(s): return {'log': ['b']}",
+        "def node(s): return s + 1",
+        "def node(s): return s - 1",
+        "def f(): return 1\ndef node(s): return f()",
+        "def f(): return 2\ndef node(s): return f()",
+        "def node(s): return s in {'a', 'b'}",
+    ]
+    made = [compiled(code) for code in codes]
+    assert len(set(made)) == len(codes)
+    assert made == [compiled(code) for code in codes]
+
+
+def test_builtins_and_classes_are_told_apart() -> None:
+    assert len({tag(node) for node in (len, sorted, Path)}) == 3
+
+
+def test_reducer_that_is_a_partial_counts(tmp_path: Path) -> None:
+    code = "import functools\nnode = functools.partial(lambda n, a, b: a + [%d], 1)"
+
+    def reducer(number: int) -> Any:
+        kind = Annotated[list[int], define(code % number, tmp_path / str(number))]
+        graph = StateGraph(create_model("S", log=(kind, [])))
+        graph.add_node("n", lambda _: {})
+        graph.add_edge(START, "n")
+        return fingerprint_of(graph.compile()).graph["channels"]["log"]["reducer"]
+
+    assert reducer(1) != reducer(2)
+
+
 def test_version_of_a_node_stands_for_its_code(tmp_path: Path) -> None:
     old, new = define(PLAIN, tmp_path / "a"), define(OTHER["its code"], tmp_path / "b")
     assert tag(old, versions={"n0": "3"}) == tag(new, versions={"n0": "3"}) == "version 3"
@@ -147,13 +295,13 @@ def test_file_is_parsed_once_for_all_its_nodes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parsed: list[str] = []
-    parse = source._parse
+    parse = syntax.parse
 
     def counted(filename: str, module: dict[str, Any]) -> Any:
         parsed.append(filename)
         return parse(filename, module)
 
-    monkeypatch.setattr(source, "_parse", counted)
+    monkeypatch.setattr("agentflow.versions.source.parse", counted)
     tag(*[define(PLAIN, tmp_path / "a")] * 2, lambda _: {}, lambda _: {"log": []})
     assert len(parsed) == len(set(parsed))
     assert __file__ in parsed
@@ -171,6 +319,13 @@ def test_command_that_nobody_declared_leads_anywhere(tmp_path: Path) -> None:
     assert nodes["said"]["to"] == ["open"]
 
 
+@dataclass
+class Box:
+    """Holds a set."""
+
+    of: frozenset[int]
+
+
 def test_fields_and_defaults_of_types_count() -> None:
     def channels(kind: Any, default: Any) -> Any:
         schema = create_model("S", order=(kind, default))
@@ -184,6 +339,15 @@ def test_fields_and_defaults_of_types_count() -> None:
     assert channels(one | None, None) != channels(two | None, None)
     assert channels(int, 1) != channels(int, 2)
     assert channels(int | None, 1) == channels(None | int, 1)
+    factories = [Field(default_factory=lambda: [1]), Field(default_factory=lambda: [2])]
+    assert channels(list, factories[0]) != channels(list, factories[1])
+    # Sets of the same, in another order: that of texts is another one with each hash seed.
+    sets = [frozenset([0, 8]), frozenset([8, 0])]
+    assert repr(sets[0]) != repr(sets[1])
+    for made in (lambda each: each, lambda each: {"a": [each]}, lambda each: Box(of=each)):
+        first, second = map(made, sets)
+        assert channels(Any, first) == channels(Any, second)
+    assert channels(Any, sets[0]) != channels(Any, frozenset([0, 9]))
 
 
 def test_golden_fingerprint_is_still_read_and_made() -> None:
@@ -220,21 +384,21 @@ def test_fingerprint_is_the_same_in_every_process_and_hash_seed() -> None:
 
 CANONICAL = """
 import ast, importlib.util, sys
-spec = importlib.util.spec_from_file_location("source", sys.argv[1])
-source = sys.modules["source"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(source)
+spec = importlib.util.spec_from_file_location("syntax", sys.argv[1])
+syntax = sys.modules["syntax"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(syntax)
 for file in sys.argv[2:]:
-    print(source.digest(source.canonical(ast.parse(open(file, encoding="utf-8").read()))))
+    print(syntax.digest(syntax.canonical(ast.parse(open(file, encoding="utf-8").read()))))
 """
 
 
 def test_code_reads_the_same_in_every_version_of_python() -> None:
     """Whatever is installed beside the version that runs the tests."""
-    files = [source.__file__, versions_v1.__file__, __file__, str(PROJECT / "agentflow/app.py")]
+    files = [syntax.__file__, versions_v1.__file__, __file__, str(PROJECT / "agentflow/app.py")]
 
     def read(python: str | Path) -> str:
         ran = subprocess.run(
-            [python, "-c", CANONICAL, source.__file__, *files],
+            [python, "-c", CANONICAL, syntax.__file__, *files],
             capture_output=True,
             check=True,
             text=True,
@@ -318,9 +482,12 @@ def test_decorated_function_of_a_notebook_is_known_again(monkeypatch: pytest.Mon
         node.__module__, node.__qualname__ = source.MAIN, "node"
         return effect(node)
 
+    module = sys.modules[source.MAIN]
     made = cell()
-    monkeypatch.setattr(sys.modules[source.MAIN], "node", made, raising=False)
-    assert source.redefined_in_main(made) == []
-    assert source.redefined_in_main(cell()) == []
-    monkeypatch.setattr(sys.modules[source.MAIN], "node", lambda _: {"log": []})
-    assert source.redefined_in_main(made) == ["node"]
+    read = source.Sources()
+    read.read(made)
+    for again in (made, cell()):
+        monkeypatch.setattr(module, "node", again, raising=False)
+        assert source.redefined_in_main(read.main) == []
+    monkeypatch.setattr(module, "node", lambda _: {"log": []})
+    assert source.redefined_in_main(read.main) == ["node"]

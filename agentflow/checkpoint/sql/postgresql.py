@@ -18,7 +18,6 @@ from agentflow.checkpoint.sql.statements import (
     padded,
 )
 
-_OBJECTS_LOCK = 0x61676F626A  # any number that nobody else is likely to lock
 _TYPES = {
     "id": "bigint", "token": "bigint", "is_leased": "boolean", "after": "bigint",
     "thread": "bigint", "ns": "text", "seq": "bigint", "checkpoint_id": "text",
@@ -38,9 +37,6 @@ class PostgresRows(SqlRows):
     """
 
     _lock_clause = "FOR UPDATE OF t"
-
-    def _lock_objects(self, lock: str) -> None:
-        self._session.fetch(f"SELECT {lock}(?::bigint)", (_OBJECTS_LOCK,))
 
     def apply(self, changes: Sequence[ThreadChange]) -> set[int]:
         tables: tuple[list[tuple[Any, ...]], ...] = (

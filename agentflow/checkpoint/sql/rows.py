@@ -45,9 +45,9 @@ from agentflow.checkpoint.sql.statements import (
     Insert,
     insert_sql,
 )
+from agentflow.database.objects import IS_ABANDONED, find_space, lock_objects, refer
 from agentflow.database.session import Session
 from agentflow.failpoints import failpoint
-from agentflow.types import new_id
 
 _CHECKPOINT_COLUMNS = ", ".join(CheckpointRow._fields)
 _C = ", ".join(f"c.{name}" for name in CheckpointRow._fields)
@@ -417,32 +417,13 @@ class SqlRows(Rows):
     def refer(
         self, objects: Sequence[ObjectRow], released: Sequence[tuple[int, int, int]] = ()
     ) -> None:
-        self._lock_objects("pg_advisory_xact_lock_shared")
-        left = [*(row[:3] for row in objects), *released]
-        if left:
-            self._session.execute_many(_LEAVE_OBJECT, left)
-        if objects:
-            self._session.execute_many(_REFER, objects)
+        refer(self._session, objects, released)
 
     def exclude_referrers(self) -> None:
-        self._lock_objects("pg_advisory_xact_lock")
-
-    def _lock_objects(self, lock: str) -> None:
-        """Keep collection and referrers apart; one writer at a time needs nothing for that."""
+        lock_objects(self._session, is_exclusive=True)
 
     def find_space(self, *, make: bool) -> tuple[str, bool] | None:
-        query = "SELECT name FROM agentflow_object_space"
-        for was_there in (True, False):
-            if rows := self._session.fetch(query):
-                return rows[0][0], was_there
-            if make and was_there:
-                with self._session.transaction():
-                    self._session.execute(
-                        "INSERT INTO agentflow_object_space (id, name) VALUES (1, ?) "
-                        "ON CONFLICT (id) DO NOTHING",
-                        (new_id(),),
-                    )
-        return None
+        return find_space(self._session, make=make)
 
     def has_objects(self, thread: int) -> bool:
         query = "SELECT 1 FROM agentflow_objects WHERE thread = ? LIMIT 1"
@@ -451,7 +432,7 @@ class SqlRows(Rows):
     def list_abandoned(self, limit: int) -> list[ObjectRow]:
         rows = self._session.fetch(
             f"SELECT {', '.join(ObjectRow._fields)} FROM agentflow_objects "
-            f"WHERE {_IS_ABANDONED} LIMIT ?",
+            f"WHERE {IS_ABANDONED} LIMIT ?",
             (limit,),
         )
         return [ObjectRow(*row) for row in rows]
@@ -460,7 +441,7 @@ class SqlRows(Rows):
         # The value may have come back meanwhile: a thread that was restored has its old numbers.
         self._session.execute_many(
             f"UPDATE agentflow_objects SET unneeded_at = ? WHERE thread = ? AND series = ? "
-            f"AND start = ? AND object = ? AND {_IS_ABANDONED}",
+            f"AND start = ? AND object = ? AND {IS_ABANDONED}",
             [(_stamp(at), *row) for row in rows],
         )
 
@@ -777,19 +758,6 @@ _REMOVE_ANCHOR = "DELETE FROM agentflow_anchors WHERE thread = ? AND ns = ? AND 
 _LINK = (
     "ns, seq, checkpoint_id, parent_id, run_id, hash, parent_writes IS NOT NULL, "
     "length(data) + coalesce(length(parent_writes), 0) + coalesce(length(base), 0)"
-)
-_LEAVE_OBJECT = (
-    "UPDATE agentflow_objects SET unneeded_at = 0 WHERE thread = ? AND series = ? AND start = ? "
-    "AND unneeded_at IS NULL"
-)
-_REFER = (
-    "INSERT INTO agentflow_objects (thread, series, start, object) VALUES (?, ?, ?, ?) "
-    "ON CONFLICT (thread, series, start, object) DO UPDATE SET unneeded_at = NULL"
-)
-_IS_ABANDONED = (
-    "(unneeded_at = 0 OR (unneeded_at IS NULL AND NOT EXISTS (SELECT 1 FROM agentflow_values v "
-    "WHERE v.thread = agentflow_objects.thread AND v.series = agentflow_objects.series "
-    "AND v.start = agentflow_objects.start)))"
 )
 _DROP_VALUE = "DELETE FROM agentflow_values WHERE thread = ? AND series = ? AND start = ?"
 _HEAD_SEQ = "(SELECT max(h.seq) FROM agentflow_checkpoints h WHERE h.thread = t.id AND h.ns = ?)"
