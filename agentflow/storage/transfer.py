@@ -64,7 +64,7 @@ _TABLES = {
 }
 _LATER = frozenset({"effects"})
 """What files lack that were made by programs which had none of it."""
-_OWN = ("tenant", "run_id", "thread_id")
+_OWN = ("run_id", "tenant")
 _NUMBERED = frozenset({runs.name, waits.name, effects.name})
 """Tables whose `seq` is a number of the database's; that of events is part of the run."""
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -245,13 +245,14 @@ def _add_effect(
 
 
 def _verify(payloads: Payloads, run: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> None:
-    """Verify that the events are all there are."""
+    """Verify that the events are all there are, and those of this run."""
     where = f"events of {run['run_id']!r}"
     previous, number = GENESIS, 0
     for event in log:
         number += 1
         is_next = event["seq"] == number and event["prev_hash"] == previous
-        if not is_next or hash_event(event, payloads) != event["hash"]:
+        is_own = all(event[name] == run[name] for name in _OWN)
+        if not is_next or not is_own or hash_event(event, payloads) != event["hash"]:
             raise HashMismatchError(f"event {number} of {run['run_id']!r}")
         previous = event["hash"]
     if (run["event_seq"], run["event_hash"]) != (number, previous):

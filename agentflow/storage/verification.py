@@ -14,9 +14,11 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from agentflow.codec import is_apart
 from agentflow.database import Database
-from agentflow.database.tables import events, logs, metadata, runs, waits
+from agentflow.database.tables import effects, events, logs, metadata, runs, waits
 from agentflow.errors import CodecError, HashMismatchError
+from agentflow.storage.effect_objects import open_apart
 from agentflow.storage.integrity import RowDamage, Verified
 from agentflow.storage.questions import unpack_question
 from agentflow.storage.rows import GENESIS, KEYS, LOG, Payloads, hash_event, place_of
@@ -114,6 +116,8 @@ class _Verifier:
                 unpack_question(self._payloads, row)
             elif column is events.c.data and hash_event(row, self._payloads) != row["hash"]:
                 raise HashMismatchError(where, "its hash is not that of the event")
+            elif column is effects.c.outcome and is_apart(row["outcome"]):
+                open_apart(self._payloads, row)
             elif column is not events.c.data:
                 self._payloads.unseal(column, row)
         except CodecError as error:

@@ -7,6 +7,7 @@ import sqlite3
 from collections.abc import AsyncIterator, Iterator
 from contextlib import closing, contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +20,9 @@ from agentflow.database.tables import events, runs, waits
 from agentflow.errors import HashMismatchError
 from agentflow.storage import RowDamage, verification
 from tests.integration.cli import fresh_cli
+from tests.integration.offloaded import objects
 from tests.integration.sealed import OF_RUNS, fill, open_app, read_payloads, read_rows, ring
+from tests.integration.test_effects_offload import Fetch
 
 pytestmark = pytest.mark.slow
 
@@ -178,6 +181,25 @@ async def test_runs_that_go_on_meanwhile_are_not_damaged(
             if number == 5:
                 await app.cancel("waiting")
         assert number > 20
+
+
+async def test_outcome_that_is_an_object_is_verified_there(sqlite_url: str, tmp_path: Path) -> None:
+    folder = tmp_path / "objects"
+    folder.mkdir()
+    fetch = Fetch()
+    async with fetch.app(sqlite_url, folder) as opened:
+        await fetch.begin(opened)
+        assert (await verify(opened))[1] == []
+        (file,) = objects(folder)
+        whole = file.read_bytes()
+        for data, error in ((flipped(whole), "HashMismatchError"), (None, "MissingBlobError")):
+            file.unlink()
+            if data is not None:
+                file.write_bytes(data)
+            (damage,) = (await verify(opened))[1]
+            assert (damage.error, damage.payload[:18]) == (error, "effects.outcome of")
+        file.write_bytes(whole)
+        assert (await verify(opened))[1] == []
 
 
 def test_command_names_damage_of_runs(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
