@@ -9,7 +9,6 @@ what it would have brought.
 from __future__ import annotations
 
 import atexit
-import os
 import threading
 import weakref
 from collections import OrderedDict
@@ -31,6 +30,7 @@ from agentflow.checkpoint.policy import SavePolicy
 from agentflow.checkpoint.rows import HeadKey, Rows, ThreadKey, ThreadState
 from agentflow.checkpoint.stamps import read_seen
 from agentflow.database import Database
+from agentflow.database.forks import FORKS
 from agentflow.database.futures import Future
 from agentflow.errors import AgentflowError
 from agentflow.telemetry import CHECKPOINT_BYTES, fail_span, start_checkpoint_span
@@ -91,7 +91,7 @@ class Intake:
             atexit.register(_store_at_exit, weakref.ref(self))
 
     def _reset(self) -> None:
-        self._pid = os.getpid()
+        self._forks = FORKS.count
         # No lock is inherited: a thread that is gone in the child may hold it for ever.
         self.states = ThreadStates()
         self.known.reset()
@@ -110,7 +110,7 @@ class Intake:
 
     def check_fork(self) -> None:
         """Start afresh in the child of a fork: what was accepted before is its parent's."""
-        if self._pid != os.getpid():
+        if self._forks != FORKS.count:
             self._reset()
 
     def observe(self, thread: ThreadKey, state: ThreadState) -> None:

@@ -7,7 +7,6 @@ This package knows tables, dialects and transactions. What the rows mean is know
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import threading
 import time
@@ -25,6 +24,7 @@ from agentflow.config import Settings
 from agentflow.database import migrate
 from agentflow.database.connections import Connections
 from agentflow.database.engine import READERS, parse_url, snapshot, translated
+from agentflow.database.forks import FORKS
 from agentflow.database.futures import Future
 from agentflow.database.notices import Notices
 from agentflow.database.pace import Pace
@@ -56,7 +56,7 @@ class Database:
         self.name = self._connections.name
 
     def _open(self) -> None:
-        self._pid = os.getpid()
+        self._forks = FORKS.count
         self._lock = threading.Lock()
         self._is_ready = False
         self._connections = Connections(self._url, self._settings)
@@ -83,7 +83,7 @@ class Database:
                 self._is_ready = True
 
     def _check_fork(self) -> None:
-        if self._pid != os.getpid():
+        if self._forks != FORKS.count:
             if self._connections.is_torn:
                 advice = (
                     "this process was forked while its parent was using the database; "
@@ -204,7 +204,7 @@ class Database:
 
     def close(self) -> None:
         """Write what is queued and close all connections; nothing can be written afterwards."""
-        if self._pid != os.getpid():
+        if self._forks != FORKS.count:
             return
         self._writer.close()
         self._notices.close()

@@ -10,7 +10,6 @@ open, and nothing at all is driven that has ended.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Mapping
 from datetime import datetime
 from functools import partial
@@ -20,13 +19,7 @@ from typing import Any
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import BaseCheckpointSaver
-from langgraph.errors import (
-    EmptyInputError,
-    GraphDrained,
-    GraphRecursionError,
-    InvalidUpdateError,
-    NodeTimeoutError,
-)
+from langgraph.errors import GraphDrained, NodeTimeoutError
 from langgraph.pregel import Pregel
 from langgraph.types import Command, StateSnapshot
 from opentelemetry.trace import Span
@@ -47,6 +40,7 @@ from agentflow.drive.forks import copy_migrated
 from agentflow.drive.gate import Gate
 from agentflow.drive.graph import RegisteredGraph
 from agentflow.drive.questions import Key, Question, Waits, open_questions, owed
+from agentflow.drive.settlement import Settlement
 from agentflow.effects import (
     SHIFT,
     InDoubt,
@@ -66,27 +60,22 @@ from agentflow.errors import (
     StoreUnavailableError,
 )
 from agentflow.interrupts import Asked
-from agentflow.retry import GiveUp, Retry, RetryPolicies, RetryPolicy, decide
+from agentflow.retry import RetryPolicies, RetryPolicy
 from agentflow.storage import RunStore
 from agentflow.telemetry import (
     CHECKPOINT_ID,
-    RUN_STATUS,
     STEP,
     NodeSpans,
     fail_span,
     is_traced,
     traceparent,
 )
-from agentflow.types import Approval, AttemptStart, ClaimedRun, Lease, NewWait
-
-logger = logging.getLogger(__name__)
+from agentflow.types import Approval, AttemptStart, ClaimedRun, NewWait
 
 _STRICT_RESUME = "__pregel_strict_resume"
 _PAGE = 200
 _LOSSES = 10
 """How many times as often as it may fail a run may be lost with workers that others have killed."""
-# LangGraph's own errors that the same call would only raise again.
-_HOPELESS = (GraphRecursionError, InvalidUpdateError, EmptyInputError)
 
 
 class Attempt:
@@ -124,9 +113,10 @@ class Attempt:
                 "interrupt_after_nodes": [],
             }
         )
+        self._settlement = Settlement(store, self._saver, registered, claimed, control)
         self._journal = Journal(
             store,
-            self._flush,
+            self._settlement.flush,
             claimed.lease,
             control,
             root=claimed.run.root_id or claimed.run.id,
@@ -143,7 +133,6 @@ class Attempt:
         self._graph_changed: Mapping[str, Any] | None = None
         self._started: AttemptStart | None = None
         self._begun_at: str | None = None
-        self._is_released = False
         self._asked = Asked(store.codec.redact)
         self._answered: frozenset[Key] = frozenset()
         """The questions whose answers the graph has been given."""
@@ -164,20 +153,10 @@ class Attempt:
         except ExceptionGroup as raised:
             await self._settle_failure(raised.exceptions[0], span)
         except asyncio.CancelledError:
-            await asyncio.shield(self._give_back())
+            await asyncio.shield(self._settlement.give_back())
             raise
         finally:
-            await self._release_thread()
-
-    def _held(self) -> Lease:
-        """Return the lease for a verb of the run store, if it still holds."""
-        self._control.check()
-        return self._lease
-
-    def _held_to_the_end(self) -> Lease:
-        """Return the lease for the verb with which it ends."""
-        self._control.is_settling = True
-        return self._held()
+            await self._settlement.release_thread()
 
     # The work.
 
@@ -216,12 +195,12 @@ class Attempt:
         try:
             await self._drive(graph_input, config)
         except GraphDrained:
-            await self._flush()
+            await self._settlement.flush()
             await self._settle_stop(span)
             return
         except (InDoubt, OverBudget):
             pass  # the journal has all of them, or the meter
-        await self._flush()
+        await self._settlement.flush()
         await self._conclude(await self._state(config), span)
 
     async def _beginning(self, config: RunnableConfig) -> StateSnapshot:
@@ -254,19 +233,7 @@ class Attempt:
         except InDoubt:
             await self._park(before, [], span)
             return
-        await self._release_thread()
-        if cause["kind"] == "cancelled":
-            await self._store.finish_cancel(self._held_to_the_end())
-            span.set_attribute(RUN_STATUS, "cancelled")
-            return
-        await self._store.fail_run(
-            self._held_to_the_end(),
-            cause["failure"],
-            reason=cause["reason"],
-            checkpoint_id=cause["checkpoint_id"],
-            step=cause["step"],
-        )
-        span.set_attribute(RUN_STATUS, "failed")
+        await self._settlement.end_undone(cause, span)
 
     async def _begin_metering(self, waits: Waits) -> None:
         if self._meter is not None:
@@ -301,7 +268,7 @@ class Attempt:
         try:
             async for _ in stream:
                 if self._control.is_isolated and self._gate.has_progressed:
-                    await self._store.end_isolation(self._held())
+                    await self._store.end_isolation(self._settlement.held())
                     self._control.is_isolated = False
         finally:
             await self._journal.settle()
@@ -310,7 +277,7 @@ class Attempt:
         """Delete the checkpoints of runs of the thread that were rolled back."""
         if gone := self._claimed.rolled_back:
             await self._saver.adelete_for_runs(list(gone))
-            await self._store.finish_rollback(self._held(), gone)
+            await self._store.finish_rollback(self._settlement.held(), gone)
 
     async def _prepare(self, config: RunnableConfig) -> bool:
         """Bring the thread to where the run is to go on; say whether it did not stand there."""
@@ -323,7 +290,7 @@ class Attempt:
                 await self._graph.aupdate_state(
                     {**config, "configurable": place}, None, as_node="__copy__"
                 )
-            await self._flush()
+            await self._settlement.flush()
             return True
         return False
 
@@ -376,7 +343,7 @@ class Attempt:
             progress += f":{await count_undone(self._store, self._run)}"
         await store_fingerprint(self._store, self._run.tenant, self._registered)
         return await self._store.start_attempt(
-            self._held(),
+            self._settlement.held(),
             progress=progress,
             reason=self._claimed.reason,
             checkpoint_id=checkpoint_id,
@@ -410,19 +377,10 @@ class Attempt:
 
     async def _park(self, state: StateSnapshot, questions: list[Question], span: Span) -> None:
         waits = [question.to_wait() for question in questions]
+        seen: Mapping[str, datetime] = {}
         if self._journal.doubts:
             seen = await doubts.last_seen(self._store, self._run.tenant)
-            waits += self._stops(seen)
-        else:
-            waits += self._stops()
-        await self._release_thread()
-        await self._store.park_run(
-            self._held_to_the_end(),
-            waits,
-            checkpoint_id=state.config["configurable"].get("checkpoint_id"),
-            step=(state.metadata or {}).get("step"),
-        )
-        span.set_attribute(RUN_STATUS, "waiting")
+        await self._settlement.park(state, [*waits, *self._stops(seen)], span)
 
     def _stops(self, seen: Mapping[str, datetime] = MappingProxyType({})) -> list[NewWait]:
         """Return what stopped the attempt in the middle of a node, and waits for somebody."""
@@ -433,27 +391,7 @@ class Attempt:
         return waits
 
     async def _finish(self, state: StateSnapshot, span: Span) -> None:
-        await self._release_thread()
-        await self._store.finish_run(
-            self._held_to_the_end(),
-            _output(self._graph, state.values),
-            checkpoint_id=state.config["configurable"].get("checkpoint_id"),
-            step=(state.metadata or {}).get("step"),
-        )
-        span.set_attribute(RUN_STATUS, "succeeded")
-
-    async def _cancel(self, span: Span) -> None:
-        """End the run as cancelled, after its hook; a hook that fails does not keep it."""
-        try:
-            await self._registered.tell_cancelled(self._run)
-        except Exception as exc:  # noqa: BLE001 -- user code
-            logger.warning(
-                "the hook on cancel failed",
-                extra={"run_id": self._run.id, "error": type(exc).__name__},
-            )
-        await self._release_thread()
-        await self._store.finish_cancel(self._held_to_the_end())
-        span.set_attribute(RUN_STATUS, "cancelled")
+        await self._settlement.finish(state, _output(self._graph, state.values), span)
 
     async def _settle_stop(self, span: Span) -> None:
         """Settle a run that was stopped by what its control says."""
@@ -464,34 +402,15 @@ class Attempt:
             error = NodeTimeoutError(call.node, call.limit, kind="run", run_timeout=call.limit)
             await self._settle_failure(error, span)
             return
-        await self._flush_quietly()
+        await self._settlement.flush_quietly()
         if control.is_cancelled:
-            await self._cancel(span)
+            await self._settlement.cancel(span)
         elif control.is_past_deadline:
             deadline = self._run.deadline_at
             at = "" if deadline is None else deadline.isoformat()
             await self._settle_failure(DeadlineExceededError(self._run.id, at), span)
         else:
-            await self._release_thread()
-            reason = "pause" if control.is_paused else "drain"
-            await self._store.release_run(self._held_to_the_end(), reason=reason, counts=False)
-            span.set_attribute(RUN_STATUS, "queued")
-
-    async def _give_back(self) -> None:
-        """Queue the run again, because whoever drives it is going away.
-
-        The attempt counts, since the run itself may be the reason: a node that calls `sys.exit`
-        takes its worker with it.
-        """
-        try:
-            await self._flush_quietly()
-            await self._release_thread()
-            await self._store.release_run(self._held_to_the_end(), reason="drain", counts=True)
-        except (FencedError, StoreUnavailableError) as exc:
-            logger.warning(
-                "run was not given back",
-                extra={"run_id": self._run.id, "error": type(exc).__name__},
-            )
+            await self._settlement.requeue("pause" if control.is_paused else "drain", span)
 
     async def _settle_failure(self, error: Exception, span: Span) -> None:
         """Queue the run again, or end it with a dead letter."""
@@ -499,47 +418,11 @@ class Attempt:
             raise error
         self._control.check()
         fail_span(span, type(error).__name__)
-        await self._flush_quietly()
+        await self._settlement.flush_quietly()
         failed = await self._failed(span)
         if isinstance(error, IncompatibleGraphError):
             self.refused = error
-        failure = failures.describe(error, failed.node, failed.attempt)
-        await self._release_thread()
-        verdict = self._judge(error, failed)
-        if isinstance(verdict, Retry):
-            await self._store.retry_run(
-                self._held_to_the_end(),
-                failure,
-                delay=verdict.delay,
-                failures=failed.failures,
-                checkpoint_id=failed.checkpoint_id,
-                step=failed.step,
-            )
-            span.set_attribute(RUN_STATUS, "queued")
-            return
-        is_paused = self.refused is not None or (
-            verdict.reason == "exhausted" and self._policies.of(failed.node).on_exhausted == "pause"
-        )
-        end = self._store.pause_failed_run if is_paused else self._store.fail_run
-        await end(
-            self._held_to_the_end(),
-            failure,
-            reason=verdict.reason,
-            checkpoint_id=failed.checkpoint_id,
-            step=failed.step,
-        )
-        span.set_attribute(RUN_STATUS, "queued" if is_paused else "failed")
-
-    def _judge(self, error: Exception, failed: Failed) -> Retry | GiveUp:
-        if isinstance(error, IncompatibleGraphError):
-            return GiveUp("incompatible")
-        if isinstance(error, _HOPELESS):
-            return GiveUp("not_retryable")
-        if isinstance(error, DeadlineExceededError):
-            return GiveUp("deadline")
-        if isinstance(error, AttemptsExhaustedError):
-            return GiveUp("exhausted")
-        return decide(self._policies.of(failed.node), failed.attempt, error)
+        await self._settlement.fail(error, failed, self._policies, span)
 
     async def _failed(self, span: Span) -> Failed:
         started = self._started or AttemptStart(attempt=self._run.attempt, failures={})
@@ -557,29 +440,6 @@ class Attempt:
             failures=started.failures,
             timed_out=None if self._control.overdue is None else self._control.overdue.node,
         )
-
-    async def _release_thread(self) -> None:
-        """Give the thread back, before the outcome is told.
-
-        Whoever hears that the run has ended or parked can write the thread at once. If this process
-        dies in between, the run is recovered and takes the thread again.
-        """
-        saver = self._saver
-        if isinstance(saver, Saver) and not self._control.is_over and not self._is_released:
-            self._is_released = True
-            await asyncio.shield(saver.release(self._lease))
-
-    async def _flush(self) -> None:
-        if isinstance(self._saver, Saver):
-            await self._saver.flush(self._run.thread_id)
-
-    async def _flush_quietly(self) -> None:
-        try:
-            await self._flush()
-        except FencedError:
-            raise
-        except Exception:  # noqa: BLE001 -- the outcome that is being settled is the news
-            logger.warning("unsaved writes were dropped", extra={"run_id": self._run.id})
 
 
 def _output(graph: Pregel[Any, Any, Any, Any], values: Any) -> Any:

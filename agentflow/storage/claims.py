@@ -52,6 +52,7 @@ from agentflow.types import (
     Lease,
     NewEvent,
     NextDue,
+    Run,
     RunStatus,
 )
 
@@ -390,28 +391,17 @@ def take(
     claimant: Claimant,
 ) -> ClaimedRun | None:
     """Give a due run to a worker; `None` if it turns out not to be due any more."""
-    # Whoever asked for this run alone has locked its thread already.
-    of_thread = {"of_tenant": row.tenant, "of_thread": row.thread_id}
-    taken = _TRY_THREAD.first(connection, of_thread)
-    if taken is None:
-        if _IS_KNOWN.first(connection, of_thread) is not None:
-            return None  # somebody is about to take it, or to add a run to its thread
-        lock_thread(connection, row.tenant, row.thread_id)
-        taken = _TRY_THREAD.one(connection, of_thread)
+    token = _take_thread(connection, row)
+    if token is None:
+        return None
     # Read again under the lock on the thread: a claim of another run of it may have been first.
     again = _LOOK_AGAIN.one(connection, {"seq": row.seq})
     if again.is_behind:
         return None
+    run = _read(connection, payloads, row, now)
+    if run is None:
+        return None
     is_recovery = row.status == RunStatus.RUNNING
-    try:
-        run = to_run(row, payloads, strict=True)
-    except (BlockedTypeError, UnknownKeyError, UnencryptedValueError):
-        # Its classes or its key are not known to this worker; another one may know them.
-        return None
-    except CodecError as exc:
-        event = NewEvent(type="run.unreadable", data={"error": type(exc).__name__})
-        _put_off(connection, payloads, row, now, event)
-        return None
     counted = has_counted(connection, row, now) if is_recovery else None
     counts = {
         # The attempt that begins always counts; so the one that was lost is taken back or not.
@@ -420,7 +410,6 @@ def take(
         "losses": losses_of(row),
     }
     isolation = isolation_of(row, claimant.lease) if is_suspect(row) else None
-    token = FencingToken(taken.token)
     log = [NewEvent(type="run.claimed", data={"worker": claimant.worker, "token": token})]
     if is_recovery:
         log.insert(
@@ -458,6 +447,36 @@ def take(
         rolled_back=_rolled_back(connection, row) if again.has_rollback else (),
         traceparent=row.traceparent,
     )
+
+
+def _take_thread(connection: Connection, row: sa.Row[Any]) -> FencingToken | None:
+    """Lock the thread of a run and give it the next token; `None` if somebody else has it locked.
+
+    Whoever asked for this run alone has locked its thread already.
+    """
+    of_thread = {"of_tenant": row.tenant, "of_thread": row.thread_id}
+    taken = _TRY_THREAD.first(connection, of_thread)
+    if taken is None:
+        if _IS_KNOWN.first(connection, of_thread) is not None:
+            return None  # somebody is about to take it, or to add a run to its thread
+        lock_thread(connection, row.tenant, row.thread_id)
+        taken = _TRY_THREAD.one(connection, of_thread)
+    return FencingToken(taken.token)
+
+
+def _read(
+    connection: Connection, payloads: Payloads, row: sa.Row[Any], now: datetime
+) -> Run | None:
+    """Read a run that is to be taken; `None` if this worker cannot, or nobody."""
+    try:
+        return to_run(row, payloads, strict=True)
+    except (BlockedTypeError, UnknownKeyError, UnencryptedValueError):
+        # Its classes or its key are not known to this worker; another one may know them.
+        return None
+    except CodecError as exc:
+        event = NewEvent(type="run.unreadable", data={"error": type(exc).__name__})
+        _put_off(connection, payloads, row, now, event)
+        return None
 
 
 def _rolled_back(connection: Connection, row: sa.Row[Any]) -> tuple[str, ...]:
