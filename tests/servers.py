@@ -133,7 +133,7 @@ class PostgresServer:
             "listen_addresses": "127.0.0.1",
             "port": str(port),
             "unix_socket_directories": "",
-            "max_connections": "200",
+            "max_connections": "600",
         }
         return [
             self._programs / "postgres",
