@@ -60,7 +60,7 @@ from agentflow.checkpoint.rows import (
     ThreadState,
 )
 from agentflow.checkpoint.sql import open_rows
-from agentflow.checkpoint.steps import Ask, Change, Read, Steps
+from agentflow.checkpoint.steps import Ask, Change, Read, Steps, Wait
 from agentflow.checkpoint.verbs import copy_thread
 from agentflow.codec import Codec
 from agentflow.database import Database
@@ -377,7 +377,7 @@ class Saver(BaseCheckpointSaver[str]):
         await self._arun(self._delete_for_runs(run_ids))
 
     def _delete_for_runs(self, run_ids: Sequence[str]) -> Steps[None]:
-        self._intake.store_held()
+        yield Wait(self._pending(None))
         doomed = sorted({column_text(run_id) for run_id in run_ids})
         found: list[tuple[Selection, Sequence[ThreadKey]]] = []
         for begin in range(0, len(doomed), _RUNS_AT_ONCE):
@@ -461,7 +461,7 @@ class Saver(BaseCheckpointSaver[str]):
             raise InvalidInputError("strategy", (f"must be one of {get_args(PruneStrategy)}",))
         given = [self._thread_key(thread_id) for thread_id in dict.fromkeys(thread_ids)]
         for thread in given:
-            self._intake.store_held(thread)
+            yield Wait(self._pending(thread))
         threads = yield Read(
             lambda rows: [key for key in given if rows.find_checkpoint((*key, ""), None)]
         )
@@ -573,9 +573,13 @@ class Saver(BaseCheckpointSaver[str]):
 
     def _archive(self, thread_id: str, to: str | ObjectStore, *, keep: bool) -> Steps[Archived]:
         thread, store = self._thread_key(thread_id), _opened(to)
-        self._intake.store_held(thread)
+        yield Wait(self._pending(thread))
         forget = partial(self._intake.forget_thread, thread)
-        return archive(self._codec, thread, store, self._lease, keep=keep, on_deleted=forget)
+        return (
+            yield from archive(
+                self._codec, thread, store, self._lease, keep=keep, on_deleted=forget
+            )
+        )
 
     def restore(
         self, thread_id: str, *, source: str | ObjectStore, archive_id: str | None = None
@@ -624,6 +628,10 @@ class Saver(BaseCheckpointSaver[str]):
                     outcome = self._database.query_now(on_rows(step.function))
                 elif isinstance(step, Change):
                     outcome = self._intake.step(step.thread, step.function).result()
+                elif isinstance(step, Wait):
+                    outcome = None
+                    for pending in step.pending:
+                        pending.wait()
                 else:
                     assert answer is not None
                     outcome = answer(step)
@@ -647,6 +655,10 @@ class Saver(BaseCheckpointSaver[str]):
                 elif isinstance(step, Change):
                     future = self._intake.step(step.thread, step.function)
                     outcome = await self._database.settled(future)
+                elif isinstance(step, Wait):
+                    outcome = None
+                    for pending in step.pending:
+                        await self._database.ended(pending)
                 else:
                     assert answer is not None
                     outcome = await answer(step)

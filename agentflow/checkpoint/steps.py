@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from agentflow.checkpoint.rows import Rows, ThreadKey
+from agentflow.database.futures import Future
 
 T = TypeVar("T")
 BATCH_ROWS = 200
@@ -28,11 +29,17 @@ class Change(NamedTuple):
     """The thread that it changes, if it is one that can be read."""
 
 
+class Wait(NamedTuple):
+    """A step that lets what was accepted end, well or not, so that a `Read` after it sees it."""
+
+    pending: Sequence[Future]
+
+
 class Ask(NamedTuple):
     """A step outside the database: what to do about some threads."""
 
     thread_ids: Sequence[str]
 
 
-Steps = Generator[Read | Change | Ask, Any, T]
+Steps = Generator[Read | Change | Wait | Ask, Any, T]
 """Work in steps, whoever runs them: each is sent the outcome of the one before."""

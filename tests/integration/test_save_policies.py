@@ -7,6 +7,7 @@ import operator
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict
@@ -21,6 +22,7 @@ from langgraph.graph import END, START, StateGraph
 from langgraph.types import Command, Send, interrupt
 
 from agentflow.checkpoint import Save, Saver, open_checkpointer
+from agentflow.database import Call
 from agentflow.errors import ConflictError, InvalidInputError, SerializationError
 from tests.integration.graphs import State, chain, logs
 
@@ -414,6 +416,32 @@ async def test_what_breakpoints_leave_behind_is_stored_when_asked_for(
         else:
             saver.prune(["t"])
         assert stored_log(database_url) == ["a", "b"]
+
+
+@pytest.mark.parametrize("how", ["prune", "delete_for_runs", "archive"])
+async def test_what_is_held_back_is_stored_before_it_is_looked_for(
+    database_url: str, how: str, tmp_path: Path
+) -> None:
+    is_free = threading.Event()
+    with open_checkpointer(database_url, save="exit") as saver:
+        builder = chain(*((name, logs(name)) for name in NODES))
+        graph = builder.compile(checkpointer=saver, interrupt_before=["c"])
+        await graph.ainvoke({"log": []}, {**CONFIG, "metadata": {"run_id": "r"}}, durability="sync")
+        saver._database.submit(Call(lambda _: is_free.wait(30)))
+        try:
+            if how == "prune":
+                work = asyncio.create_task(saver.aprune(["t"], strategy="delete"))
+            elif how == "archive":
+                work = asyncio.create_task(saver.aarchive("t", to=tmp_path.as_uri(), keep=True))
+            else:
+                work = asyncio.create_task(saver.adelete_for_runs(["r"]))
+            for _ in range(3):
+                await saver._database.query(lambda _: None)
+            assert not work.done(), "it looked before anything was there"
+        finally:
+            is_free.set()
+        await work
+    assert stored_log(database_url) == (["a", "b"] if how == "archive" else None)
 
 
 LEFT = """
