@@ -428,6 +428,7 @@ async def test_what_is_held_back_is_stored_before_it_is_looked_for(
         graph = builder.compile(checkpointer=saver, interrupt_before=["c"])
         await graph.ainvoke({"log": []}, {**CONFIG, "metadata": {"run_id": "r"}}, durability="sync")
         saver._database.submit(Call(lambda _: is_free.wait(30)))
+        work: asyncio.Task[Any]
         try:
             if how == "prune":
                 work = asyncio.create_task(saver.aprune(["t"], strategy="delete"))
