@@ -29,6 +29,11 @@ _INTRODUCTION = """
 Made by `make bench`; the figures of each round are in `benchmarks.json` beside this page. A figure
 is the median of {rounds} (3 at most for the chat to 5,000 messages; sizes are weighed once),
 and a ratio is that of two such figures of the same run, so it can be compared between machines.
+What takes too long for every run stands in `benchmarks-long.md`, if it was measured.
+"""
+_LONG_INTRODUCTION = """
+What takes too long for `make bench`, by the command below; the raw figures are in
+`benchmarks-long.json` beside this page, and how it is measured stands in `benchmarks.md`.
 """
 _METHOD = """
 - **Floor**: the same graph without a checkpointer, plus one bare commit of a row of 300 bytes by
@@ -206,9 +211,7 @@ def page(results: Mapping[str, Result], environment: Environment, rounds: int) -
         [
             "# Benchmarks",
             _INTRODUCTION.format(rounds="1 round" if rounds == 1 else f"{rounds} rounds"),
-            "| workload | figure | ratio | required | aim | met? |",
-            "|---|---|---|---|---|---|",
-            *(line(row) for result in results.values() for row in result.rows),
+            *_table(results),
             "",
             "## How it is measured",
             _METHOD,
@@ -222,6 +225,21 @@ def page(results: Mapping[str, Result], environment: Environment, rounds: int) -
             "",
         ]
     )
+
+
+def long_page(results: Mapping[str, Result], environment: Environment) -> str:
+    """Write the page of what is measured by its name alone."""
+    return "\n".join(
+        ["# Long benchmarks", _LONG_INTRODUCTION, *_table(results), "", *_describe(environment), ""]
+    )
+
+
+def _table(results: Mapping[str, Result]) -> list[str]:
+    return [
+        "| workload | figure | ratio | required | aim | met? |",
+        "|---|---|---|---|---|---|",
+        *(line(row) for result in results.values() for row in result.rows),
+    ]
 
 
 def raw_figures(
