@@ -664,6 +664,7 @@ class AgentFlow:
         concurrency: int = 10,
         queues: Sequence[str] = ("default",),
         name: str | None = None,
+        sweep_every: Duration | None = None,
     ) -> Worker:
         """Return a worker for the graphs registered so far; use it with `async with`.
 
@@ -671,8 +672,12 @@ class AgentFlow:
             concurrency: How many runs it drives at once.
             queues: The queues that it takes runs from.
             name: Shown in audit events; need not be unique.
+            sweep_every: About how often it calls `sweep`; several workers do so at different times.
+
+        Raises:
+            InvalidInputError: Something of that cannot be.
         """
-        check_worker(concurrency, queues)
+        interval = check_worker(concurrency, queues, sweep_every)
         return Worker(
             self._store,
             self._saver,
@@ -682,6 +687,8 @@ class AgentFlow:
             concurrency=concurrency,
             queues=queues,
             name=name,
+            sweep=self.sweep,
+            sweep_every=interval,
         )
 
     async def state(self, run_id: str) -> StateSnapshot:
