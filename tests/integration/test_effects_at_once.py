@@ -32,9 +32,9 @@ class DeclinedError(Exception):
 class Meeting:
     """Where callers say that they are about to call, and the call waits for all of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, callers: int = CALLERS) -> None:
         self._lock = threading.Lock()
-        self._missing = CALLERS
+        self._missing = callers
         self._complete = threading.Event()
 
     def arrive(self) -> None:
@@ -131,6 +131,31 @@ async def test_one_of_many_callers_calls_and_all_get_what_came_of_it(
     assert run.status is RunStatus.SUCCEEDED, run.error
     assert len(run.output["log"]) == CALLERS
     assert {tuple(each) for each in run.output["log"]} == {("declined" if declines else "paid", 1)}
+    assert len(ledger.entries(key="pay")) == 1
+
+
+async def test_one_of_two_runs_calls_and_the_other_gets_its_outcome(
+    database_url: str, ledger: Ledger
+) -> None:
+    meeting = Meeting(2)
+
+    @effect(key="order-7", scope="global")
+    async def pay() -> int:
+        await asyncio.to_thread(meeting.wait_complete)
+        return await arecord(ledger.address, key="pay")
+
+    async def node(state: State) -> State:
+        meeting.arrive()
+        return {"log": [await pay()]}
+
+    async def drive_one(run_id: str) -> Any:
+        async with AgentFlow(database_url) as app:
+            app.register(chain(("n", node)), name="g", retry=AGAIN)
+            await app.submit("g", {"log": []}, run_id=run_id)
+            return (await app.drive(run_id)).output
+
+    made = list(await asyncio.gather(drive_one("a"), drive_one("b")))
+    assert made == [{"log": [1]}] * 2
     assert len(ledger.entries(key="pay")) == 1
 
 

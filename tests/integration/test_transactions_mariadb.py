@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -118,6 +119,34 @@ async def test_of_many_at_once_one_commits_also_if_the_first_one_rolls_back(
     assert len(run.output["log"]) == CALLERS - 1
     assert len(set(run.output["log"])) == 1
     assert booked(engine) == ["seat"]
+
+
+async def test_commit_whose_reply_is_lost_is_not_made_again(
+    app: AgentFlow, engine: sa.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = engine.dialect.do_commit
+    calls: list[int] = []
+
+    def lose_reply(connection: Any) -> None:
+        monkeypatch.undo()
+        commit(connection)
+        with engine.connect() as other:
+            other.exec_driver_sql(f"KILL CONNECTION {connection.thread_id()}")
+        connection.ping(False)
+
+    @transaction(engine)
+    def book(connection: sa.Connection) -> str:
+        calls.append(1)
+        connection.execute(sa.insert(BOOKED).values(what="seat"))
+        monkeypatch.setattr(engine.dialect, "do_commit", lose_reply)
+        return "seat"
+
+    def node(state: State) -> State:
+        return {"log": [book()]}
+
+    run = await drive(app, node)
+    assert (run.status, run.output) == ("succeeded", {"log": ["seat"]}), run.error
+    assert (calls, booked(engine)) == ([1], ["seat"])
 
 
 @contextmanager
