@@ -20,6 +20,7 @@ from agentflow.errors import (
     EffectConflictError,
     JournalMissingError,
     MissingDriverError,
+    SerializationError,
     UnsupportedUrlError,
 )
 from agentflow.journal import NewEffect, differences
@@ -45,6 +46,8 @@ effect_journal = sa.Table(
 )
 
 _NAME = 255
+_SMALL = 1_000_000
+"""Bytes that no server refuses as too many at a time."""
 _AGAIN = {"40001", "40P01", "55P03"}
 """SQLSTATEs of PostgreSQL: serialization failure, deadlock, lock not available."""
 _AGAIN_MYSQL = {1020, 1205, 1213}
@@ -121,6 +124,7 @@ class Rows:
         Raises:
             RolledBackError: It is another transaction by now, without the row: MariaDB rolls back
                 after a deadlock and goes on with a new one, if the function catches the error.
+            SerializationError: The outcome cannot be stored, or is larger than MariaDB takes.
         """
         stored: Mapping[str, Any] = {
             "name": self._new.name,
@@ -128,13 +132,29 @@ class Rows:
             "outcome": outcome,
         }
         data = self._codec.dumps(stored, context=self._context, where=self._where)
-        written = connection.execute(
-            sa.update(effect_journal)
-            .where(effect_journal.c.key_hash == self._hash)
-            .values(data=data)
-        )
+        self._check_fits(connection, data, outcome)
+        own = sa.update(effect_journal).where(effect_journal.c.key_hash == self._hash)
+        try:
+            written = connection.execute(own.values(data=data))
+        except sa.exc.StatementError as exc:
+            exc.hide_parameters = True  # the outcome, whatever the user's engine shows of others
+            raise
         if written.rowcount != 1:
             raise RolledBackError
+
+    def _check_fits(self, connection: Connection, data: bytes, outcome: Any) -> None:
+        """Refuse what MariaDB would cut the connection for, as if it was worth trying again."""
+        if len(data) < _SMALL or connection.dialect.name not in {"mariadb", "mysql"}:
+            return
+        limit = connection.exec_driver_sql("SELECT @@max_allowed_packet").scalar_one()
+        if len(data) >= limit:
+            raise SerializationError(
+                type(outcome).__qualname__,
+                "",
+                f"its {len(data):,} bytes are more than the server takes at a time; store it "
+                f"elsewhere and keep a reference, or raise max_allowed_packet, which is {limit:,}",
+                self._where,
+            )
 
 
 def create(url: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -147,6 +148,57 @@ async def test_commit_whose_reply_is_lost_is_not_made_again(
     run = await drive(app, node)
     assert (run.status, run.output) == ("succeeded", {"log": ["seat"]}), run.error
     assert (calls, booked(engine)) == ([1], ["seat"])
+
+
+@pytest.fixture
+def small_packets(engine: sa.Engine) -> Iterator[None]:
+    """A server that takes two megabytes at a time."""
+    setting = "SET GLOBAL max_allowed_packet = "
+    with engine.connect() as connection:
+        before = connection.exec_driver_sql("SELECT @@max_allowed_packet").scalar_one()
+        connection.exec_driver_sql(setting + str(2 * 1024**2))
+    engine.dispose()  # it is for new connections
+    yield
+    with engine.connect() as connection:
+        connection.exec_driver_sql(setting + str(before))
+
+
+async def test_outcome_that_the_server_does_not_take_is_refused_by_name(
+    app: AgentFlow, engine: sa.Engine, small_packets: None
+) -> None:
+    calls: list[int] = []
+
+    @transaction(engine)
+    def book(connection: sa.Connection) -> bytes:
+        calls.append(1)
+        connection.execute(sa.insert(BOOKED).values(what="seat"))
+        return random.randbytes(3_000_000)
+
+    def node(state: State) -> State:
+        return {"log": [len(book())]}
+
+    run = await drive(app, node)
+    assert run.error is not None
+    assert "SerializationError" in run.error.type
+    assert "max_allowed_packet" in run.error.message
+    assert (calls, booked(engine)) == ([1], [])
+
+
+async def test_error_of_the_journals_own_statement_does_not_show_the_outcome(
+    app: AgentFlow, engine: sa.Engine
+) -> None:
+    @transaction(engine)
+    def book(connection: sa.Connection) -> str:
+        outside.effect_journal.drop(connection)
+        return "s3cret"
+
+    def node(state: State) -> State:
+        return {"log": [book()]}
+
+    run = await drive(app, node)
+    assert run.error is not None
+    assert "UPDATE effect_journal" in run.error.message
+    assert "s3cret" not in f"{run.error}"
 
 
 @contextmanager
