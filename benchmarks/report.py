@@ -110,9 +110,9 @@ Designs that were tried:
   the writer waits up to 5 ms for the interpreter after each call of the driver. Without that thread
   the waiting went, and the processor time of a step fell from 1.01 ms to 0.91 ms, but a step took
   as long as before: the statement and its commit no longer run beside the graphs.
-- **Pages of 1,024 bytes** in a new SQLite file (kept). Each table and each index has a page, however
-  little is in it: 200 messages took 2.5 times their bytes instead of 3.3 times, or, in one run, 2.0
-  times instead of 2.7 times. Steps, loads and prunes take as long as before.
+- **Pages of 1,024 bytes** in a new SQLite file (kept). Each table and each index has a page,
+  however little is in it: 200 messages took 2.5 times their bytes instead of 3.3 times, or, in one
+  run, 2.0 times instead of 2.7 times. Steps, loads and prunes take as long as before.
 - **The synchronous API commits in LangGraph's threads, however slow that is** (kept). They would
   wait anyway; held to the limit of event loops, one slow second sent them to the writer's thread.
 - **A shorter switch interval** of the interpreter (dropped): at 1 ms the loop waited half as long,
