@@ -394,6 +394,8 @@ class NewEvent:
 
     type: str
     data: Mapping[str, Any] = field(default_factory=dict)
+    marks: Mapping[str, bytes] = field(default_factory=dict)
+    """What rows are like that it has changed; see `storage.marks`."""
 
 
 StopReason = Literal["cancel", "deadline", "pause"]

@@ -15,6 +15,7 @@ from agentflow.database.statements import replace as replace_row
 from agentflow.database.tables import dead_letters, runs
 from agentflow.errors import DeadlineExceededError
 from agentflow.storage.effect_queries import has_any_to_undo, is_all_undone
+from agentflow.storage.marks import LETTER, marked
 from agentflow.storage.rows import (
     CLEARED,
     RELEASED,
@@ -53,7 +54,6 @@ def fail(
     cause = {"kind": "failed", "failure": failure, "reason": reason, **place}
     if _begin_saga(connection, payloads, row, now, log, cause, **changes, **place):
         return
-    log.append(NewEvent(type="run.failed", data={**facts_of(failure), "reason": reason}))
     letter = {
         "tenant": row.tenant,
         "run_id": row.run_id,
@@ -69,6 +69,8 @@ def fail(
         "cause": payloads.dump(failure, dead_letters.c.cause, row),
     }
     replace_row(connection, dead_letters, [letter])
+    failed = NewEvent(type="run.failed", data={**facts_of(failure), "reason": reason})
+    log.append(marked(failed, LETTER, dead_letters, letter))
     change_run(
         connection,
         row,
@@ -186,8 +188,9 @@ def cancel_or_ask(
         event = NewEvent(type="run.cancel_requested", data=facts)
         changes["cancel_requested_at"] = now
         change_run(connection, row, payloads, now, log=[event], **changes)
-    elif changes:
-        change_run(connection, row, payloads, now, **changes)
+    elif any(row._mapping[name] != value for name, value in changes.items()):
+        event = NewEvent(type="run.cancel_requested", data=facts)
+        change_run(connection, row, payloads, now, log=[event], **changes)
 
 
 def honour_cancel(

@@ -14,6 +14,7 @@ from agentflow.database.engine import now as database_now
 from agentflow.database.prepared import Prepared
 from agentflow.database.tables import pauses
 from agentflow.errors import IllegalTransitionError, PausedError
+from agentflow.storage.marks import GONE, marked, of_pause
 from agentflow.storage.rows import (
     CLEARED,
     Payloads,
@@ -150,8 +151,10 @@ def pause(
     if (known := _find(connection, key)) is not None:
         return to_pause(known, payloads)
     sealed = None if reason is None else payloads.dump(reason, pauses.c.reason, key)
-    connection.execute(sa.insert(pauses).values(**key, at=now, paused_by=by, reason=sealed))
+    row = {**key, "at": now, "paused_by": by, "reason": sealed}
+    connection.execute(sa.insert(pauses).values(row))
     event = NewEvent(type=f"{scope}.paused", data={"name": name, "reason": reason, "by": by})
+    event = marked(event, of_pause(scope, name), pauses, row)
     append_to_log(connection, payloads, key["tenant"], now, event)
     return Pause(scope=scope, name=name, at=now, by=by, reason=reason)
 
@@ -172,7 +175,11 @@ def resume(
     gone = connection.execute(sa.delete(pauses).where(*_is(key)))
     if gone.rowcount == 0:
         return False
-    event = NewEvent(type=f"{scope}.unpaused", data={"name": name, "by": by})
+    event = NewEvent(
+        type=f"{scope}.unpaused",
+        data={"name": name, "by": by},
+        marks={of_pause(scope, name): GONE},
+    )
     append_to_log(connection, payloads, key["tenant"], now, event)
     return True
 

@@ -38,6 +38,7 @@ from agentflow.errors import (
     NotFoundError,
     PayloadTooLargeError,
 )
+from agentflow.storage.marks import RUN, marked, wait_event
 from agentflow.types import (
     TRANSITIONS,
     AuditEvent,
@@ -355,6 +356,9 @@ def change_run(
 ) -> None:
     """Update a locked run and append its audit events.
 
+    What changes without one, of columns that are marked, is to be followed by one in the same
+    transaction.
+
     Raises:
         IllegalTransitionError: The table of statuses does not allow the change.
     """
@@ -363,6 +367,11 @@ def change_run(
         values["status"] = status.value
         if status.is_ended:
             values["ended_at"] = now
+    if log:
+        log = [
+            *log[:-1],
+            marked(log[-1], RUN, runs, {**dict(zip(row._fields, row, strict=True)), **values}),
+        ]
     entries, end = chain_events(payloads, _mapping(row), row.run_id, log, now)
     changed = {**end, **values}
     columns = tuple(sorted(changed))
@@ -434,7 +443,8 @@ def chain_events(
         }
         data = payloads.redacted(dict(event.data), events.c.data)
         # The hash is there for all to see: salted, it does not tell whether a guess is right.
-        body = payloads.serialize([os.urandom(_SALT_SIZE), data], events.c.data, entry)
+        parts = [os.urandom(_SALT_SIZE), data, *([dict(event.marks)] if event.marks else ())]
+        body = payloads.serialize(parts, events.c.data, entry)
         entry["data"] = payloads.seal(body, events.c.data, entry)
         entry["hash"] = previous = _hash_event(entry, body)
         entries.append(entry)
@@ -491,6 +501,13 @@ def _event_data(stored: Any) -> Any:
     return stored if isinstance(stored, dict) else stored[1]
 
 
+def marks_of(row: Keyed, payloads: Payloads) -> tuple[Mapping[str, Any], Mapping[str, bytes]]:
+    """Return what an event says, and the marks of the rows that it has changed."""
+    stored = payloads.load(events.c.data, row)
+    marks = stored[2] if isinstance(stored, list) and len(stored) > 2 else {}  # noqa: PLR2004
+    return _event_data(stored), marks
+
+
 _CLOSE_WAITS = Prepared(
     sa.update(waits)
     .where(
@@ -504,7 +521,7 @@ _CLOSE_WAITS = Prepared(
             "decided_at": sa.bindparam("decided_at", type_=waits.c.decided_at.type),
         }
     )
-    .returning(waits.c.wait_id, waits.c.seq)
+    .returning(waits)
 )
 
 
@@ -522,6 +539,6 @@ def withdraw_waits(
         },
     )
     return [
-        NewEvent(type=f"approval.{status.value}", data={"approval": wait.wait_id})
+        wait_event(status.value, wait._mapping)
         for wait in sorted(closed, key=lambda wait: wait.seq)
     ]

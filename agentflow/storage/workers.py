@@ -15,6 +15,7 @@ from agentflow.database.engine import now as database_now
 from agentflow.database.statements import insert_new
 from agentflow.database.tables import EPOCH, dead_letters, epochs, leases, runs, workers
 from agentflow.storage.claims import is_expired
+from agentflow.storage.marks import marked, of_epoch
 from agentflow.storage.pauses import STORE, list_pauses, pause
 from agentflow.storage.rows import INCOMPATIBLE, UNFINISHED, Payloads, append_to_log
 from agentflow.types import (
@@ -221,7 +222,8 @@ def restore(
     # The pause takes the lock under which epochs follow each other.
     pause(connection, payloads, "", STORE, "", reason=reason or "restored", by=by)
     epoch = _epoch(connection) + 1
-    connection.execute(sa.insert(epochs).values(epoch=epoch, at=now, token=epoch * EPOCH))
+    row = {"epoch": epoch, "at": now, "token": epoch * EPOCH}
+    connection.execute(sa.insert(epochs).values(row))
     connection.execute(sa.update(leases).values(token=leases.c.token + EPOCH))
     connection.execute(
         sa.update(runs)
@@ -234,5 +236,5 @@ def restore(
         type="store.restored",
         data={"epoch": epoch, "unfinished": unfinished, "reason": reason, "by": by},
     )
-    append_to_log(connection, payloads, "", now, event)
+    append_to_log(connection, payloads, "", now, marked(event, of_epoch(epoch), epochs, row))
     return Restored(epoch=epoch, at=now, unfinished=unfinished)

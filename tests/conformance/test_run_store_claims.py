@@ -265,11 +265,15 @@ async def test_run_with_a_damaged_input_does_not_block_the_others(
     await create(store, "damaged", priority=9)
     await create(store, "whole")
     engine = sa.create_engine(parse_url(database_url))
+    is_it = runs.c.run_id == "damaged"
     with engine.begin() as connection:
-        damaged = sa.update(runs).where(runs.c.run_id == "damaged")
+        whole = connection.execute(sa.select(runs.c.input).where(is_it)).scalar_one()
+        damaged = sa.update(runs).where(is_it)
         connection.execute(damaged.values(input=b"\x01\x00\x01\x00junk"))
-    engine.dispose()
     assert [c.run.id for c in await claim_all(store)] == ["whole"]
     assert await types_of_events(store, "damaged") == ["run.submitted", "run.unreadable"]
     with pytest.raises(HashMismatchError, match=r"runs\.input"):
         await store.get_run("", "damaged")
+    with engine.begin() as connection:
+        connection.execute(damaged.values(input=whole))
+    engine.dispose()
