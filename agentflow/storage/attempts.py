@@ -366,7 +366,13 @@ def pause_failed_run(
 
 
 def release_run(
-    connection: Connection, payloads: Payloads, lease: Lease, *, reason: str, counts: bool
+    connection: Connection,
+    payloads: Payloads,
+    lease: Lease,
+    *,
+    reason: str,
+    counts: bool,
+    delay: timedelta,
 ) -> None:
     """See `RunStore.release_run`."""
     row = get_held_run(connection, lease)
@@ -381,7 +387,7 @@ def release_run(
         status=RunStatus.QUEUED,
         log=[NewEvent(type="run.released", data={"reason": reason})],
         wake_reason=reason,
-        available_at=payloads.time(now),
+        available_at=payloads.time(now) + delay,
         **({} if counts else CLEARED),
         **RELEASED,
     )

@@ -292,8 +292,10 @@ class RunStore(VersionVerbs, IntegrityVerbs, ABC):
         """
 
     @abstractmethod
-    async def release_run(self, lease: Lease, *, reason: str, counts: bool) -> None:
-        """Queue the run again, for at once. Event: `run.released`.
+    async def release_run(
+        self, lease: Lease, *, reason: str, counts: bool, delay: timedelta = timedelta(0)
+    ) -> None:
+        """Queue the run again, for at once or after `delay`. Event: `run.released`.
 
         Its attempts and losses are cleared, unless this one `counts`.
         """

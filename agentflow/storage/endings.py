@@ -24,6 +24,7 @@ from agentflow.storage.rows import (
     get_run,
     withdraw_waits,
 )
+from agentflow.storage.soundness import is_sound
 from agentflow.types import NewEvent, RunFailure, RunStatus, WaitStatus
 
 COMPENSATING = "compensating"
@@ -225,7 +226,7 @@ def has_due(connection: Connection, payloads: Payloads, tenant: str) -> bool:
     at = payloads.time(now)
     return any(
         connection.execute(
-            sa.select(runs.c.seq).where(runs.c.tenant == tenant, condition).limit(1)
+            sa.select(runs.c.seq).where(runs.c.tenant == tenant, condition, is_sound()).limit(1)
         ).first()
         for condition in (_missed_start(at), _is_overdue(at))
     )
@@ -240,7 +241,7 @@ def _lock_due(
 ) -> list[sa.Row[Any]]:
     query = (
         sa.select(runs)
-        .where(runs.c.tenant == tenant, condition)
+        .where(runs.c.tenant == tenant, condition, is_sound())
         .order_by(order)
         .limit(limit)
         .with_for_update(skip_locked=True)

@@ -143,7 +143,7 @@ def claim_migration(
     if status is RunStatus.WAITING:
         change_run(connection, row, payloads, now, status=RunStatus.QUEUED)
         row = get_run(connection, tenant, run_id, lock=True)
-    claimed = take(connection, payloads, row, now, Claimant(worker, worker, lease))
+    claimed = take(connection, payloads, row, now, Claimant(worker, worker, lease), is_changed=True)
     if claimed is None:
         raise ThreadBusyError(row.thread_id, None)
     return claimed

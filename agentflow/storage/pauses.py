@@ -13,7 +13,7 @@ from sqlalchemy.engine import Connection
 from agentflow.database.engine import now as database_now
 from agentflow.database.prepared import Prepared
 from agentflow.database.tables import pauses
-from agentflow.errors import IllegalTransitionError, PausedError
+from agentflow.errors import CodecError, IllegalTransitionError, PausedError
 from agentflow.storage.marks import GONE, marked, of_pause
 from agentflow.storage.rows import (
     CLEARED,
@@ -204,11 +204,17 @@ def list_pauses(connection: Connection, payloads: Payloads, tenant: str) -> tupl
 
 
 def to_pause(row: sa.Row[Any], payloads: Payloads) -> Pause:
-    """Build the record of a pause."""
+    """Build the record of a pause; it holds, whether its reason can be read or not."""
+    reason = damage = None
+    try:
+        reason = payloads.load(pauses.c.reason, row)
+    except CodecError as exc:
+        damage = f"{type(exc).__name__}: {exc}"
     return Pause(
         scope=row.scope,
         name=row.name,
         at=row.at,
         by=row.paused_by,
-        reason=payloads.load(pauses.c.reason, row),
+        reason=reason,
+        damage=damage,
     )

@@ -73,7 +73,7 @@ def claim_reopening(
         row = get_run(connection, tenant, run_id, lock=True)
     # It is not driven: whoever takes it need not know the classes of its input.
     lenient = replace(payloads, strict=payloads.lenient)
-    claimed = take(connection, lenient, row, now, Claimant(worker, worker, lease))
+    claimed = take(connection, lenient, row, now, Claimant(worker, worker, lease), is_changed=True)
     if claimed is None:
         raise ThreadBusyError(row.thread_id, None)
     return claimed

@@ -11,8 +11,9 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from enum import StrEnum
 from functools import cache
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -33,6 +34,7 @@ from agentflow.database.tables import (
 )
 from agentflow.errors import (
     CodecError,
+    HashMismatchError,
     IllegalTransitionError,
     LeaseLostError,
     NotFoundError,
@@ -68,6 +70,7 @@ KEYS: Mapping[str, tuple[str, ...]] = {
 _SALT_SIZE = 16
 _EVENTS_AT_ONCE = 8
 
+M = TypeVar("M", bound=StrEnum)
 Column = sa.Column[Any]
 
 Keyed = sa.Row[Any] | Mapping[str, Any]
@@ -175,6 +178,18 @@ def place_of(column: Column, row: Keyed) -> str:
     return f"{_name(column)} of {', '.join(map(repr, names))}{of_tenant}"
 
 
+def member_of(kind: type[M], column: Column, row: Keyed) -> M:
+    """Return what stands in a column of a closed set.
+
+    Raises:
+        HashMismatchError: It is none of the set.
+    """
+    try:
+        return kind(_mapping(row)[column.name])
+    except ValueError as exc:
+        raise HashMismatchError(place_of(column, row), f"it is no {kind.__name__}") from exc
+
+
 def to_run(row: sa.Row[Any], payloads: Payloads, *, strict: bool = False) -> Run:
     """Build the record of a run; `strict` refuses an input with classes that are not known."""
     cancellation = payloads.load(runs.c.cancellation, row) or {}
@@ -185,7 +200,7 @@ def to_run(row: sa.Row[Any], payloads: Payloads, *, strict: bool = False) -> Run
         graph=row.graph,
         version=row.version,
         queue=row.queue,
-        status=RunStatus(row.status),
+        status=member_of(RunStatus, runs.c.status, row),
         input=payloads.load(runs.c.input, row, strict=strict),
         output=payloads.load(runs.c.output, row),
         error=payloads.load(runs.c.error, row),
@@ -363,7 +378,7 @@ def change_run(
         IllegalTransitionError: The table of statuses does not allow the change.
     """
     if status is not None:
-        check_transition(row.run_id, RunStatus(row.status), status)
+        check_transition(row.run_id, member_of(RunStatus, runs.c.status, row), status)
         values["status"] = status.value
         if status.is_ended:
             values["ended_at"] = now
