@@ -637,7 +637,7 @@ class AgentFlow:
         Without a run, those that concern none: pauses, and restored backups.
         """
         found = await self._store.list_events(self.tenant, run_id or "", after=after, limit=limit)
-        if not found and run_id is not None:
+        if run_id is not None and not (found and run_id):
             await self.get_run(run_id)  # there may be none
         return found
 
