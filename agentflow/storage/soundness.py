@@ -48,9 +48,14 @@ def newest_event() -> list[sa.Label[Any]]:
 def is_sound() -> sa.ColumnElement[bool]:
     """Whether the chain of a run ends where the run says, so that an event can be added."""
     return sa.and_(
-        sa.exists().where(*_IS_NEWEST, events.c.hash == runs.c.event_hash).correlate(runs),
-        sa.not_(sa.exists().where(*_IS_NEXT).correlate(runs)),
+        _exists(*_IS_NEWEST, events.c.hash == runs.c.event_hash), sa.not_(_exists(*_IS_NEXT))
     )
+
+
+def _exists(*conditions: sa.ColumnElement[bool]) -> sa.Exists:
+    query = sa.select(sa.literal_column("1")).select_from(events).where(*conditions)
+    # Keeps PostgreSQL from reading all events at once instead of those of one run.
+    return sa.exists(query.correlate(runs).offset(0))
 
 
 def fits(
