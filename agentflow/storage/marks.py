@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
-from enum import Enum
 from functools import cache
 from typing import Any
 
@@ -22,6 +21,8 @@ import ormsgpack
 import sqlalchemy as sa
 
 from agentflow.database.tables import (
+    Length,
+    Timestamp,
     dead_letters,
     effects,
     epochs,
@@ -57,7 +58,7 @@ UNMARKED: Mapping[sa.Table, frozenset[str]] = {
 
 _SIZE = 16
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_MICROSECOND = timedelta(microseconds=1)
+_DAY, _SECOND = 86_400, 1_000_000
 
 
 def of_wait(wait_id: str) -> str:
@@ -93,10 +94,15 @@ def of_epoch(epoch: int) -> str:
 def mark(table: sa.Table, row: Mapping[Any, Any]) -> bytes:
     """Return the mark of a row of a table."""
     found: list[Any] = []
-    for name, is_payload in _columns(table):
+    for name, kind in _columns(table):
         value = row.get(name)
-        if value is not None:
-            found += (name, True if is_payload else _plain(value))
+        if value is None:
+            continue
+        if kind == "payload":
+            value = True
+        elif kind == "time":
+            value = _plain(value)
+        found += (name, value)
     return hashlib.sha256(ormsgpack.packb(found)).digest()[:_SIZE]
 
 
@@ -113,20 +119,25 @@ def wait_event(kind: str, row: Mapping[Any, Any], **facts: Any) -> NewEvent:
 
 
 @cache
-def _columns(table: sa.Table) -> tuple[tuple[str, bool], ...]:
+def _columns(table: sa.Table) -> tuple[tuple[str, str], ...]:
     return tuple(
-        (column.name, isinstance(column.type, sa.LargeBinary))
-        for column in table.c
-        if column.name not in UNMARKED[table]
+        (column.name, _kind(column)) for column in table.c if column.name not in UNMARKED[table]
     )
 
 
+def _kind(column: sa.Column[Any]) -> str:
+    if isinstance(column.type, sa.LargeBinary):
+        return "payload"
+    return "time" if isinstance(column.type, (Timestamp, Length)) else "plain"
+
+
 def _plain(value: Any) -> Any:
+    """Return the microseconds that stand in the database, which is what some have read."""
     if isinstance(value, datetime):
-        return (value - _EPOCH) // _MICROSECOND
+        value -= _EPOCH
     if isinstance(value, timedelta):
-        return value // _MICROSECOND
-    return value.value if isinstance(value, Enum) else value
+        return (value.days * _DAY + value.seconds) * _SECOND + value.microseconds
+    return value
 
 
 class Marks:

@@ -53,7 +53,7 @@ def is_sound() -> sa.ColumnElement[bool]:
 
 
 def _exists(*conditions: sa.ColumnElement[bool]) -> sa.Exists:
-    query = sa.select(sa.literal_column("1")).select_from(events).where(*conditions)
+    query: sa.Select[Any] = sa.select(sa.literal_column("1")).select_from(events).where(*conditions)
     # Keeps PostgreSQL from reading all events at once instead of those of one run.
     return sa.exists(query.correlate(runs).offset(0))
 

@@ -124,6 +124,11 @@ def empty(dice: random.Random, rows: Rows, column: str) -> tuple[Rows, Rows]:
     return [row], [{**row, column: None}]
 
 
+def is_quick(column: sa.Column[Any]) -> bool:
+    """Whether a column is changed without `make chaos` too: `test_verify_runs` has all payloads."""
+    return column.nullable or not isinstance(column.type, sa.LargeBinary)
+
+
 def changes_of(column: sa.Column[Any], rows: Rows) -> list[Change]:
     if isinstance(column.type, sa.Boolean):
         return [toggle]
@@ -134,13 +139,14 @@ def changes_of(column: sa.Column[Any], rows: Rows) -> list[Change]:
 @pytest.mark.timeout(3600)
 async def test_changed_columns_are_found(tmp_path: Path, sampler: Sampler, tally: Tally) -> None:
     path = tmp_path / "fuzzed.db"
-    dice, found = sampler.dice(), Counter[sa.Column[Any]]()
-    async with open_app(f"sqlite:///{path}", ring("one")) as app:
+    dice, found = sampler.dice(), Counter[str]()
+    columns = COMPARED * _ALL_ROUNDS if sampler.is_full else [*filter(is_quick, COMPARED)]
+    async with open_app(f"sqlite:///{path}", ring("one") if sampler.is_full else None) as app:
         await fill_rows(app)
         assert await damages(app) == []
         stored = Tables(path)
         with closing(stored.connection):
-            for column in COMPARED * (_ALL_ROUNDS if sampler.is_full else 1):
+            for column in columns:
                 table = column.table.name.removeprefix("agentflow_")
                 rows = stored.rows(table)
                 changes = changes_of(column, rows)
@@ -154,11 +160,11 @@ async def test_changed_columns_are_found(tmp_path: Path, sampler: Sampler, tally
                     except sqlite3.IntegrityError:
                         stored.connection.execute("ROLLBACK")  # the database refuses it
                         continue
-                    found[column] += 1
+                    found[str(column)] += 1
                     if not sampler.is_full:
                         break
         assert await damages(app) == []
-    assert {str(each) for each in COMPARED} == {str(each) for each in found}, "all were changed"
+    assert {str(column) for column in columns} == set(found), "all were changed"
     tally(found=found.total())
 
 

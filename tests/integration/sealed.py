@@ -28,7 +28,7 @@ from agentflow.database.tables import (
     runs,
     waits,
 )
-from agentflow.errors import HashMismatchError, PausedError
+from agentflow.errors import CodecError, HashMismatchError, PausedError
 from agentflow.journal import EffectStatus, Outcome
 from agentflow.keys import KeyRing
 from agentflow.storage.sql import SqlRunStore
@@ -271,8 +271,8 @@ async def read_payloads(app: AgentFlow, table: sa.Table, row: Any) -> None:
         # That it is paused shows all the same, and what its reason cannot be read for.
         (pause,) = [x for x in await store.list_pauses("") if (x.scope, x.name) == row[1:3]]
         if pause.damage is not None:
-            assert pause.damage.startswith("HashMismatchError: ")
-            raise HashMismatchError(pause.damage)
+            is_damaged = pause.damage.startswith("HashMismatchError: ")
+            raise (HashMismatchError if is_damaged else CodecError)(pause.damage)
     elif table is effects:
         await store.get_effect("", row.effect_id)
     elif table is events:
