@@ -636,9 +636,10 @@ class AgentFlow:
 
         Without a run, those that concern none: pauses, and restored backups.
         """
-        if run_id is not None:
-            await self.get_run(run_id)
-        return await self._store.list_events(self.tenant, run_id or "", after=after, limit=limit)
+        found = await self._store.list_events(self.tenant, run_id or "", after=after, limit=limit)
+        if run_id is not None and not (found and run_id):
+            await self.get_run(run_id)  # there may be none
+        return found
 
     async def events(self, run_id: str, *, after: int = 0) -> AsyncIterator[AuditEvent]:
         """Yield the run's audit events with numbers above `after`, until it has ended."""

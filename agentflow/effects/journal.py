@@ -378,12 +378,10 @@ class Journal:
         return Begun(effect=effect, is_due=False)
 
     async def _recalled(self) -> dict[tuple[str, str], Effect]:
-        try:
-            page = await self._store.list_effects(
-                self._lease.tenant, scope=self.root, limit=_KNOWN, strict=True, in_rows=True
-            )
-        except CodecError:
-            return {}  # those that are asked for are read one by one
+        # What cannot be read here is read when it is asked for.
+        page = await self._store.list_effects(
+            self._lease.tenant, scope=self.root, limit=_KNOWN, strict=True, in_rows=True
+        )
         return {(each.scope, each.key): each for each in page.items}
 
     def _recorded(self, new: NewEffect) -> Effect | None:
