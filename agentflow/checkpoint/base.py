@@ -12,7 +12,6 @@ import copy
 import random
 from collections.abc import (
     AsyncIterator,
-    Awaitable,
     Callable,
     Collection,
     Coroutine,
@@ -24,7 +23,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import count
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar, cast, get_args
+from typing import Any, Literal, Self, get_args
 
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import (
@@ -59,20 +58,20 @@ from agentflow.checkpoint.rows import (
     ThreadKey,
     ThreadState,
 )
-from agentflow.checkpoint.sql import open_rows
-from agentflow.checkpoint.steps import Ask, Change, Read, Steps, Wait
+from agentflow.checkpoint.runner import StepRunner
+from agentflow.checkpoint.sql import on_rows, on_snapshot, open_rows
+from agentflow.checkpoint.steps import Ask, Read, Steps, Wait
 from agentflow.checkpoint.verbs import copy_thread
 from agentflow.codec import Codec
 from agentflow.database import Database
 from agentflow.database.futures import Future
 from agentflow.database.session import Session
 from agentflow.database.tables import EPOCH
-from agentflow.errors import AgentflowError, InvalidInputError
+from agentflow.errors import InvalidInputError
 from agentflow.keys import KeyRing
 from agentflow.objects import ObjectStore, open_objects
 from agentflow.types import Clock, Duration, FencingToken, Lease, SystemClock
 
-T = TypeVar("T")
 PruneStrategy = Literal["keep_latest", "delete"]
 _WIDTH = 12
 """Digits of a new thread's versions, which are compared as text."""
@@ -129,6 +128,7 @@ class Saver(BaseCheckpointSaver[str]):
         self._verify_deltas = verify_deltas
         self.retention = retention
         self._intake = Intake(database, SavePolicy(save))
+        self._runner = StepRunner(database, self._intake)
         self._lease: Lease | None = None
         self._check: Callable[[], None] | None = None
         self._recent: RecentRead | None = None
@@ -346,11 +346,11 @@ class Saver(BaseCheckpointSaver[str]):
         Raises:
             FencedError: A run holds the thread.
         """
-        self._run(self._delete_thread(thread_id))
+        self._runner.run(self._delete_thread(thread_id))
 
     async def adelete_thread(self, thread_id: str) -> None:
         """Delete a thread; see `delete_thread`."""
-        await self._arun(self._delete_thread(thread_id))
+        await self._runner.arun(self._delete_thread(thread_id))
 
     def _delete_thread(self, thread_id: str) -> Steps[None]:
         thread = self._thread_key(thread_id)
@@ -370,11 +370,11 @@ class Saver(BaseCheckpointSaver[str]):
             FencedError: A run holds one of the threads. If it held it from the beginning, nothing
                 is deleted.
         """
-        self._run(self._delete_for_runs(run_ids))
+        self._runner.run(self._delete_for_runs(run_ids))
 
     async def adelete_for_runs(self, run_ids: Sequence[str]) -> None:
         """Delete the checkpoints of runs; see `delete_for_runs`."""
-        await self._arun(self._delete_for_runs(run_ids))
+        await self._runner.arun(self._delete_for_runs(run_ids))
 
     def _delete_for_runs(self, run_ids: Sequence[str]) -> Steps[None]:
         yield Wait(self._pending(None))
@@ -450,11 +450,11 @@ class Saver(BaseCheckpointSaver[str]):
                 is deleted.
             InvalidInputError: The strategy is unknown.
         """
-        self._run(self._prune(thread_ids, strategy))
+        self._runner.run(self._prune(thread_ids, strategy))
 
     async def aprune(self, thread_ids: Sequence[str], *, strategy: str = "keep_latest") -> None:
         """Delete old checkpoints; see `prune`."""
-        await self._arun(self._prune(thread_ids, strategy))
+        await self._runner.arun(self._prune(thread_ids, strategy))
 
     def _prune(self, thread_ids: Sequence[str], strategy: str) -> Steps[None]:
         if strategy not in get_args(PruneStrategy):
@@ -502,7 +502,7 @@ class Saver(BaseCheckpointSaver[str]):
         def answer(asked: Ask) -> Mapping[str, Retention]:
             return dict.fromkeys(asked.thread_ids, kept)
 
-        return self._run(self._sweep(thread_ids, clock, grace, dry_run=dry_run), answer)
+        return self._runner.run(self._sweep(thread_ids, clock, grace, dry_run=dry_run), answer)
 
     async def asweep(
         self,
@@ -526,7 +526,9 @@ class Saver(BaseCheckpointSaver[str]):
                 return dict.fromkeys(asked.thread_ids, chosen)
             return await chosen(asked.thread_ids)
 
-        return await self._arun(self._sweep(thread_ids, clock, grace, dry_run=dry_run), answer)
+        return await self._runner.arun(
+            self._sweep(thread_ids, clock, grace, dry_run=dry_run), answer
+        )
 
     def _kept(self, retention: Retention | None) -> Retention:
         found = retention or self.retention
@@ -563,13 +565,13 @@ class Saver(BaseCheckpointSaver[str]):
             ConflictError: It was written meanwhile; nothing was deleted.
             ObjectStoreError: The store could not be written; nothing was deleted.
         """
-        return self._run(self._archive(thread_id, to, keep=keep))
+        return self._runner.run(self._archive(thread_id, to, keep=keep))
 
     async def aarchive(
         self, thread_id: str, *, to: str | ObjectStore, keep: bool = False
     ) -> Archived:
         """Move a thread into an object store; see `archive`."""
-        return await self._arun(self._archive(thread_id, to, keep=keep))
+        return await self._runner.arun(self._archive(thread_id, to, keep=keep))
 
     def _archive(self, thread_id: str, to: str | ObjectStore, *, keep: bool) -> Steps[Archived]:
         thread, store = self._thread_key(thread_id), _opened(to)
@@ -601,71 +603,19 @@ class Saver(BaseCheckpointSaver[str]):
             MissingBlobError: A part of it is not there.
             UnknownKeyError: It is encrypted by a key that is not here.
         """
-        return self._run(self._restore(thread_id, source, archive_id))
+        return self._runner.run(self._restore(thread_id, source, archive_id))
 
     async def arestore(
         self, thread_id: str, *, source: str | ObjectStore, archive_id: str | None = None
     ) -> Archived:
         """Make a thread from its archive; see `restore`."""
-        return await self._arun(self._restore(thread_id, source, archive_id))
+        return await self._runner.arun(self._restore(thread_id, source, archive_id))
 
     def _restore(
         self, thread_id: str, source: str | ObjectStore, archive_id: str | None
     ) -> Steps[Archived]:
         thread, store = self._thread_key(thread_id), _opened(source)
         return restore(self._codec, thread, store, self._lease, archive_id)
-
-    def _run(self, steps: Steps[T], answer: Callable[[Ask], Any] | None = None) -> T:
-        """Run steps, and wait for each of them."""
-        go_on: Callable[[], Any] = partial(next, steps)
-        while True:
-            try:
-                step = go_on()
-            except StopIteration as stop:
-                return cast("T", stop.value)
-            try:
-                if isinstance(step, Read):
-                    outcome = self._database.query_now(on_rows(step.function))
-                elif isinstance(step, Change):
-                    outcome = self._intake.step(step.thread, step.function).result()
-                elif isinstance(step, Wait):
-                    outcome = None
-                    for pending in step.pending:
-                        pending.wait()
-                else:
-                    assert answer is not None
-                    outcome = answer(step)
-            except AgentflowError as exc:
-                go_on = partial(steps.throw, exc)
-            else:
-                go_on = partial(steps.send, outcome)
-
-    async def _arun(
-        self, steps: Steps[T], answer: Callable[[Ask], Awaitable[Any]] | None = None
-    ) -> T:
-        go_on: Callable[[], Any] = partial(next, steps)
-        while True:
-            try:
-                step = go_on()
-            except StopIteration as stop:
-                return cast("T", stop.value)
-            try:
-                if isinstance(step, Read):
-                    outcome = await self._database.query(on_rows(step.function))
-                elif isinstance(step, Change):
-                    future = self._intake.step(step.thread, step.function)
-                    outcome = await self._database.settled(future)
-                elif isinstance(step, Wait):
-                    outcome = None
-                    for pending in step.pending:
-                        await self._database.ended(pending)
-                else:
-                    assert answer is not None
-                    outcome = await answer(step)
-            except AgentflowError as exc:
-                go_on = partial(steps.throw, exc)
-            else:
-                go_on = partial(steps.send, outcome)
 
     def get_delta_channel_history(
         self, *, config: RunnableConfig, channels: Sequence[str]
@@ -987,21 +937,3 @@ def _threads_of_runs(tenant: str, run_ids: Collection[str], rows: Rows) -> Seque
 
 def _ignore(_: int) -> None:
     """Tell nobody."""
-
-
-def on_rows(function: Callable[[Rows], T]) -> Callable[[Session], T]:
-    """Return `function` of the rows as a function of a session."""
-    return lambda session: function(open_rows(session))
-
-
-def on_snapshot(function: Callable[[Rows], T]) -> Callable[[Connection], T]:
-    """Return `function` of the rows as one of a connection on which all reads see one moment."""
-
-    def run(connection: Connection) -> T:
-        session = Session.inside(connection)
-        try:
-            return function(open_rows(session))
-        finally:
-            session.close()
-
-    return run
