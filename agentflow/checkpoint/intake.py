@@ -467,8 +467,15 @@ class Intake:
                 if key[:2] == thread and held_by == lease
             ]
 
-    def pending(self, thread: ThreadKey) -> list[Future]:
-        """Return what was accepted for a thread, by whomever, and is still on its way."""
+    def ahead_of(self, thread: ThreadKey | None) -> Sequence[Future]:
+        """Return what a reader of a thread, or of all (`None`), has to wait for.
+
+        What is held back is stored first. Of a thread it is all that was accepted, by whomever, and
+        is still on its way.
+        """
+        stored = self.store_held(thread)
+        if thread is None:
+            return stored
         if not self._tails:
             return []
         with self._lock:
