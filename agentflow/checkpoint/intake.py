@@ -25,10 +25,10 @@ from opentelemetry.trace import Span
 from agentflow.checkpoint.batch import ThreadStates
 from agentflow.checkpoint.encoding import Encoder, KnownLists
 from agentflow.checkpoint.operations import Put, Short, Verb
-from agentflow.checkpoint.planning import Planned, PlannedCheckpoint, PlannedWrites, Seen
 from agentflow.checkpoint.policy import SavePolicy
+from agentflow.checkpoint.puts import Planned, PlannedCheckpoint, PlannedWrites
 from agentflow.checkpoint.rows import HeadKey, Rows, ThreadKey, ThreadState
-from agentflow.checkpoint.stamps import read_seen
+from agentflow.checkpoint.stamps import Seen, read_seen
 from agentflow.database import Database
 from agentflow.database.forks import FORKS
 from agentflow.database.futures import Future

@@ -23,42 +23,13 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import NamedTuple, TypeVar
 
+from agentflow.checkpoint.layout import Layout, Part
+
 ThreadKey = tuple[str, str]
 """Tenant and thread id."""
 
 HeadKey = tuple[str, str, str]
 """Tenant, thread id and checkpoint namespace."""
-
-WHOLE = -1
-"""The length of a part that is a value of its own and not a stretch of a list."""
-
-
-class Part(NamedTuple):
-    """A stretch of a stored value: the first `length` elements of a series, or all of it."""
-
-    series: int
-    length: int
-    is_open: bool
-    """Whether the list's next elements may be put behind it in the same series."""
-
-
-Stored = bytes | tuple[Part, ...]
-"""A value as its checkpoint's row has it: its serialized bytes, or where they are kept."""
-
-
-class Held(NamedTuple):
-    """The state of one channel in one checkpoint."""
-
-    version: str | int | float
-    stored: Stored | None
-    """`None` if the channel has no value at that version."""
-    digest: bytes | None = None
-    """Of the serialized value, if it does not stand in the row: of the bytes of all elements of a
-    list that is kept as stretches, else of all its bytes (SHA-256)."""
-
-
-Layout = Mapping[str, Held]
-"""Channel to its state, for all channels of a checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,9 @@ from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from typing import Any
 
+from agentflow.checkpoint.layout import WHOLE, Part
 from agentflow.checkpoint.rows import (
     RETIRED,
-    WHOLE,
     AnchorRow,
     AnyRow,
     CheckpointRow,
@@ -26,7 +26,6 @@ from agentflow.checkpoint.rows import (
     Link,
     Logged,
     ObjectRow,
-    Part,
     Query,
     Rows,
     ThreadChange,
