@@ -17,6 +17,7 @@ from sqlalchemy.engine import Connection
 from agentflow.checkpoint.archive import Archived, archive, restore
 from agentflow.checkpoint.audit import Audited, Scope, audit_group
 from agentflow.checkpoint.collection import GRACE
+from agentflow.checkpoint.copying import copy_thread
 from agentflow.checkpoint.encoding import Encoder
 from agentflow.checkpoint.ids import check_ids, thread_key
 from agentflow.checkpoint.intake import Intake
@@ -27,7 +28,6 @@ from agentflow.checkpoint.rows import Rows, ThreadKey
 from agentflow.checkpoint.runner import StepRunner
 from agentflow.checkpoint.sql import on_rows, on_snapshot, open_rows
 from agentflow.checkpoint.steps import Ask, Read, Steps, Wait
-from agentflow.checkpoint.verbs import copy_thread
 from agentflow.codec import Codec
 from agentflow.database import Database
 from agentflow.database.futures import Future

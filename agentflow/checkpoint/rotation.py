@@ -13,6 +13,7 @@ from functools import partial
 from itertools import chain
 
 from agentflow.checkpoint.base import Saver
+from agentflow.checkpoint.copying import Copier, pages
 from agentflow.checkpoint.fencing import lock
 from agentflow.checkpoint.key_check import check_keys
 from agentflow.checkpoint.offload import reseal_value
@@ -30,7 +31,6 @@ from agentflow.checkpoint.rows import (
     WritesRow,
 )
 from agentflow.checkpoint.sql import open_rows
-from agentflow.checkpoint.verbs import Copier, pages
 from agentflow.codec import Codec, is_apart
 from agentflow.database.session import Session
 from agentflow.failpoints import failpoint

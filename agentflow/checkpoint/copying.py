@@ -1,6 +1,6 @@
-"""Changes of a thread as a whole, each in one transaction and under the thread's lock.
+"""Copying a thread, and sealing its rows for another one or by another key.
 
-What deletes stands in `pruning`.
+In one transaction, under the locks of the threads.
 """
 
 from __future__ import annotations
