@@ -42,6 +42,11 @@ def head_key(tenant: str, config: RunnableConfig) -> HeadKey:
     return (tenant, thread_id, ns)
 
 
+def checkpoint_id_of(config: RunnableConfig) -> str | None:
+    """Return the checkpoint that a configuration names, if it names one."""
+    return config["configurable"].get("checkpoint_id") or None
+
+
 def check_places(*configs: RunnableConfig | None) -> None:
     """Refuse configurations that name what cannot be stored.
 
