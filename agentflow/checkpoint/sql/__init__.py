@@ -1,7 +1,7 @@
 """The rows of checkpoints in SQL databases, by text on the bare driver.
 
-`rows.py` has what the databases have in common; `sqlite.py` and `postgresql.py` store the changes
-of a step, which is where they differ.
+`rows.py` has what the databases have in common; `deletion.py` and `objects.py` are parts of it.
+`sqlite.py` and `postgresql.py` store the changes of a step, which is where they differ.
 """
 
 from __future__ import annotations
