@@ -149,6 +149,7 @@ class ThreadPlan:
         heads = self._heads
         if len(heads) > _MAX_HEADS:
             heads = dict(list(heads.items())[-_MAX_HEADS:])
+        # The number that is taken here goes to nothing: the plan is over.
         before, placed, last = self._before, self._placement, self._next() - 1
         return ThreadChange(
             before,
