@@ -116,7 +116,8 @@ class ThreadPlan:
         self._drafts: dict[tuple[str, str], _Draft] = {}
         self._pending: dict[tuple[str, str], list[PlannedWrites]] = {}
         self._moved: list[WritesRow] = []
-        self._placement = Placement(rows, state.number, self._next)
+        self._placement: Placement | None = None
+        """Of values, once there are any."""
 
     def add(self, put: Planned) -> Exception | None:
         """Take a put into the plan, or say why it is refused."""
@@ -151,9 +152,12 @@ class ThreadPlan:
             heads = dict(list(heads.items())[-_MAX_HEADS:])
         # The number that is taken here goes to nothing: the plan is over.
         before, placed, last = self._before, self._placement, self._next() - 1
+        after = ThreadState(number, before.token, before.is_leased, last, heads)
+        if placed is None:
+            return ThreadChange(before, after, writes=writes)
         return ThreadChange(
             before,
-            ThreadState(number, before.token, before.is_leased, last, heads),
+            after,
             [draft.row(number) for draft in self._drafts.values() if not draft.was_there],
             [draft.row(number) for draft in self._drafts.values() if draft.was_there],
             placed.values,
@@ -163,6 +167,11 @@ class ThreadPlan:
             objects=placed.objects,
             confirm=placed.confirm if placed.objects else None,
         )
+
+    def _placing(self) -> Placement:
+        if self._placement is None:
+            self._placement = Placement(self._rows, self._before.number, self._next)
+        return self._placement
 
     def _pack(
         self,
@@ -180,7 +189,7 @@ class ThreadPlan:
     ) -> list[Call]:
         if not blocks and puts[0].codec.tier is None:
             return [put.call for put in puts]
-        known, set_apart = blocks or {}, self._placement.set_apart
+        known, set_apart = blocks or {}, self._placing().set_apart
         calls: list[Call] = []
         for put in puts:
             task_id, path, items = put.call
@@ -212,7 +221,9 @@ class ThreadPlan:
 
     def _is_branch(self, put: PlannedCheckpoint, seen: Seen, head: Head) -> bool:
         """Whether what a put branches from is still there."""
-        if put.parent_id is None or self._placement.layout_of(put, head, put.parent_id) is not None:
+        if put.parent_id is None:
+            return True
+        if self._placing().layout_of(put, head, put.parent_id) is not None:
             return True
         # A copy of what was loaded has the same parent, which may have been pruned.
         found = self._rows.find_checkpoint(put.key, seen.checkpoint_id)
@@ -231,7 +242,8 @@ class ThreadPlan:
         head = self._heads[put.ns]
         if self._is_taken(put, head):
             return conflict(put.key[1])
-        layout = self._placement.lay_out(put, head)
+        placement = self._placing()
+        layout = placement.lay_out(put, head)
         if layout is None:
             return conflict(put.key[1])
         is_again = head is not None and head.checkpoint_id == put.checkpoint_id
@@ -242,7 +254,7 @@ class ThreadPlan:
         if superseded:
             draft.superseded = superseded
             context = Place(*put.key).context_of_carried(draft.seq, put.checkpoint_id)
-            draft.parent_writes = self._pack(superseded, context, self._placement.blocks)
+            draft.parent_writes = self._pack(superseded, context, placement.blocks)
         if is_again:
             self._keep_writes(draft, is_head=True)
         elif head is not None and not follows:
