@@ -303,8 +303,10 @@ class MariaDBServer:
 
     def _settings(self) -> list[str]:
         # `--no-defaults` has to be the first. The log is small, since a data folder is as large.
-        data = self._daemon.folder / "data"
-        return ["--no-defaults", f"--datadir={data}", "--innodb-log-file-size=8M"]
+        folder = self._daemon.folder
+        # The tests' own folder for temporary files need not be open to the server's account.
+        places = [f"--datadir={folder / 'data'}", f"--tmpdir={folder}"]
+        return ["--no-defaults", *places, "--innodb-log-file-size=8M"]
 
     def _connect(self, port: int) -> pymysql.Connection[Any]:
         return pymysql.connect(host="127.0.0.1", port=port, user="root", connect_timeout=5)
