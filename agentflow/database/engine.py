@@ -34,6 +34,9 @@ _IMPATIENT = timedelta(milliseconds=100)
 """How long a server may take to answer somebody who cannot wait."""
 _WAL_RETRY = 0.005
 _LOCKED = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
+_PAGE_SIZE = 1024
+"""Bytes of a page of a new file. Most rows are small, and each table and index has a page at least,
+so that a small database is a third of what it is with SQLite's 4096, and no slower."""
 _WAL_SIZE = 1000 * 4096
 _PADDING = 6_200_000
 """Bytes that overflow SQLite's page cache of 2 MB by a little more than the log's usual size."""
@@ -215,7 +218,7 @@ def grow_wal(connection: sqlite3.Connection) -> None:
 
     A commit that makes its file longer waits for the file system's own journal as well, and takes
     about twice as long as one that writes over what is there. SQLite starts the log again from its
-    beginning once it has some 1000 pages. A transaction that is too large for the page cache and is
+    beginning once it is full. A transaction that is too large for the page cache and is
     rolled back leaves so many in it, and nothing in the database.
     """
     ((_, _, file),) = connection.execute("PRAGMA database_list").fetchall()[:1]
@@ -254,8 +257,12 @@ def _sqlite_engine(url: URL, settings: Settings) -> Engine:
         cursor = connection.cursor()
         cursor.execute(f"PRAGMA busy_timeout={busy_ms}")
         if not in_memory:
+            # Only a file in which there is nothing yet takes it.
+            cursor.execute(f"PRAGMA page_size={_PAGE_SIZE}")
             _enable_wal(cursor, settings.store_timeout)
             cursor.execute("PRAGMA synchronous=FULL")
+            ((page_size,),) = cursor.execute("PRAGMA page_size").fetchall()
+            cursor.execute(f"PRAGMA wal_autocheckpoint={_WAL_SIZE // page_size}")
         cursor.close()
 
     @sa.event.listens_for(engine, "begin")

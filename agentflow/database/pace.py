@@ -19,8 +19,9 @@ _PAUSE = 1.0
 class Pace:
     """Learns from what it took the last times."""
 
-    def __init__(self) -> None:
-        """Start with confidence."""
+    def __init__(self, *, is_for_loop: bool = True) -> None:
+        """Start with confidence; a thread without an event loop may be kept as long as it takes."""
+        self._limit_applies = is_for_loop
         self._slowness = 0
         self._not_before = 0.0
 
@@ -30,7 +31,8 @@ class Pace:
 
     def took(self, seconds: float, *, has_failed: bool = False) -> None:
         """Note how long a thread was kept, and whether in vain."""
-        self._slowness = max(0, self._slowness + (2 if seconds > _LIMIT else -1))
+        is_slow = self._limit_applies and seconds > _LIMIT
+        self._slowness = max(0, self._slowness + (2 if is_slow else -1))
         if has_failed or self._slowness > _SLOWNESS:
             self._slowness = 0
             self._not_before = time.monotonic() + _PAUSE

@@ -7,13 +7,14 @@ and it is tried again one operation at a time, so that only the offender fails. 
 cannot be reached, what may be sent again is sent again, until the deadline.
 
 A run that is alone pays for the change of threads in each step, and nobody shares its commits. So
-what only one owner has written for a while is committed by the thread that submits it, as long as
-that takes no longer than the engine's own part of a step; whatever goes wrong there is left to the
-writer's thread.
+what only one owner has written for a while is committed by the thread that submits it; if that is
+an event loop's, as long as it takes no longer than the engine's own part of a step. Whatever goes
+wrong there is left to the writer's thread.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import queue
 import random
@@ -147,7 +148,8 @@ class GroupCommitWriter:
         self._role = threading.Lock()
         self._holder: int | None = None
         self._company = _Company()
-        self._pace = Pace()
+        self._pace_of_loops = Pace()
+        self._pace_of_threads = Pace(is_for_loop=False)
         self._thread: threading.Thread | None = None
         self._closing = threading.Event()
         self._was_reached = False
@@ -197,7 +199,11 @@ class GroupCommitWriter:
 
     def _may_write_here(self, operation: Operation) -> bool:
         is_urgent = operation.commits_itself() and not operation.is_patient and self._was_reached
-        return is_urgent and self._company.lacks(operation) and self._pace.is_quick()
+        return is_urgent and self._company.lacks(operation) and self._pace().is_quick()
+
+    def _pace(self) -> Pace:
+        """Return that of callers like this one: a thread of a caller's own would wait anyway."""
+        return self._pace_of_loops if _is_in_loop() else self._pace_of_threads
 
     def _write_here(self, kind: type[Operation]) -> None:
         """Commit what is queued in the thread of the submitter; leave it there if that fails.
@@ -225,7 +231,7 @@ class GroupCommitWriter:
                 for operation in batch:
                     operation.was_sent = operation.was_sent or _may_be_written(error)
                 self._queue.extendleft(reversed(batch))
-            self._pace.took(time.monotonic() - began, has_failed=error is not None)
+            self._pace().took(time.monotonic() - began, has_failed=error is not None)
             self._tell()
 
     def close(self) -> None:
@@ -418,6 +424,14 @@ class _Company:
         """Whether nobody but the owner of an operation has written for a while."""
         is_owner = operation.owner is not None and operation.owner == self._owner
         return is_owner and self._streak >= _ALONE
+
+
+def _is_in_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _run_committing(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import random
 import sqlite3
+import string
 import weakref
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import psycopg
 import pytest
 import sqlalchemy as sa
-from langchain_core.messages import AIMessage
+from langchain_core.messages import AIMessage, HumanMessage
 from langgraph.graph import END, START, MessagesState, StateGraph
 from langgraph.types import Command
 
@@ -93,6 +95,27 @@ def test_each_checkpoint_costs_so_many_bytes_and_statements(database_url: str) -
     _, stored, statements = run(database_url, STEPS)
     assert stored / (STEPS + 2) <= MOST_BYTES
     assert statements / (STEPS + 2) <= MOST_STATEMENTS[sa.make_url(database_url).get_dialect().name]
+
+
+def test_files_of_a_chat_are_not_much_more_than_its_messages(tmp_path: Path) -> None:
+    drawn = random.Random(1)
+    words = ["".join(drawn.choices(string.ascii_lowercase, k=2 + i % 7)) for i in range(300)]
+    texts = [" ".join(drawn.choices(words, k=250))[:1000] for _ in range(200)]
+
+    def reply(state: MessagesState) -> dict[str, Any]:
+        said = len(state["messages"])
+        return {"messages": [AIMessage(texts[said], id=f"said-{said}")]}
+
+    builder = StateGraph(MessagesState)
+    builder.add_node("reply", reply)
+    builder.add_edge(START, "reply")
+    with open_checkpointer(f"sqlite:///{tmp_path}/a.db") as saver:
+        graph = builder.compile(checkpointer=saver)
+        config: Any = {"configurable": {"thread_id": "t"}}
+        for text in texts[::2]:
+            graph.invoke({"messages": [HumanMessage(text)]}, config, durability="sync")
+    size = sum(file.stat().st_size for file in tmp_path.iterdir())
+    assert size <= 3 * sum(map(len, texts)), size
 
 
 def test_lists_of_threads_that_have_ended_do_not_fill_the_memory(

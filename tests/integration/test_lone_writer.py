@@ -220,3 +220,15 @@ async def test_slow_file_is_read_in_another_thread(
         for _ in range(5):
             assert await saver.aget_tuple(head) is not None
     assert readers[0] == threading.get_ident() != readers[-1]
+
+
+def test_slow_file_is_written_by_a_thread_that_would_wait_anyway(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writers: list[int]
+) -> None:
+    monkeypatch.setattr("agentflow.database.pace._LIMIT", 0.0)
+    with open_checkpointer(f"sqlite:///{tmp_path}/a.db") as saver:
+        config: RunnableConfig = {"configurable": {"thread_id": "t", "checkpoint_ns": ""}}
+        for number in range(3 * ENOUGH):
+            checkpoint = {**empty_checkpoint(), "id": f"{number:04}"}
+            config = saver.put(config, checkpoint, {}, {})  # type: ignore[arg-type]  # it is one
+    assert set(writers[ENOUGH:]) == {threading.get_ident()}

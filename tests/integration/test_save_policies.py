@@ -22,7 +22,7 @@ from langgraph.graph import END, START, StateGraph
 from langgraph.types import Command, Send, interrupt
 
 from agentflow.checkpoint import Save, Saver, open_checkpointer
-from agentflow.database import Call
+from agentflow.database.writer import Call
 from agentflow.errors import ConflictError, InvalidInputError, SerializationError
 from tests.integration.graphs import State, chain, logs
 
