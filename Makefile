@@ -8,7 +8,7 @@ PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 # Most tests wait for disks and for other processes. Each worker has servers of its own.
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal
-FAST := not postgres and not slow and not fault and not acceptance
+FAST := not postgres and not mariadb and not slow and not fault and not acceptance
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Progress shows as it happens, in a log too.

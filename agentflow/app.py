@@ -636,9 +636,10 @@ class AgentFlow:
 
         Without a run, those that concern none: pauses, and restored backups.
         """
-        if run_id is not None:
-            await self.get_run(run_id)
-        return await self._store.list_events(self.tenant, run_id or "", after=after, limit=limit)
+        found = await self._store.list_events(self.tenant, run_id or "", after=after, limit=limit)
+        if run_id is not None and not (found and run_id):
+            await self.get_run(run_id)  # there may be none
+        return found
 
     async def events(self, run_id: str, *, after: int = 0) -> AsyncIterator[AuditEvent]:
         """Yield the run's audit events with numbers above `after`, until it has ended."""
@@ -664,6 +665,7 @@ class AgentFlow:
         concurrency: int = 10,
         queues: Sequence[str] = ("default",),
         name: str | None = None,
+        sweep_every: Duration | None = None,
     ) -> Worker:
         """Return a worker for the graphs registered so far; use it with `async with`.
 
@@ -671,8 +673,12 @@ class AgentFlow:
             concurrency: How many runs it drives at once.
             queues: The queues that it takes runs from.
             name: Shown in audit events; need not be unique.
+            sweep_every: About how often it calls `sweep`; several workers do so at different times.
+
+        Raises:
+            InvalidInputError: Something of that cannot be.
         """
-        check_worker(concurrency, queues)
+        interval = check_worker(concurrency, queues, sweep_every)
         return Worker(
             self._store,
             self._saver,
@@ -682,6 +688,8 @@ class AgentFlow:
             concurrency=concurrency,
             queues=queues,
             name=name,
+            sweep=self.sweep,
+            sweep_every=interval,
         )
 
     async def state(self, run_id: str) -> StateSnapshot:

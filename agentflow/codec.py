@@ -28,6 +28,7 @@ import zstandard
 from agentflow.errors import (
     CodecError,
     HashMismatchError,
+    KeyUnavailableError,
     SerializationError,
     UnencryptedValueError,
     UnknownKeyError,
@@ -320,7 +321,10 @@ class Codec:
         return name == (self._keys.current.name if self._keys is not None else "")
 
     def _key(self, name: str, where: str) -> Key:
-        key = self._keys.find(name) if self._keys is not None else None
+        try:
+            key = self._keys.find(name) if self._keys is not None else None
+        except KeyUnavailableError as exc:
+            raise KeyUnavailableError(name, exc.reason, where) from exc
         if key is None:
             raise UnknownKeyError(name, where)
         return key

@@ -81,7 +81,7 @@ class EffectRecords:
             cursor=None,
         )
         asked = question_ids(effect.id, effect.attempt)
-        for each in page.items:
+        for each in page.whole():
             if each.kind == "effect" and each.interrupt_id in asked:
                 return safe_at_of(each.request.proposal)
         return effect.safe_at

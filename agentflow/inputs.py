@@ -18,7 +18,7 @@ from agentflow.drive import RegisteredGraph
 from agentflow.errors import InvalidInputError
 from agentflow.journal import EffectStatus
 from agentflow.storage import OnBusy, OnExisting
-from agentflow.types import PauseScope, RunStatus, WaitStatus, to_timedelta
+from agentflow.types import Duration, PauseScope, RunStatus, WaitStatus, to_timedelta
 
 _Status = TypeVar("_Status", RunStatus, WaitStatus, EffectStatus)
 
@@ -29,6 +29,7 @@ _QUALIFIERS = {
 }
 _MAX_PRIORITY = 2**31 - 1
 _MAX_LENGTH = timedelta(days=365_000)
+_LENGTH = "must be a timedelta or seconds, above 0 and within a thousand years"
 _CONFIG_KEYS = {"configurable", "recursion_limit", "tags"}
 
 
@@ -74,7 +75,7 @@ def check_options(
         found.append(f"on_busy: must be one of {', '.join(get_args(OnBusy))}")
     lengths = {name: _length(value) for name, value in (timeouts or {}).items()}
     found += [
-        f"{name}: must be a timedelta or seconds, above 0 and within a thousand years"
+        f"{name}: {_LENGTH}"
         for name, value in (timeouts or {}).items()
         if value is not None and lengths[name] is None
     ]
@@ -128,8 +129,10 @@ def pause_scope(graph: str | None, queue: str | None) -> tuple[PauseScope, str]:
     return scope, name
 
 
-def check_worker(concurrency: int, queues: Sequence[str]) -> None:
-    """Check how a worker is to work.
+def check_worker(
+    concurrency: int, queues: Sequence[str], sweep_every: Duration | None
+) -> timedelta | None:
+    """Check how a worker is to work, and return how often it sweeps.
 
     Raises:
         InvalidInputError: Names each option that is out of range.
@@ -140,8 +143,12 @@ def check_worker(concurrency: int, queues: Sequence[str]) -> None:
     # A text would be a queue for each of its letters.
     if isinstance(queues, str) or not queues or not all(map(_is_name, queues)):
         found.append('queues: must be a list of names that is not empty, as ["default"]')
+    every = _length(sweep_every)
+    if sweep_every is not None and every is None:
+        found.append(f"sweep_every: {_LENGTH}")
     if found:
         raise InvalidInputError("worker", tuple(found))
+    return every
 
 
 def check_share(graph: str, version: str, share: float | None) -> None:

@@ -9,10 +9,10 @@ from typing import Any, Literal
 from langgraph.checkpoint.base import BaseCheckpointSaver
 
 from agentflow.drive import Compatibility
-from agentflow.errors import UnknownGraphError
+from agentflow.errors import AgentflowError, CodecError, UnknownGraphError
 from agentflow.registry import Registry
 from agentflow.storage import RunStore
-from agentflow.types import Run, RunStatus
+from agentflow.types import Run, RunStatus, Unreadable
 from agentflow.versions import ChangeAction
 
 _PAGE = 200
@@ -26,11 +26,11 @@ class CheckedRun:
     graph: str
     version: str
     status: RunStatus
-    verdict: Literal["same", "behind", "ahead", "unregistered"]
+    verdict: Literal["same", "behind", "ahead", "unregistered", "unreadable"]
     """What of the graph has changed since: nothing; only what the run cannot come to any more; what
-    it can; or its version is not registered here."""
+    it can; or its version is not registered here. Or the run, or its thread, cannot be read."""
     action: ChangeAction
-    """What is done about it; a run without its version is refused."""
+    """What is done about it; a run without its version, or that is unreadable, is refused."""
     changes: tuple[str, ...] = ()
 
 
@@ -42,8 +42,28 @@ async def check_runs(
     graph: str | None,
 ) -> tuple[CheckedRun, ...]:
     """See `AgentFlow.check_runs`."""
-    found = await list_unfinished(store, tenant, graph)
-    return tuple([await check_run(store, saver, registry, run) for run in found])
+    found, unreadable = await list_unfinished(store, tenant, graph)
+    checked = [await _try(store, saver, registry, run) for run in found]
+    for each in unreadable:
+        facts = {"graph": each.graph or "", "version": each.version or ""}
+        status = RunStatus(str(each.status))
+        checked.append(_unreadable(each.error, run_id=each.id, status=status, **facts))
+    return tuple(checked)
+
+
+async def _try(
+    store: RunStore, saver: BaseCheckpointSaver[Any], registry: Registry, run: Run
+) -> CheckedRun:
+    try:
+        return await check_run(store, saver, registry, run)
+    except CodecError as exc:
+        facts = {"graph": run.graph, "version": run.version}
+        return _unreadable(exc, run_id=run.id, status=run.status, **facts)
+
+
+def _unreadable(error: AgentflowError, **run: Any) -> CheckedRun:
+    changes = (f"{type(error).__name__}: {error}",)
+    return CheckedRun(verdict="unreadable", action="refuse", changes=changes, **run)
 
 
 async def check_run(
@@ -82,9 +102,12 @@ def _unregistered(run: Run, registry: Registry) -> CheckedRun:
     )
 
 
-async def list_unfinished(store: RunStore, tenant: str, graph: str | None) -> Sequence[Run]:
-    """Return all runs that have not ended, the oldest first."""
+async def list_unfinished(
+    store: RunStore, tenant: str, graph: str | None
+) -> tuple[Sequence[Run], Sequence[Unreadable]]:
+    """Return all runs that have not ended, the oldest first, and those that cannot be read."""
     found: dict[str, Run] = {}
+    unreadable: dict[str, Unreadable] = {}
     for status in RunStatus:
         cursor: str | None = None
         while not status.is_ended:
@@ -92,6 +115,7 @@ async def list_unfinished(store: RunStore, tenant: str, graph: str | None) -> Se
                 tenant, status=status, graph=graph, thread_id=None, limit=_PAGE, cursor=cursor
             )
             found |= {run.id: run for run in page.items}
+            unreadable |= {each.id: each for each in page.unreadable}
             if (cursor := page.cursor) is None:
                 break
-    return sorted(found.values(), key=lambda run: run.created_at)
+    return sorted(found.values(), key=lambda run: run.created_at), list(unreadable.values())

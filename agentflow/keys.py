@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
-from agentflow.errors import InvalidInputError, MissingDriverError
+from agentflow.errors import InvalidInputError, KeyUnavailableError, MissingDriverError
 
 KEY_SIZE = 32
 MAX_NAME = 64
@@ -128,7 +128,8 @@ class KeyRing:
             keys: 32 random bytes for each name.
             current: The one that seals; by default the first.
             lookup: Asked for keys that are not in `keys`, for instance a key management service;
-                its answers are kept in memory. `None` says that it has no such key.
+                its answers are kept in memory. `None` says that it has no such key. What it raises
+                is `KeyUnavailableError` for whoever needs that key now. It is to answer quickly.
             accept_plaintext: Whether values that were stored without encryption are still read,
                 which is needed until `agentflow keys rotate` has encrypted all of them.
 
@@ -182,10 +183,18 @@ class KeyRing:
         return [self.current, *others]
 
     def find(self, name: str) -> Key | None:
-        """Return the key of a name, if it is here or the lookup has it."""
+        """Return the key of a name, if it is here or the lookup has it.
+
+        Raises:
+            KeyUnavailableError: The lookup has failed.
+        """
         key = self._keys.get(name)
         if key is None and self._lookup is not None:
-            secret = self._lookup(name)
+            try:
+                secret = self._lookup(name)
+            except Exception as exc:
+                # Its text may hold anything.
+                raise KeyUnavailableError(name, type(exc).__name__) from exc
             if secret is not None:
                 key = self._keys[name] = Key(name, secret)
         return key

@@ -93,10 +93,23 @@ class Migrator:
         """See `AgentFlow.migrate_runs`."""
         registered = self._registry.find(graph, to_version)
         found = []
-        for run in await list_unfinished(self._store, self._tenant, graph):
+        runs, unreadable = await list_unfinished(self._store, self._tenant, graph)
+        for run in runs:
             if run.version == registered.version or from_version not in {None, run.version}:
                 continue
             found.append(await self._try(run, registered, is_dry=is_dry, by=by))
+        found += [
+            MigratedRun(
+                run_id=each.id,
+                status=RunStatus(str(each.status)),
+                from_version=each.version or "",
+                to_version=registered.version,
+                outcome="refused",
+                reason=str(each.error),
+            )
+            for each in unreadable
+            if each.version != registered.version and from_version in {None, each.version}
+        ]
         return MigrationReport(
             graph=graph, to_version=registered.version, is_dry=is_dry, runs=tuple(found)
         )
@@ -285,7 +298,7 @@ class Migrator:
             page = await self._store.list_waits(
                 self._tenant, status=None, run_id=run.id, graph=None, limit=_PAGE, cursor=cursor
             )
-            found += page.items
+            found += page.whole()
             if (cursor := page.cursor) is None:
                 return found
 

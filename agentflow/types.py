@@ -15,6 +15,8 @@ from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any, Generic, Literal, NewType, Protocol, TypeVar
 
+from agentflow.errors import AgentflowError
+
 Duration = timedelta | float | int
 """A length of time: a `timedelta`, or seconds."""
 
@@ -394,6 +396,8 @@ class NewEvent:
 
     type: str
     data: Mapping[str, Any] = field(default_factory=dict)
+    marks: Mapping[str, bytes] = field(default_factory=dict)
+    """What rows are like that it has changed; see `storage.marks`."""
 
 
 StopReason = Literal["cancel", "deadline", "pause"]
@@ -479,6 +483,8 @@ class Pause:
     at: datetime
     by: str | None = None
     reason: str | None = None
+    damage: str | None = None
+    """The message of the error, if its reason cannot be read."""
 
 
 WorkerHealth = Literal["ok", "draining", "overloaded", "silent"]
@@ -580,12 +586,34 @@ class Restored:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Unreadable:
+    """A record that a listing leaves out, since it cannot be read; the others are there."""
+
+    id: str
+    """Of the run, approval or effect; that of a dead letter is its run's."""
+    error: AgentflowError
+    """What is raised to whoever reads this record alone."""
+    status: str | None = None
+    """As it stands there, like the graph and its version."""
+    graph: str | None = None
+    version: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Page(Generic[T]):
     """One page of a listing."""
 
     items: tuple[T, ...]
     cursor: str | None
     """Give it to the next call to continue; `None` at the end."""
+    unreadable: tuple[Unreadable, ...] = ()
+    """What belongs to this page and is not among its items."""
+
+    def whole(self) -> tuple[T, ...]:
+        """Return the items; raise the error of the first record that is unreadable."""
+        for each in self.unreadable:
+            raise each.error
+        return self.items
 
 
 def plain(record: Any) -> Any:

@@ -148,7 +148,7 @@ class Sweeper:
         page = await self._store.list_runs(
             self._tenant, status=status, graph=None, thread_id=thread_id, limit=1, cursor=None
         )
-        return page.items[0] if page.items else None
+        return next(iter(page.whole()), None)
 
 
 async def copy_for_fork(

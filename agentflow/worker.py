@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import random
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,6 +17,7 @@ from typing import Any, Self
 
 from langgraph.checkpoint.base import BaseCheckpointSaver
 
+from agentflow.checkpoint import SweepReport
 from agentflow.config import Settings
 from agentflow.control import AttemptControl, monotonic
 from agentflow.drive import Driver, RegisteredGraph
@@ -81,8 +83,13 @@ class Worker:
         concurrency: int,
         queues: Sequence[str],
         name: str | None,
+        sweep: Callable[[], Awaitable[SweepReport]],
+        sweep_every: timedelta | None,
     ) -> None:
-        """Drive up to `concurrency` runs of `queues` at a time, under the name `name`."""
+        """Drive up to `concurrency` runs of `queues` at a time, under the name `name`.
+
+        About every `sweep_every`, if that is given, `sweep` is called.
+        """
         self.name = name or f"{socket.gethostname()}-{os.getpid()}-{new_id()[-6:]}"
         self._instance = f"{self.name}-{new_id()}"
         """Unlike the name, that of this start alone: it is what a dead worker is known by."""
@@ -94,6 +101,8 @@ class Worker:
         self._tenant = tenant
         self._concurrency = concurrency
         self._queues = tuple(queues)
+        self._sweep = sweep
+        self._sweep_every = sweep_every
         self._active: dict[str, _Active] = {}
         self._claimed = 0
         self._answered_at = monotonic()
@@ -122,7 +131,9 @@ class Worker:
             self._listener, self._threads = listener, threads
             driver = Driver(self._store, self._saver, keeper, threads)
             async with asyncio.TaskGroup() as group:
-                reports = group.create_task(self._report())
+                aside = [group.create_task(self._report())]
+                if self._sweep_every is not None:
+                    aside.append(group.create_task(self._sweep_now_and_then(self._sweep_every)))
                 was_told = False
                 while not self._is_stopping:
                     pause = await self._turn(group, driver, was_told=was_told)
@@ -130,7 +141,8 @@ class Worker:
                     if not self._is_stopping:
                         was_told = await listener.wait(pause)
                 await self._settle()
-                reports.cancel()
+                for task in aside:
+                    task.cancel()
         with suppress(AgentflowError):
             await self._store.remove_worker(self._tenant, self._instance)
 
@@ -264,6 +276,20 @@ class Worker:
                 logger.warning("cannot report", extra={"error": type(exc).__name__})
             # However long its leases are: who says nothing for a minute is taken for dead.
             await asyncio.sleep(min(self._settings.lease.total_seconds(), _REPORT))
+
+    async def _sweep_now_and_then(self, every: timedelta) -> None:
+        """Sweep, at another time than other workers do; a worker that soon ends has a turn too."""
+        pause = random.uniform(0, every.total_seconds())  # noqa: S311 -- jitter
+        while True:
+            await asyncio.sleep(pause)
+            pause = every.total_seconds()
+            try:
+                report = await self._sweep()
+            except AgentflowError as exc:
+                logger.warning("cannot sweep", extra={"error": type(exc).__name__})
+            else:
+                counts = {"threads": report.threads, "checkpoints": report.checkpoints}
+                logger.info("swept", extra=counts)
 
     def _begin(
         self, group: asyncio.TaskGroup, driver: Driver, claimed: ClaimedRun, since: float

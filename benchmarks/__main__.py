@@ -35,18 +35,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         lab = Lab(folder=folder, server=server, rounds=options.rounds)
         results = asyncio.run(_measure(lab, names))
     environment = report.Environment.current(given)
-    page = report.page(results, environment, options.rounds)
+    is_long = all(WORKLOADS[name].is_long for name in names)
+    stem = "benchmarks-long" if is_long else "benchmarks"
+    page = (
+        report.long_page(results, environment)
+        if is_long
+        else report.page(results, environment, options.rounds)
+    )
     figures = report.raw_figures(results, environment, options.rounds)
     text = json.dumps(figures, indent=1) + "\n"
     if options.json_only:
         print(text, end="")
-    elif options.no_write or options.only:
+    elif options.no_write or (options.only and not is_long):
         print(f"\n{page}", end="")
     else:
         _DOCS.mkdir(exist_ok=True)
-        (_DOCS / "benchmarks.md").write_text(page)
-        (_DOCS / "benchmarks.json").write_text(text)
-        print(f"\nWrote {_DOCS / 'benchmarks.md'} and benchmarks.json beside it.")
+        (_DOCS / f"{stem}.md").write_text(page)
+        (_DOCS / f"{stem}.json").write_text(text)
+        print(f"\nWrote {_DOCS / stem}.md and {stem}.json beside it.")
 
 
 async def _measure(lab: Lab, names: Sequence[str]) -> dict[str, Result]:
@@ -71,7 +77,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         action="append",
         choices=list(WORKLOADS),
         metavar="NAME",
-        help=f"measure only this workload (may repeat; writes nothing): {', '.join(WORKLOADS)}",
+        help="measure only this workload (may repeat; writes nothing, but long ones write "
+        f"benchmarks-long.md): {', '.join(WORKLOADS)}",
     )
     parser.add_argument(
         "--rounds", type=int, default=5, help="how often each figure is measured (default: 5)"

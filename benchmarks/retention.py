@@ -15,7 +15,6 @@ from benchmarks.lab import Lab
 from benchmarks.results import Result, Row, milliseconds
 
 _MANY, _MILLION = 100_000, 1_000_000
-_FEW, _MORE = 2_000, 20_000
 _LONGEST = 0.1
 """Seconds for which a transaction may hold its lock."""
 _AT_ONCE = 500
@@ -24,22 +23,22 @@ _SAID = "text that is too long to stand in the row of each checkpoint " * 5
 
 async def prune(lab: Lab) -> Result:
     """Prune a thread of 100,000 checkpoints on SQLite; and the memory for few and for more."""
-    return await _measure(lab, _MANY)
+    return await _measure(lab, _MANY, few=2_000, more=20_000)
 
 
 async def prune_million(lab: Lab) -> Result:
-    """Prune a thread of 1,000,000 checkpoints on SQLite."""
-    return await _measure(lab, _MILLION)
+    """Prune a thread of 1,000,000 checkpoints on SQLite; and the memory for few and for many."""
+    return await _measure(lab, _MILLION, few=2_000, more=200_000)
 
 
-async def _measure(lab: Lab, count: int) -> Result:
+async def _measure(lab: Lab, count: int, *, few: int, more: int) -> Result:
     async with open_checkpointer(lab.sqlite_url()) as saver:
         await _fill(saver, count)
         began = time.perf_counter()
         times = _watch(saver)
         await saver.aprune(["thread"])
         took = time.perf_counter() - began
-    few, more = [await _peak(lab, number) for number in (_FEW, _MORE)]
+    least, most = [await _peak(lab, number) for number in (few, more)]
     name = f"SQLite, prune of {count:,} checkpoints"
     rows = [
         Row(
@@ -49,15 +48,15 @@ async def _measure(lab: Lab, count: int) -> Result:
             required=1.0,
         ),
         Row(
-            workload=f"SQLite, prune of {_MORE:,} checkpoints: peak memory, beside {_FEW:,}",
-            figure=f"{more:,} bytes; {few:,}",
-            ratio=more / few,
+            workload=f"SQLite, prune of {more:,} checkpoints: peak memory, beside {few:,}",
+            figure=f"{most:,} bytes; {least:,}",
+            ratio=most / least,
             required=1.3,
         ),
     ]
     figures = {
         "seconds": {"longest transaction": [max(times)], "all": [took]},
-        "bytes": {f"{_FEW:,}": [float(few)], f"{_MORE:,}": [float(more)]},
+        "bytes": {f"{few:,}": [float(least)], f"{more:,}": [float(most)]},
     }
     return Result(rows=rows, figures=figures)
 

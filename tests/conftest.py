@@ -19,6 +19,7 @@ import pytest
 from tests.fault.forkserver import ForkServer
 from tests.fault.ledger import Ledger
 from tests.servers import (
+    MariaDBServer,
     PgBouncer,
     PostgresServer,
     ServerUnavailableError,
@@ -37,8 +38,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             folder = item.path.relative_to(_TESTS).parts[0]
             if folder in _MARKED_FOLDERS:
                 item.add_marker(folder)
-        if "postgres_server" in getattr(item, "fixturenames", ()):
-            item.add_marker("postgres")
+        for server in ("postgres", "mariadb"):
+            if f"{server}_server" in getattr(item, "fixturenames", ()):
+                item.add_marker(server)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -82,6 +84,26 @@ def postgres_url(postgres_server: PostgresServer, postgres_template: str) -> Ite
     with no_leaked_connections(postgres_server.port):
         yield postgres_server.url(name)
     postgres_server.drop_database(name)
+
+
+@pytest.fixture(scope="session")
+def mariadb_server() -> Iterator[MariaDBServer]:
+    """A MariaDB server that belongs to this test session."""
+    with contextlib.ExitStack() as stack:
+        try:
+            server = stack.enter_context(MariaDBServer())
+        except ServerUnavailableError as error:
+            _unavailable(str(error))
+        yield server
+
+
+@pytest.fixture
+def mariadb_url(mariadb_server: MariaDBServer) -> Iterator[str]:
+    """The URL of a MariaDB database of the test's own, as a user has one; no run is kept there."""
+    name = mariadb_server.create_database()
+    with no_leaked_connections(mariadb_server.port):
+        yield mariadb_server.url(name)
+    mariadb_server.drop_database(name)
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,18 @@ have_pgbouncer() { # Debian puts it where only root's PATH leads
   command -v pgbouncer >/dev/null 2>&1 || [ -x /usr/sbin/pgbouncer ]
 }
 
+have_mariadb() { # the server, and what makes a folder for it with the help of a program of the client
+  command -v mariadbd >/dev/null 2>&1 || [ -x /usr/sbin/mariadbd ] || return 1
+  command -v mariadb-install-db >/dev/null 2>&1 && command -v my_print_defaults >/dev/null 2>&1
+}
+
+packages_of() {
+  case $1 in
+    mariadb) echo mariadb-server-core mariadb-client-core ;; # programs alone, without a service
+    *) echo "$1" ;;
+  esac
+}
+
 unavailable() {
   echo "these servers are not installed:$missing; $1" >&2
   if [ "${CI:-}" = true ]; then exit 1; fi
@@ -31,20 +43,22 @@ quietly() { # print a command's output only if it fails
 
 find_missing() {
   missing=
-  for package in postgresql pgbouncer; do
-    "have_$package" || missing="$missing $package"
+  for server in postgresql pgbouncer mariadb; do
+    "have_$server" || missing="$missing $server"
   done
 }
 
 find_missing
 [ -n "$missing" ] || exit 0
 command -v apt-get >/dev/null 2>&1 || unavailable "there is no apt-get to install them with"
-[ "$(id -u)" = 0 ] || unavailable "only root can install them (apt-get install$missing)"
+wanted=
+for server in $missing; do wanted="$wanted $(packages_of "$server")"; done
+[ "$(id -u)" = 0 ] || unavailable "only root can install them (apt-get install$wanted)"
 
 echo "Installing$missing (once) ..."
 export DEBIAN_FRONTEND=noninteractive
-# Debian's packages would start servers of their own, which nobody here uses: a cluster, which can
-# be left out, and a pooler, which can be kept from starting.
+# Two of Debian's packages would start servers of their own, which nobody here uses: a cluster, which
+# can be left out, and a pooler, which can be kept from starting.
 if [ ! -e /etc/postgresql-common/createcluster.conf ]; then
   mkdir -p /etc/postgresql-common
   echo "create_main_cluster = false" >/etc/postgresql-common/createcluster.conf
@@ -58,10 +72,11 @@ if [ ! -e "$policy" ]; then
 fi
 quietly apt-get update || unavailable "apt-get update failed"
 # One by one: what cannot be had keeps nobody from what can.
-for package in $missing; do
+for server in $missing; do
+  # shellcheck disable=SC2046 # one word for each package
   quietly apt-get install --yes --no-install-recommends -o Dpkg::Options::=--force-confold \
-    "$package" || continue
-  if [ "$package" = pgbouncer ]; then
+    $(packages_of "$server") || continue
+  if [ "$server" = pgbouncer ]; then
     quietly update-rc.d pgbouncer disable || true # nor shall it start with the machine
   fi
 done

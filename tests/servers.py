@@ -16,16 +16,20 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import psutil
 import psycopg
+import pymysql
 from psycopg import sql
 
 _START_LIMIT = 30.0
 _STOP_LIMIT = 30.0
+_NOT_YET = (psycopg.OperationalError, pymysql.err.OperationalError)
+"""What the drivers raise while a server does not answer."""
 
 
 class ServerUnavailableError(Exception):
@@ -221,6 +225,91 @@ class PgBouncer:
         )
 
 
+class MariaDBServer:
+    """A MariaDB server of our own, durable as in production; a database of the user's, not ours.
+
+    Databases are made as the server does by default, in Latin-1 and blind to case.
+    """
+
+    def __init__(self) -> None:
+        self.port = 0
+        self._install, self._program = _find_mariadb()
+        self._daemon = _Daemon("MariaDB")
+        self._databases = 0
+
+    def __enter__(self) -> Self:
+        try:
+            self._create_data()
+            self.port = self._daemon.start(0, self._command, self._connect)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the server and remove its data."""
+        self._daemon.end(signal.SIGTERM)
+        self._daemon.remove_folder()
+
+    def url(self, database: str) -> str:
+        """Return the URL of one of its databases."""
+        return f"mariadb://root@127.0.0.1:{self.port}/{database}"
+
+    def create_database(self) -> str:
+        """Create a database and return its name."""
+        self._databases += 1
+        name = f"test_{self._databases}"
+        self._execute(f"CREATE DATABASE {name}")
+        return name
+
+    def drop_database(self, name: str) -> None:
+        """Drop a database."""
+        self._execute(f"DROP DATABASE {name}")
+
+    def log(self) -> str:
+        """Return the end of what the server wrote about itself."""
+        return self._daemon.log()
+
+    def _execute(self, statement: str) -> None:
+        with self._connect(self.port) as connection, connection.cursor() as cursor:
+            cursor.execute(statement)
+
+    def _create_data(self) -> None:
+        options = ["--auth-root-authentication-method=normal", "--skip-test-db"]
+        done = subprocess.run(
+            [self._install, *self._settings(), *options],
+            cwd=self._daemon.folder,
+            capture_output=True,
+            check=False,
+            timeout=_START_LIMIT,
+            **self._daemon.account,
+        )
+        if done.returncode != 0:
+            said = (done.stdout + done.stderr).decode(errors="replace")
+            raise ServerUnavailableError(f"mariadb-install-db failed: {said}")
+
+    def _command(self, port: int) -> list[str | Path]:
+        return [
+            self._program,
+            *self._settings(),
+            "--bind-address=127.0.0.1",
+            f"--port={port}",
+            "--socket=",
+            f"--pid-file={self._daemon.folder / 'pid'}",
+        ]
+
+    def _settings(self) -> list[str]:
+        # `--no-defaults` has to be the first. The log is small, since a data folder is as large.
+        data = self._daemon.folder / "data"
+        return ["--no-defaults", f"--datadir={data}", "--innodb-log-file-size=8M"]
+
+    def _connect(self, port: int) -> pymysql.Connection[Any]:
+        return pymysql.connect(host="127.0.0.1", port=port, user="root", connect_timeout=5)
+
+
 class _Daemon:
     """One server program: its folder and account, its process, and what it wrote about itself."""
 
@@ -237,7 +326,7 @@ class _Daemon:
         self,
         port: int,
         command: Callable[[int], list[str | Path]],
-        connect: Callable[[int], psycopg.Connection],
+        connect: Callable[[int], AbstractContextManager[object]],
     ) -> int:
         """Run the program and return its port once it answers; 0 stands for any that is free."""
         deadline = time.monotonic() + _START_LIMIT
@@ -253,7 +342,7 @@ class _Daemon:
     def _try_start(
         self,
         command: list[str | Path],
-        connect: Callable[[], psycopg.Connection],
+        connect: Callable[[], AbstractContextManager[object]],
         deadline: float,
     ) -> bool:
         """Run the server until it answers; false if it ended instead."""
@@ -269,7 +358,7 @@ class _Daemon:
                 **self.account,
             )
         while self._process.poll() is None:
-            with contextlib.suppress(psycopg.OperationalError), connect():
+            with contextlib.suppress(*_NOT_YET), connect():
                 return True
             if time.monotonic() > deadline:
                 self.end(signal.SIGKILL)
@@ -352,6 +441,18 @@ def _find_pgbouncer() -> str:
             "PgBouncer is not installed (make test installs it where it may)"
         )
     return found
+
+
+def _find_mariadb() -> tuple[str, str]:
+    """Return the program that makes a data folder, and the server, which is among root's."""
+    install = shutil.which("mariadb-install-db")
+    server = shutil.which("mariadbd") or shutil.which("mariadbd", path="/usr/sbin")
+    # The first asks this one for its options; Debian has it in the package of the client.
+    if install is None or server is None or shutil.which("my_print_defaults") is None:
+        raise ServerUnavailableError(
+            "MariaDB is not installed (make test installs it where it may)"
+        )
+    return install, server
 
 
 def _unprivileged_account(name: str) -> dict[str, Any]:

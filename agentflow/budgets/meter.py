@@ -204,7 +204,7 @@ class Meter:
                 page = await self._store.list_effects(
                     self._run.tenant, run_id=run_id, limit=_PAGE, cursor=cursor
                 )
-                for effect in page.items:
+                for effect in page.whole():
                     total += self._usage_of(effect)
                 if (cursor := page.cursor) is None:
                     break
@@ -223,6 +223,7 @@ class Meter:
                 cursor=cursor,
             )
             found += [run.id for run in page.items]
+            found += [run.id for run in page.unreadable]
             if (cursor := page.cursor) is None:
                 return found
 

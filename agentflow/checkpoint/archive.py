@@ -19,8 +19,8 @@ from typing import Any, Final, NamedTuple
 
 import ormsgpack
 
+from agentflow.checkpoint.fencing import fence, lock
 from agentflow.checkpoint.offload import note, open_value, seal_value
-from agentflow.checkpoint.planning import fence
 from agentflow.checkpoint.pruning import check_leases, delete
 from agentflow.checkpoint.records import Place
 from agentflow.checkpoint.rows import (
@@ -34,7 +34,6 @@ from agentflow.checkpoint.rows import (
     WritesRow,
 )
 from agentflow.checkpoint.steps import Change, Read, Steps
-from agentflow.checkpoint.verbs import lock
 from agentflow.codec import Codec, context_of, digest_of, is_apart
 from agentflow.database.writer import Rejected
 from agentflow.errors import (

@@ -20,6 +20,7 @@ from typing import Any, Final, Generic
 import ormsgpack
 
 from agentflow.checkpoint.audit_values import MALFORMED, Referrer, ValuesAudit
+from agentflow.checkpoint.layout import Held
 from agentflow.checkpoint.offload import open_value, read_reference
 from agentflow.checkpoint.records import Place, cut_chain, hash_of
 from agentflow.checkpoint.rows import (
@@ -27,7 +28,6 @@ from agentflow.checkpoint.rows import (
     AnchorRow,
     AnyRow,
     CheckpointRow,
-    Held,
     ObjectRow,
     Rows,
     ThreadKey,

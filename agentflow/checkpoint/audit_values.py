@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 import ormsgpack
 
+from agentflow.checkpoint.layout import WHOLE
 from agentflow.checkpoint.records import Call, references
-from agentflow.checkpoint.rows import WHOLE, ValueRow
+from agentflow.checkpoint.rows import ValueRow
 from agentflow.codec import digest_of
 from agentflow.delta import Hasher, count_block, hash_block, is_list, new_hasher
 from agentflow.errors import CodecError, HashMismatchError, MissingBlobError

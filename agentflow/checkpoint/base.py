@@ -12,7 +12,6 @@ import copy
 import random
 from collections.abc import (
     AsyncIterator,
-    Awaitable,
     Callable,
     Collection,
     Coroutine,
@@ -22,9 +21,8 @@ from collections.abc import (
 )
 from dataclasses import replace
 from functools import partial
-from itertools import count
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar, cast, get_args
+from typing import Any, Self
 
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import (
@@ -37,52 +35,33 @@ from langgraph.checkpoint.base import (
 )
 from sqlalchemy.engine import Connection
 
-from agentflow.checkpoint.archive import Archived, archive, restore
-from agentflow.checkpoint.audit import Audited, Scope, audit_group
-from agentflow.checkpoint.collection import GRACE
 from agentflow.checkpoint.deltas import read_history
 from agentflow.checkpoint.encoding import Encoder
+from agentflow.checkpoint.ids import check_ids, check_places, head_key, thread_key
 from agentflow.checkpoint.intake import Intake
 from agentflow.checkpoint.key_check import check_keys
 from agentflow.checkpoint.loading import Listing, Reader
+from agentflow.checkpoint.maintenance import MaintenanceVerbs
 from agentflow.checkpoint.policy import Save, SavePolicy
-from agentflow.checkpoint.pruning import Selection, check_leases, delete, prune
 from agentflow.checkpoint.recent import RecentRead
-from agentflow.checkpoint.records import column_text
-from agentflow.checkpoint.retention import Chooser, Retention, SweepReport, sweep
+from agentflow.checkpoint.retention import Retention
 from agentflow.checkpoint.retraction import Retraction, retract
-from agentflow.checkpoint.rows import (
-    FoundCheckpoint,
-    Head,
-    HeadKey,
-    Rows,
-    ThreadKey,
-    ThreadState,
-)
-from agentflow.checkpoint.sql import open_rows
-from agentflow.checkpoint.steps import Ask, Change, Read, Steps, Wait
-from agentflow.checkpoint.verbs import copy_thread
+from agentflow.checkpoint.rows import FoundCheckpoint, Head, HeadKey, Rows, ThreadKey, ThreadState
+from agentflow.checkpoint.runner import StepRunner
+from agentflow.checkpoint.sql import on_rows, on_snapshot
 from agentflow.codec import Codec
 from agentflow.database import Database
 from agentflow.database.futures import Future
 from agentflow.database.session import Session
-from agentflow.database.tables import EPOCH
-from agentflow.errors import AgentflowError, InvalidInputError
+from agentflow.errors import InvalidInputError
 from agentflow.keys import KeyRing
-from agentflow.objects import ObjectStore, open_objects
-from agentflow.types import Clock, Duration, FencingToken, Lease, SystemClock
+from agentflow.types import FencingToken, Lease
 
-T = TypeVar("T")
-PruneStrategy = Literal["keep_latest", "delete"]
 _WIDTH = 12
 """Digits of a new thread's versions, which are compared as text."""
-_RUNS_AT_ONCE = 10_000
-"""A statement may not name any number of them."""
-MAX_ID = 1000
-"""Bytes of the longest id or namespace; PostgreSQL's indexes take no more than two of these."""
 
 
-class Saver(BaseCheckpointSaver[str]):
+class Saver(MaintenanceVerbs, BaseCheckpointSaver[str]):
     """A LangGraph checkpointer on agentflow's storage; made by `open_checkpointer`.
 
     Every checkpoint and every write is durable when the call that saved it returns. The calls for
@@ -129,6 +108,7 @@ class Saver(BaseCheckpointSaver[str]):
         self._verify_deltas = verify_deltas
         self.retention = retention
         self._intake = Intake(database, SavePolicy(save))
+        self._runner = StepRunner(database, self._intake)
         self._lease: Lease | None = None
         self._check: Callable[[], None] | None = None
         self._recent: RecentRead | None = None
@@ -184,44 +164,6 @@ class Saver(BaseCheckpointSaver[str]):
         clone._use(self._codec.readable_anywhere())
         return clone
 
-    async def verify(
-        self,
-        *,
-        tenant: str | None = None,
-        thread_id: str | None = None,
-        advance: Callable[[int], None] | None = None,
-    ) -> AsyncIterator[Audited]:
-        """Verify all that is stored, of all tenants; yields what has come of each few threads.
-
-        Every row, hash, chain and value is read and compared, and nothing is changed. Each thread
-        is seen as it is at one moment.
-
-        Args:
-            tenant: Narrows to a tenant.
-            thread_id: Narrows to threads of this id.
-            advance: Told of numbers of checkpoints, from another thread, as they are verified.
-        """
-        scope = Scope(tenant=tenant, thread_id=thread_id)
-        after: int | None = 0
-        while after is not None:
-            run = partial(
-                audit_group, codec=self._codec, scope=scope, after=after, advance=advance or _ignore
-            )
-            audited = await self._database.read(on_snapshot(run))
-            yield audited
-            after = audited.after
-
-    async def count(self, *, tenant: str | None = None, thread_id: str | None = None) -> int:
-        """Count the checkpoints of all tenants, or as narrowed."""
-        return await self._database.query(
-            on_rows(lambda rows: rows.count_checkpoints(tenant, thread_id))
-        )
-
-    async def count_by_namespace(self, thread_id: str) -> dict[str, int]:
-        """Count the checkpoints of a thread; there is nothing for one that is unknown."""
-        thread = self._thread_key(thread_id)
-        return await self._database.query(on_rows(lambda rows: rows.count_by_namespace(thread)))
-
     async def acquire(self, lease: Lease) -> FencingToken:
         """Take the lease's thread: only writes under its token are accepted from now on.
 
@@ -229,7 +171,7 @@ class Saver(BaseCheckpointSaver[str]):
             The thread's token. If it is higher than the lease's, the thread was not taken; claim
             again with a token above it.
         """
-        thread = self._thread_key(lease.thread_id)
+        thread = thread_key(self._tenant, lease.thread_id)
         self._intake.store_held(thread)
         taken = self._intake.set_lease(thread, lease.token, is_leased=True)
         state: ThreadState = await self._database.settled(taken)
@@ -240,22 +182,11 @@ class Saver(BaseCheckpointSaver[str]):
 
     async def release(self, lease: Lease) -> None:
         """Give the thread back, if it is still held under the lease's token."""
-        thread = self._thread_key(lease.thread_id)
+        thread = thread_key(self._tenant, lease.thread_id)
         self._intake.store_held(thread)
         released = self._intake.set_lease(thread, lease.token, is_leased=False)
         await self._database.settled(released)
         self._intake.forget_lease(thread, lease)
-
-    async def begin_epoch(self) -> None:
-        """Raise the tokens of all threads, of all tenants, above any that was given before.
-
-        For a database that was put back from a backup: who holds a lease from before cannot write.
-        """
-
-        def raise_tokens(connection: Connection) -> None:
-            open_rows(Session.inside(connection)).raise_tokens(EPOCH)
-
-        await self._database.write(raise_tokens)
 
     async def flush(self, thread_id: str) -> None:
         """Wait until everything accepted for the thread under this saver's lease is durable.
@@ -263,7 +194,7 @@ class Saver(BaseCheckpointSaver[str]):
         Raises:
             AgentflowError: One of those operations failed; the first failure is raised.
         """
-        thread = self._thread_key(thread_id)
+        thread = thread_key(self._tenant, thread_id)
         self._intake.store_held(thread)
         for future in self._intake.accepted(thread, self._lease):
             await self._database.settled(future)
@@ -338,83 +269,6 @@ class Saver(BaseCheckpointSaver[str]):
 
         return durable()
 
-    def delete_thread(self, thread_id: str) -> None:
-        """Delete a thread's checkpoints and writes in all namespaces.
-
-        The thread's fencing token stays, so that a worker that was left behind stays locked out.
-
-        Raises:
-            FencedError: A run holds the thread.
-        """
-        self._run(self._delete_thread(thread_id))
-
-    async def adelete_thread(self, thread_id: str) -> None:
-        """Delete a thread; see `delete_thread`."""
-        await self._arun(self._delete_thread(thread_id))
-
-    def _delete_thread(self, thread_id: str) -> Steps[None]:
-        thread = self._thread_key(thread_id)
-
-        def steps() -> Steps[None]:
-            yield from delete(thread, self._lease, lambda: self._intake.forget_thread(thread))
-
-        return steps()
-
-    def delete_for_runs(self, run_ids: Sequence[str]) -> None:
-        """Delete the checkpoints whose metadata has one of these run ids, with their writes.
-
-        They go in batches, each of which leaves the threads whole: what stays can be loaded and
-        continued as before at any moment. If the call is interrupted, another one goes on with it.
-
-        Raises:
-            FencedError: A run holds one of the threads. If it held it from the beginning, nothing
-                is deleted.
-        """
-        self._run(self._delete_for_runs(run_ids))
-
-    async def adelete_for_runs(self, run_ids: Sequence[str]) -> None:
-        """Delete the checkpoints of runs; see `delete_for_runs`."""
-        await self._arun(self._delete_for_runs(run_ids))
-
-    def _delete_for_runs(self, run_ids: Sequence[str]) -> Steps[None]:
-        yield Wait(self._pending(None))
-        doomed = sorted({column_text(run_id) for run_id in run_ids})
-        found: list[tuple[Selection, Sequence[ThreadKey]]] = []
-        for begin in range(0, len(doomed), _RUNS_AT_ONCE):
-            some = frozenset(doomed[begin : begin + _RUNS_AT_ONCE])
-            threads = yield Read(partial(_threads_of_runs, self._tenant, some))
-            yield from check_leases(threads, self._lease)
-            found.append((Selection(run_ids=some), threads))
-        for selection, threads in found:
-            for thread in threads:
-                yield from prune(self._encoder, thread, selection, self._lease)
-
-    def copy_thread(self, source_thread_id: str, target_thread_id: str) -> None:
-        """Copy a thread with all its checkpoints, their ids and their writes.
-
-        Nothing happens if the source does not exist.
-
-        Raises:
-            ConflictError: The target has checkpoints.
-            FencedError: A run holds the target.
-        """
-        self._copy_thread(source_thread_id, target_thread_id).result()
-
-    async def acopy_thread(self, source_thread_id: str, target_thread_id: str) -> None:
-        """Copy a thread; see `copy_thread`."""
-        await self._database.settled(self._copy_thread(source_thread_id, target_thread_id))
-
-    def _copy_thread(self, source_thread_id: str, target_thread_id: str) -> Future:
-        source, target = self._thread_key(source_thread_id), self._thread_key(target_thread_id)
-        lease, codec = self._lease, self._codec
-        self._intake.store_held(source)
-        calls = count()
-
-        def run(rows: Rows) -> Any:
-            return copy_thread(rows, codec, source, target, lease, is_again=next(calls) > 0)
-
-        return self._intake.verb(target, run)
-
     async def retract_answer(self, thread_id: str, wanted: Retraction) -> None:
         """Take an answer back: the task that asked is where it was before it got it.
 
@@ -424,7 +278,7 @@ class Saver(BaseCheckpointSaver[str]):
             FencedError: The thread is held under another lease.
             ConflictError: The superstep in which it was asked is over.
         """
-        thread, lease, codec = self._thread_key(thread_id), self._lease, self._codec
+        thread, lease, codec = thread_key(self._tenant, thread_id), self._lease, self._codec
         self._intake.store_held(thread)
 
         def run(rows: Rows) -> Any:
@@ -433,240 +287,6 @@ class Saver(BaseCheckpointSaver[str]):
         await self._database.settled(self._intake.verb(thread, run))
         self._recent = None
 
-    def prune(self, thread_ids: Sequence[str], *, strategy: str = "keep_latest") -> None:
-        """Delete old checkpoints of some threads.
-
-        They go in batches, each of which leaves its thread whole: what is there can be loaded and
-        continued at any moment, graphs may run meanwhile, and what they put is kept. If the call is
-        interrupted, another one goes on with it. A thread that is deleted is gone at once.
-
-        Args:
-            thread_ids: Unknown ones are passed over.
-            strategy: `keep_latest` keeps the newest checkpoint of each namespace, with its writes;
-                `delete` keeps nothing. Delta channels of what is kept keep their values.
-
-        Raises:
-            FencedError: A run holds one of the threads. If it held it from the beginning, nothing
-                is deleted.
-            InvalidInputError: The strategy is unknown.
-        """
-        self._run(self._prune(thread_ids, strategy))
-
-    async def aprune(self, thread_ids: Sequence[str], *, strategy: str = "keep_latest") -> None:
-        """Delete old checkpoints; see `prune`."""
-        await self._arun(self._prune(thread_ids, strategy))
-
-    def _prune(self, thread_ids: Sequence[str], strategy: str) -> Steps[None]:
-        if strategy not in get_args(PruneStrategy):
-            raise InvalidInputError("strategy", (f"must be one of {get_args(PruneStrategy)}",))
-        given = [self._thread_key(thread_id) for thread_id in dict.fromkeys(thread_ids)]
-        for thread in given:
-            yield Wait(self._pending(thread))
-        threads = yield Read(
-            lambda rows: [key for key in given if rows.find_checkpoint((*key, ""), None)]
-        )
-        yield from check_leases(threads, self._lease)
-        for thread in threads:
-            if strategy == "delete":
-                yield from delete(thread, self._lease)
-            else:
-                yield from prune(self._encoder, thread, Selection(keep_last=1), self._lease)
-
-    def sweep(
-        self,
-        retention: Retention | None = None,
-        *,
-        dry_run: bool = False,
-        thread_ids: Sequence[str] | None = None,
-        clock: Clock | None = None,
-        grace: Duration = GRACE,
-    ) -> SweepReport:
-        """Delete what need not be kept any longer, of all threads of the tenant.
-
-        Threads with work left, and those that runs hold, are let be. It goes in small batches while
-        graphs run, and may be interrupted and called again at any time.
-
-        Args:
-            retention: What is kept; by default what the checkpointer was opened with.
-            dry_run: Only say what would go.
-            thread_ids: Sweep only these.
-            clock: Tells the age of threads; the machine's by default.
-            grace: How long objects of the object tier are kept to which nothing refers any more.
-                They are looked at when all threads are.
-
-        Raises:
-            InvalidInputError: Nobody has said what is kept.
-        """
-        kept = self._kept(retention)
-
-        def answer(asked: Ask) -> Mapping[str, Retention]:
-            return dict.fromkeys(asked.thread_ids, kept)
-
-        return self._run(self._sweep(thread_ids, clock, grace, dry_run=dry_run), answer)
-
-    async def asweep(
-        self,
-        retention: Retention | Chooser | None = None,
-        *,
-        dry_run: bool = False,
-        thread_ids: Sequence[str] | None = None,
-        clock: Clock | None = None,
-        grace: Duration = GRACE,
-    ) -> SweepReport:
-        """Delete what need not be kept any longer; see `sweep`.
-
-        Instead of one `Retention` for all, it takes a function that gets some thread ids and
-        returns what is kept of each; those that it leaves out are let be. It is asked about a
-        thread again before that is deleted as a whole.
-        """
-        chosen = retention if callable(retention) else self._kept(retention)
-
-        async def answer(asked: Ask) -> Mapping[str, Retention]:
-            if isinstance(chosen, Retention):
-                return dict.fromkeys(asked.thread_ids, chosen)
-            return await chosen(asked.thread_ids)
-
-        return await self._arun(self._sweep(thread_ids, clock, grace, dry_run=dry_run), answer)
-
-    def _kept(self, retention: Retention | None) -> Retention:
-        found = retention or self.retention
-        if found is None:
-            raise InvalidInputError("retention", ("is missing: give it here or when opening",))
-        return found
-
-    def _sweep(
-        self,
-        thread_ids: Sequence[str] | None,
-        clock: Clock | None,
-        grace: Duration,
-        *,
-        dry_run: bool,
-    ) -> Steps[SweepReport]:
-        for thread_id in thread_ids or ():
-            check_ids(thread_id=thread_id)
-        now = (clock or SystemClock()).now()
-        return sweep(self._encoder, self._tenant, thread_ids, now, dry_run=dry_run, grace=grace)
-
-    def archive(self, thread_id: str, *, to: str | ObjectStore, keep: bool = False) -> Archived:
-        """Move a thread with all that it has into an object store.
-
-        Rows are deleted once the archive is durable. Killed before, it leaves the thread as it is.
-
-        Args:
-            thread_id: The thread.
-            to: The object store, or its URL: `file:///folder`.
-            keep: Do not delete the thread.
-
-        Raises:
-            NotFoundError: There is no such thread.
-            FencedError: A run holds it.
-            ConflictError: It was written meanwhile; nothing was deleted.
-            ObjectStoreError: The store could not be written; nothing was deleted.
-        """
-        return self._run(self._archive(thread_id, to, keep=keep))
-
-    async def aarchive(
-        self, thread_id: str, *, to: str | ObjectStore, keep: bool = False
-    ) -> Archived:
-        """Move a thread into an object store; see `archive`."""
-        return await self._arun(self._archive(thread_id, to, keep=keep))
-
-    def _archive(self, thread_id: str, to: str | ObjectStore, *, keep: bool) -> Steps[Archived]:
-        thread, store = self._thread_key(thread_id), _opened(to)
-        yield Wait(self._pending(thread))
-        forget = partial(self._intake.forget_thread, thread)
-        return (
-            yield from archive(
-                self._codec, thread, store, self._lease, keep=keep, on_deleted=forget
-            )
-        )
-
-    def restore(
-        self, thread_id: str, *, source: str | ObjectStore, archive_id: str | None = None
-    ) -> Archived:
-        """Make a thread from its archive, also in another database; the archive stays.
-
-        It is there whole, in one commit, or not at all.
-
-        Args:
-            thread_id: The thread, which must not have anything.
-            source: The object store, or its URL: `file:///folder`.
-            archive_id: Which archive; by default the newest of the thread.
-
-        Raises:
-            NotFoundError: There is no such archive.
-            ConflictError: The thread is there already.
-            FencedError: A run holds the thread.
-            HashMismatchError: The archive is damaged, or is another thread's.
-            MissingBlobError: A part of it is not there.
-            UnknownKeyError: It is encrypted by a key that is not here.
-        """
-        return self._run(self._restore(thread_id, source, archive_id))
-
-    async def arestore(
-        self, thread_id: str, *, source: str | ObjectStore, archive_id: str | None = None
-    ) -> Archived:
-        """Make a thread from its archive; see `restore`."""
-        return await self._arun(self._restore(thread_id, source, archive_id))
-
-    def _restore(
-        self, thread_id: str, source: str | ObjectStore, archive_id: str | None
-    ) -> Steps[Archived]:
-        thread, store = self._thread_key(thread_id), _opened(source)
-        return restore(self._codec, thread, store, self._lease, archive_id)
-
-    def _run(self, steps: Steps[T], answer: Callable[[Ask], Any] | None = None) -> T:
-        """Run steps, and wait for each of them."""
-        go_on: Callable[[], Any] = partial(next, steps)
-        while True:
-            try:
-                step = go_on()
-            except StopIteration as stop:
-                return cast("T", stop.value)
-            try:
-                if isinstance(step, Read):
-                    outcome = self._database.query_now(on_rows(step.function))
-                elif isinstance(step, Change):
-                    outcome = self._intake.step(step.thread, step.function).result()
-                elif isinstance(step, Wait):
-                    outcome = None
-                    for pending in step.pending:
-                        pending.wait()
-                else:
-                    assert answer is not None
-                    outcome = answer(step)
-            except AgentflowError as exc:
-                go_on = partial(steps.throw, exc)
-            else:
-                go_on = partial(steps.send, outcome)
-
-    async def _arun(
-        self, steps: Steps[T], answer: Callable[[Ask], Awaitable[Any]] | None = None
-    ) -> T:
-        go_on: Callable[[], Any] = partial(next, steps)
-        while True:
-            try:
-                step = go_on()
-            except StopIteration as stop:
-                return cast("T", stop.value)
-            try:
-                if isinstance(step, Read):
-                    outcome = await self._database.query(on_rows(step.function))
-                elif isinstance(step, Change):
-                    future = self._intake.step(step.thread, step.function)
-                    outcome = await self._database.settled(future)
-                elif isinstance(step, Wait):
-                    outcome = None
-                    for pending in step.pending:
-                        await self._database.ended(pending)
-                else:
-                    assert answer is not None
-                    outcome = await answer(step)
-            except AgentflowError as exc:
-                go_on = partial(steps.throw, exc)
-            else:
-                go_on = partial(steps.send, outcome)
-
     def get_delta_channel_history(
         self, *, config: RunnableConfig, channels: Sequence[str]
     ) -> Mapping[str, DeltaChannelHistory]:
@@ -674,7 +294,7 @@ class Saver(BaseCheckpointSaver[str]):
 
         The writes of the checkpoint that `config` names are not part of it.
         """
-        key = self._head_key(config)
+        key = head_key(self._tenant, config)
         self._wait_for(key[:2])
         return self._database.read_now(self._history(key, config, channels))
 
@@ -682,7 +302,7 @@ class Saver(BaseCheckpointSaver[str]):
         self, *, config: RunnableConfig, channels: Sequence[str]
     ) -> Mapping[str, DeltaChannelHistory]:
         """Collect the writes of delta channels; see `get_delta_channel_history`."""
-        key = self._head_key(config)
+        key = head_key(self._tenant, config)
         await self._await(key[:2])
         return await self._database.read(self._history(key, config, channels))
 
@@ -748,9 +368,9 @@ class Saver(BaseCheckpointSaver[str]):
 
         The rows are read in pages; nothing is locked while the caller pauses between two of them.
         """
-        _check_places(config, before)
+        check_places(config, before)
         listing = Listing(self._reader, self._tenant, config, filter, before, limit)
-        self._wait_for(self._thread_key(listing.thread_id) if listing.thread_id else None)
+        self._wait_for(thread_key(self._tenant, listing.thread_id) if listing.thread_id else None)
         while not listing.is_done:
             yield from self._database.query_now(on_rows(listing.read))
 
@@ -763,9 +383,11 @@ class Saver(BaseCheckpointSaver[str]):
         limit: int | None = None,
     ) -> AsyncIterator[CheckpointTuple]:
         """List checkpoints, newest first; see `list`."""
-        _check_places(config, before)
+        check_places(config, before)
         listing = Listing(self._reader, self._tenant, config, filter, before, limit)
-        await self._await(self._thread_key(listing.thread_id) if listing.thread_id else None)
+        await self._await(
+            thread_key(self._tenant, listing.thread_id) if listing.thread_id else None
+        )
         while not listing.is_done:
             for item in await self._database.query(on_rows(listing.read)):
                 yield item
@@ -831,35 +453,13 @@ class Saver(BaseCheckpointSaver[str]):
         """Close the saver."""
         await self.aclose()
 
-    def _thread_key(self, thread_id: str) -> ThreadKey:
-        check_ids(thread_id=thread_id)
-        return (self._tenant, thread_id)
-
-    def _head_key(self, config: RunnableConfig) -> HeadKey:
-        configurable = config.get("configurable", {})
-        thread_id = configurable.get("thread_id")
-        if thread_id is None or thread_id == "":
-            raise InvalidInputError("config", ("configurable.thread_id: is missing",))
-        thread_id, ns = str(thread_id), configurable.get("checkpoint_ns") or ""
-        checkpoint_id = configurable.get("checkpoint_id") or ""
-        together = f"{thread_id}{ns}{checkpoint_id}"
-        is_text = isinstance(ns, str) and isinstance(checkpoint_id, str)
-        if not is_text or not together.isascii() or "\x00" in together or len(together) > MAX_ID:
-            check_ids(thread_id=thread_id, checkpoint_ns=ns, checkpoint_id=checkpoint_id)
-        return (self._tenant, thread_id, ns)
-
     def _wait_for(self, thread: ThreadKey | None) -> None:
-        for pending in self._pending(thread):
+        for pending in self._intake.ahead_of(thread):
             pending.wait()
 
     async def _await(self, thread: ThreadKey | None) -> None:
-        for pending in self._pending(thread):
+        for pending in self._intake.ahead_of(thread):
             await self._database.ended(pending)
-
-    def _pending(self, thread: ThreadKey | None) -> Sequence[Future]:
-        """Return what a reader of a thread has to wait for; `None` stands for all threads."""
-        stored = self._intake.store_held(thread)
-        return self._intake.pending(thread) if thread is not None else stored
 
     def _accept_writes(
         self,
@@ -870,7 +470,7 @@ class Saver(BaseCheckpointSaver[str]):
     ) -> Future:
         if self._check is not None:
             self._check()
-        key = self._head_key(config)
+        key = head_key(self._tenant, config)
         if not config["configurable"].get("checkpoint_id"):
             raise InvalidInputError("config", ("configurable.checkpoint_id: is missing",))
         if not isinstance(task_id, str) or not isinstance(task_path, str):
@@ -888,7 +488,7 @@ class Saver(BaseCheckpointSaver[str]):
     ) -> tuple[RunnableConfig, Future]:
         if self._check is not None:
             self._check()
-        key = self._head_key(config)
+        key = head_key(self._tenant, config)
         check_ids(checkpoint_id=checkpoint["id"])
         future = self._intake.checkpoint(
             self._encoder, key, self._lease, config, checkpoint, metadata, new_versions
@@ -901,7 +501,7 @@ class Saver(BaseCheckpointSaver[str]):
         return {"configurable": configurable}, future
 
     def _place(self, config: RunnableConfig) -> tuple[HeadKey, str | None]:
-        return self._head_key(config), config["configurable"].get("checkpoint_id") or None
+        return head_key(self._tenant, config), config["configurable"].get("checkpoint_id") or None
 
     def _load(
         self, key: HeadKey, checkpoint_id: str | None
@@ -942,66 +542,3 @@ class Saver(BaseCheckpointSaver[str]):
             # Whoever goes on by hand from here is not the one who failed here before.
             self._intake.forget_failure(key, found.checkpoint["id"])
         return found
-
-
-def _opened(objects: str | ObjectStore) -> ObjectStore:
-    return open_objects(objects) if isinstance(objects, str) else objects
-
-
-def check_ids(**texts: Any) -> None:
-    """Refuse ids that not every database can keep and index.
-
-    Raises:
-        InvalidInputError: Names them.
-    """
-    bad = []
-    for name, text in texts.items():
-        if not isinstance(text, str):
-            bad.append(f"{name}: is no text")
-            continue
-        if text.isascii() and "\x00" not in text and len(text) <= MAX_ID:
-            continue
-        try:
-            encoded = text.encode()
-        except UnicodeEncodeError:
-            bad.append(f"{name}: holds a lone surrogate; use plain text")
-            continue
-        if b"\x00" in encoded:
-            bad.append(f"{name}: holds a NUL; use plain text")
-        elif len(encoded) > MAX_ID:
-            bad.append(f"{name}: is longer than {MAX_ID} bytes")
-    if bad:
-        raise InvalidInputError("config", tuple(bad))
-
-
-def _check_places(*configs: RunnableConfig | None) -> None:
-    for config in configs:
-        named = (config or {}).get("configurable", {})
-        names = ("thread_id", "checkpoint_ns", "checkpoint_id")
-        check_ids(**{name: str(named[name]) for name in names if named.get(name)})
-
-
-def _threads_of_runs(tenant: str, run_ids: Collection[str], rows: Rows) -> Sequence[ThreadKey]:
-    return rows.list_threads_of_runs(tenant, run_ids)
-
-
-def _ignore(_: int) -> None:
-    """Tell nobody."""
-
-
-def on_rows(function: Callable[[Rows], T]) -> Callable[[Session], T]:
-    """Return `function` of the rows as a function of a session."""
-    return lambda session: function(open_rows(session))
-
-
-def on_snapshot(function: Callable[[Rows], T]) -> Callable[[Connection], T]:
-    """Return `function` of the rows as one of a connection on which all reads see one moment."""
-
-    def run(connection: Connection) -> T:
-        session = Session.inside(connection)
-        try:
-            return function(open_rows(session))
-        finally:
-            session.close()
-
-    return run

@@ -12,7 +12,8 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from agentflow.checkpoint.planning import Planned, PlannedCheckpoint, ThreadPlan
+from agentflow.checkpoint.planning import ThreadPlan
+from agentflow.checkpoint.puts import Planned, PlannedCheckpoint
 from agentflow.checkpoint.records import Place, unpack_record
 from agentflow.checkpoint.rows import (
     CheckpointRow,

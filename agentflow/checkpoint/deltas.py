@@ -13,9 +13,10 @@ from typing import Any, Final, NamedTuple
 from langgraph.checkpoint.base import DeltaChannelHistory
 
 from agentflow.checkpoint.encoding import Encoder, open_record
+from agentflow.checkpoint.layout import Held
 from agentflow.checkpoint.pending import Write, load_writes
 from agentflow.checkpoint.records import Place, Record, cut_chain
-from agentflow.checkpoint.rows import FoundCheckpoint, HeadKey, Held, Rows
+from agentflow.checkpoint.rows import FoundCheckpoint, HeadKey, Rows
 from agentflow.errors import HashMismatchError
 
 _PAGE = 200

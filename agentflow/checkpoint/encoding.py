@@ -22,30 +22,21 @@ from langgraph.checkpoint.base import (
 )
 from langgraph.checkpoint.serde.types import ERROR
 
+from agentflow.checkpoint.layout import WHOLE, Held, Layout, Part
 from agentflow.checkpoint.offload import open_value
 from agentflow.checkpoint.pending import Write
-from agentflow.checkpoint.planning import (
+from agentflow.checkpoint.puts import (
     INLINE,
     GrownList,
     NewValue,
     PlannedCheckpoint,
     PlannedWrites,
-    Seen,
     WholeList,
     size_of,
 )
 from agentflow.checkpoint.records import Place, Record, Written, column_text, unpack_record
-from agentflow.checkpoint.rows import (
-    WHOLE,
-    FoundCheckpoint,
-    HeadKey,
-    Held,
-    Layout,
-    Part,
-    ThreadKey,
-    ValueRow,
-)
-from agentflow.checkpoint.stamps import KEY, Stamp, read_seen
+from agentflow.checkpoint.rows import FoundCheckpoint, HeadKey, ThreadKey, ValueRow
+from agentflow.checkpoint.stamps import KEY, Seen, Stamp, read_seen
 from agentflow.codec import Codec, digest_of
 from agentflow.delta import (
     KnownList,

@@ -1,9 +1,8 @@
 """What a saver was given and what has become of it; shared by all copies of the saver.
 
 Puts enter the database's queue in the order in which they were made. One that follows another, of
-the same invocation, fails if that one has failed. Under a sparse policy the newest checkpoint of an
-invocation waits here until it is due, with the writes that belong to it; whatever follows it brings
-what it would have brought.
+the same invocation, fails if that one has failed. What a sparse policy does not want stored waits
+in `holding`, until it is due or something asks for it.
 """
 
 from __future__ import annotations
@@ -11,24 +10,23 @@ from __future__ import annotations
 import atexit
 import threading
 import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import ChannelVersions, Checkpoint, CheckpointMetadata
-from langgraph.checkpoint.serde.types import ERROR, INTERRUPT, RESUME
 from opentelemetry.trace import Span
 
 from agentflow.checkpoint.batch import ThreadStates
 from agentflow.checkpoint.encoding import Encoder, KnownLists
+from agentflow.checkpoint.holding import HeldBack, Spot
+from agentflow.checkpoint.ids import checkpoint_id_of
 from agentflow.checkpoint.operations import Put, Short, Verb
-from agentflow.checkpoint.planning import Planned, PlannedCheckpoint, PlannedWrites, Seen
 from agentflow.checkpoint.policy import SavePolicy
+from agentflow.checkpoint.puts import Planned, PlannedCheckpoint, PlannedWrites
 from agentflow.checkpoint.rows import HeadKey, Rows, ThreadKey, ThreadState
-from agentflow.checkpoint.stamps import read_seen
+from agentflow.checkpoint.stamps import Seen, read_seen
 from agentflow.database import Database
 from agentflow.database.forks import FORKS
 from agentflow.database.futures import Future
@@ -36,11 +34,8 @@ from agentflow.errors import AgentflowError
 from agentflow.telemetry import CHECKPOINT_BYTES, fail_span, start_checkpoint_span
 from agentflow.types import Lease, new_id
 
-T = TypeVar("T")
 P = TypeVar("P", bound=Planned)
-_ENGINE = "__pregel_"
-"""With this begin LangGraph's own keys."""
-_RUNTIME = f"{_ENGINE}runtime"
+_RUNTIME = "__pregel_runtime"
 
 _Place = tuple[HeadKey, Lease | None, str | None]
 """Namespace, lease, and the invocation's load or else the checkpoint."""
@@ -48,46 +43,6 @@ _ROW_SIZE = 300
 """Bytes that a row needs beside its payload, roughly."""
 _FAILED_LIMIT = 1000
 """How many failed invocations are remembered."""
-_CARRIED_LIMIT = 1000
-_MARKED_LIMIT = 10_000
-"""How many checkpoints are remembered that were held back and followed by another one, or after
-which a marked node began, or a run stopped."""
-
-_Spot = tuple[HeadKey, Lease | None, str]
-"""Namespace, lease and checkpoint; ids of checkpoints are never those of another invocation."""
-
-
-class _Carried(NamedTuple):
-    """What follows a checkpoint that was not stored has to bring in its stead."""
-
-    since: str | None
-    """The last stored checkpoint of the invocation."""
-    changed: ChannelVersions
-    """The channels that have changed since then."""
-
-
-@dataclass(slots=True)
-class _Held:
-    """A checkpoint that is not due yet."""
-
-    encoder: Encoder
-    config: RunnableConfig
-    """Where the last stored checkpoint of the invocation is."""
-    planned: PlannedCheckpoint
-    carried: _Carried
-    writes: list[PlannedWrites] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class _Behind:
-    """Writes behind a stored checkpoint whose nodes are not marked.
-
-    If the next checkpoint is not stored, they are not either: a crash runs all again that came
-    after the last stored one, and not sometimes a part of it.
-    """
-
-    config: RunnableConfig
-    writes: list[PlannedWrites] = field(default_factory=list)
 
 
 class Intake:
@@ -112,14 +67,7 @@ class Intake:
         # The last operation on each checkpoint that is not durable yet, or has failed. What is
         # bound to a checkpoint, or follows from it, comes after it and fails with it.
         self._tails: dict[_Place, Future] = {}
-        # Taken from the look at what is held back until what became of it is queued, so that
-        # nothing overtakes what it follows.
-        self._holding = threading.RLock()
-        self._held: dict[_Spot, _Held] = {}
-        self._carried: OrderedDict[_Spot, _Carried] = OrderedDict()
-        self._behind: dict[_Spot, _Behind] = {}
-        self._marked: OrderedDict[_Spot, None] = OrderedDict()
-        self._stopped: OrderedDict[_Spot, None] = OrderedDict()
+        self._held = HeldBack(self._policy)
         self._has_writer = False
 
     def check_fork(self) -> None:
@@ -154,42 +102,18 @@ class Intake:
         checkpoint_id = config["configurable"]["checkpoint_id"]
         if self._policy.saves_all:
             return self._enqueue(key, lease, config, checkpoint_id, make)
-        with self._holding:
+        with self._held.lock:
             spot = (key, lease, checkpoint_id)
             try:
                 planned = make()
             except AgentflowError as exc:
                 return self._refuse_held(spot, spot, config, exc)
-            if self._may_wait(spot, config, {channel for channel, _ in writes}):
-                held = self._held.get(spot)
-                if held is not None:
-                    held.writes.append(planned)
-                else:
-                    behind = _Behind(_without_engine(config))
-                    self._behind.setdefault(spot, behind).writes.append(planned)
+            if self._held.may_wait(spot, config, {channel for channel, _ in writes}):
+                self._held.hold_writes(spot, config, planned)
                 return _done()
             # The run stops here, so that what was held back is stored, and this behind it.
             self._store_held(spot)
             return self._enqueue(key, lease, config, checkpoint_id, partial(_same, planned))
-
-    def _may_wait(self, spot: _Spot, config: RunnableConfig, channels: Collection[str]) -> bool:
-        """Whether writes may be held back until it is known if the next checkpoint is due."""
-        if not {ERROR, INTERRUPT}.isdisjoint(channels):
-            _remember(self._stopped, spot, None, _MARKED_LIMIT)
-            return False
-        if spot in self._held:
-            return True
-        if RESUME in channels:
-            self._stopped.pop(spot, None)
-            return False
-        return spot not in self._stopped and not self._is_before_marked(spot, config)
-
-    def _is_before_marked(self, spot: _Spot, config: RunnableConfig) -> bool:
-        """Whether a marked node comes after a checkpoint."""
-        key, _, checkpoint_id = spot
-        seen = read_seen(config, key[2])
-        is_seen = seen is not None and seen.checkpoint_id == checkpoint_id and seen.is_marked
-        return is_seen or spot in self._marked
 
     def checkpoint(
         self,
@@ -212,24 +136,18 @@ class Intake:
                 )
 
             return self._store(encoder, key, lease, config, checkpoint["id"], metadata, make)
-        parent = (key, lease, _id_of(config) or "")
+        parent = (key, lease, checkpoint_id_of(config) or "")
         spot = (key, lease, checkpoint["id"])
-        with self._holding:
-            is_due = self._is_due(parent, config, checkpoint, metadata)
-            followed = self._held.get(parent)
-            carried = followed.carried if followed else self._carried.get(parent)
-            if carried is not None:
-                config = _at(config, carried.since)
-                new_versions = {**carried.changed, **new_versions}
+        with self._held.lock:
+            is_due = self._held.is_due(parent, config, checkpoint, metadata)
+            config, new_versions = self._held.completed(parent, config, new_versions)
             try:
                 planned = encoder.checkpoint(
                     key, lease, attempt, config, checkpoint, metadata, new_versions
                 )
             except AgentflowError as exc:
                 return self._refuse_held(parent, spot, config, exc)
-            if followed is not None:
-                # Others may follow it too; if not, it is one of the first to be forgotten.
-                _remember(self._carried, parent, self._held.pop(parent).carried, _CARRIED_LIMIT)
+            self._held.follow(parent)
             if is_due:
                 self._store_behind(parent)
                 return self._store(
@@ -239,10 +157,7 @@ class Intake:
                 # Starts its thread, since none can be started when the process ends.
                 self.verb(spot[0][:2], lambda _: None)
                 self._has_writer = True
-            # It brings what they have made of the state.
-            self._behind.pop(parent, None)
-            changes = _Carried(_id_of(config), new_versions)
-            self._held[spot] = _Held(encoder, _without_engine(config), planned, changes)
+            self._held.hold(parent, encoder, config, planned, new_versions)
             return _done()
 
     def _attempt(self, config: RunnableConfig, key: HeadKey) -> str:
@@ -256,23 +171,6 @@ class Intake:
             return f"{self._instance}.{id(control):x}"
         seen = read_seen(config, key[2])
         return f"{self._instance}.{seen.load_id[-12:]}" if seen else self._instance
-
-    def _is_due(
-        self,
-        parent: _Spot,
-        config: RunnableConfig,
-        checkpoint: Checkpoint,
-        metadata: CheckpointMetadata,
-    ) -> bool:
-        key, lease, _ = parent
-        seen = read_seen(config, key[2])
-        was_marked = self._is_before_marked(parent, config)
-        self._marked.pop(parent, None)
-        if self._policy.is_marked(checkpoint):
-            _remember(self._marked, (key, lease, checkpoint["id"]), None, _MARKED_LIMIT)
-        return self._policy.is_due(
-            checkpoint, metadata, was_marked=was_marked, is_last=_is_last(config, metadata, seen)
-        )
 
     def _store(
         self,
@@ -300,24 +198,21 @@ class Intake:
             future.add_done_callback(partial(_end_span, span))
         return future
 
-    def _store_held(self, spot: _Spot) -> list[Future]:
+    def _store_held(self, spot: Spot) -> list[Future]:
         """Store a checkpoint that is held back, with its writes, or those behind a stored one."""
-        held = self._held.pop(spot, None)
+        held = self._held.take(spot)
         if held is None:
             return self._store_behind(spot)
-        # It is there for whoever follows it.
-        self._carried.pop(spot, None)
         key, lease, checkpoint_id = spot
         step = held.planned.step
         metadata: CheckpointMetadata = {} if step is None else {"step": step}
         make = partial(_same, held.planned)
         stored = self._store(held.encoder, key, lease, held.config, checkpoint_id, metadata, make)
-        self._behind[spot] = _Behind(_at(held.config, checkpoint_id), held.writes)
         return [stored, *self._store_behind(spot)]
 
-    def _store_behind(self, spot: _Spot) -> list[Future]:
+    def _store_behind(self, spot: Spot) -> list[Future]:
         """Store writes that wait behind a stored checkpoint."""
-        behind = self._behind.pop(spot, None)
+        behind = self._held.take_behind(spot)
         if behind is None:
             return []
         key, lease, checkpoint_id = spot
@@ -325,7 +220,7 @@ class Intake:
         return [self._enqueue(key, lease, behind.config, checkpoint_id, make) for make in makes]
 
     def _refuse_held(
-        self, held: _Spot, spot: _Spot, config: RunnableConfig, error: AgentflowError
+        self, held: Spot, spot: Spot, config: RunnableConfig, error: AgentflowError
     ) -> Future:
         """Refuse a put, and what follows it; the run stops there, so that what is held is stored.
 
@@ -342,11 +237,10 @@ class Intake:
     def store_held(self, thread: ThreadKey | None = None) -> list[Future]:
         """Store what is held back of a thread, or of all threads."""
         self.check_fork()
-        if not self._held and not self._behind:
+        if self._policy.saves_all or self._held.is_empty():
             return []
-        with self._holding:
-            waiting = [*self._held, *self._behind]
-            spots = [spot for spot in waiting if thread is None or spot[0][:2] == thread]
+        with self._held.lock:
+            spots = self._held.spots(thread)
             return [future for spot in spots for future in self._store_held(spot)]
 
     def _enqueue(
@@ -364,7 +258,7 @@ class Intake:
         checkpoint.
         """
         seen: Seen | None = read_seen(config, key[2])
-        after = seen.load_id if seen else _id_of(config)
+        after = seen.load_id if seen else checkpoint_id_of(config)
         places: list[_Place] = [(key, lease, seen.load_id if seen else checkpoint_id)]
         try:
             planned = make()
@@ -467,8 +361,15 @@ class Intake:
                 if key[:2] == thread and held_by == lease
             ]
 
-    def pending(self, thread: ThreadKey) -> list[Future]:
-        """Return what was accepted for a thread, by whomever, and is still on its way."""
+    def ahead_of(self, thread: ThreadKey | None) -> Sequence[Future]:
+        """Return what a reader of a thread, or of all (`None`), has to wait for.
+
+        What is held back is stored first. Of a thread it is all that was accepted, by whomever, and
+        is still on its way.
+        """
+        stored = self.store_held(thread)
+        if thread is None:
+            return stored
         if not self._tails:
             return []
         with self._lock:
@@ -497,11 +398,8 @@ class Intake:
         with self._lock:
             for place in [place for place in self._tails if place[0][:2] == thread]:
                 del self._tails[place]
-        with self._holding:
-            kept: dict[_Spot, Any]
-            for kept in (self._held, self._behind, self._carried, self._marked, self._stopped):
-                for spot in [spot for spot in kept if spot[0][:2] == thread]:
-                    del kept[spot]
+        with self._held.lock:
+            self._held.forget_thread(thread)
 
 
 def _store_at_exit(intake: weakref.ref[Intake]) -> None:
@@ -511,47 +409,12 @@ def _store_at_exit(intake: weakref.ref[Intake]) -> None:
         future.wait()
 
 
-def _remember(kept: OrderedDict[_Spot, T], spot: _Spot, value: T, limit: int) -> None:
-    """Keep a value, and drop the oldest one if there are too many."""
-    kept[spot] = value
-    kept.move_to_end(spot)
-    if len(kept) > limit:
-        kept.popitem(last=False)
-
-
-def _is_last(config: RunnableConfig, metadata: CheckpointMetadata, seen: Seen | None) -> bool:
-    """Whether LangGraph stops here, since the invocation has used its steps; it puts nothing then.
-
-    It counts from the step behind the one that was loaded; a new thread begins at -1.
-    """
-    limit, step = config.get("recursion_limit"), metadata.get("step")
-    if limit is None or step is None:
-        return False
-    loaded = -2 if seen is None or seen.step is None else seen.step
-    return step >= loaded + limit + 2
-
-
 def _same(planned: P) -> P:
     return planned
 
 
 def _refuse(error: AgentflowError) -> Any:
     raise error
-
-
-def _id_of(config: RunnableConfig) -> str | None:
-    return config["configurable"].get("checkpoint_id") or None
-
-
-def _at(config: RunnableConfig, checkpoint_id: str | None) -> RunnableConfig:
-    """Return a configuration that names another checkpoint."""
-    return {**config, "configurable": {**config["configurable"], "checkpoint_id": checkpoint_id}}
-
-
-def _without_engine(config: RunnableConfig) -> RunnableConfig:
-    """Return what is needed of a configuration; the engine's keys hold on to the whole state."""
-    configurable = config["configurable"].items()
-    return {"configurable": {k: v for k, v in configurable if not k.startswith(_ENGINE)}}
 
 
 def _done() -> Future:

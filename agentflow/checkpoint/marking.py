@@ -16,8 +16,9 @@ from typing import TypeVar
 
 from agentflow.checkpoint import steps
 from agentflow.checkpoint.encoding import Encoder
+from agentflow.checkpoint.fencing import lock_to_write
+from agentflow.checkpoint.layout import WHOLE
 from agentflow.checkpoint.offload import note, open_value, seal_value
-from agentflow.checkpoint.planning import fence
 from agentflow.checkpoint.records import (
     Call,
     Place,
@@ -27,7 +28,6 @@ from agentflow.checkpoint.records import (
     unpack_writes,
 )
 from agentflow.checkpoint.rows import (
-    WHOLE,
     AnchorRow,
     CheckpointRow,
     DeadValue,
@@ -38,7 +38,6 @@ from agentflow.checkpoint.rows import (
     WritesRow,
 )
 from agentflow.checkpoint.steps import Change, Read, Steps
-from agentflow.checkpoint.verbs import lock
 from agentflow.codec import is_apart
 from agentflow.database.writer import Rejected
 from agentflow.delta import cut_block
@@ -218,10 +217,9 @@ def _bury(
     rows: Rows,
 ) -> Rejected | bool:
     """Delete dead stretches; say whether all of them are gone."""
-    state = lock(rows, thread)
-    refused = fence(thread[1], lease, state)
-    if refused is not None:
-        return Rejected(refused)
+    state = lock_to_write(rows, thread, lease)
+    if isinstance(state, Rejected):
+        return state
     if state.number != marked.number:
         return True
     return rows.remove_values(
@@ -250,10 +248,9 @@ def _shorten(
     Returns:
         The thread's number from now on; `None` if it is another one than it was.
     """
-    state = lock(rows, thread)
-    refused = fence(thread[1], lease, state)
-    if refused is not None:
-        return Rejected(refused)
+    state = lock_to_write(rows, thread, lease)
+    if isinstance(state, Rejected):
+        return state
     if state.seq != seq:
         return None
     place, codec = Place(*thread, ""), encoder.codec
@@ -284,10 +281,9 @@ def _forget_anchors(
     rows: Rows,
 ) -> Rejected | int | None:
     """Delete anchors that nothing follows, if nothing has changed since that was found out."""
-    state = lock(rows, thread)
-    refused = fence(thread[1], lease, state)
-    if refused is not None:
-        return Rejected(refused)
+    state = lock_to_write(rows, thread, lease)
+    if isinstance(state, Rejected):
+        return state
     if state.seq != seq:
         return None
     rows.remove(state.number, (), idle)
@@ -298,10 +294,9 @@ def _remove_note(
     thread: ThreadKey, lease: Lease | None, note: AnchorRow, rows: Rows
 ) -> Rejected | None:
     """Delete the note, unless something was deleted since it was read."""
-    state = lock(rows, thread)
-    refused = fence(thread[1], lease, state)
-    if refused is not None:
-        return Rejected(refused)
+    state = lock_to_write(rows, thread, lease)
+    if isinstance(state, Rejected):
+        return state
     if rows.find_anchor(state.number, "", "") == note:
         rows.remove(state.number, (), [note])
     return None

@@ -7,7 +7,8 @@ from contextlib import nullcontext
 from typing import Any
 
 from agentflow.checkpoint.batch import After, Batch, ThreadStates
-from agentflow.checkpoint.planning import Planned, PlannedCheckpoint, conflict
+from agentflow.checkpoint.planning import conflict
+from agentflow.checkpoint.puts import Planned, PlannedCheckpoint
 from agentflow.checkpoint.rows import Rows
 from agentflow.checkpoint.sql import open_rows
 from agentflow.database.futures import Future

@@ -11,6 +11,7 @@ from typing import Any
 
 from langgraph.checkpoint.base import writes_sort_key
 
+from agentflow.checkpoint.layout import WHOLE
 from agentflow.checkpoint.offload import open_value
 from agentflow.checkpoint.recent import CheckpointRows
 from agentflow.checkpoint.records import (
@@ -22,7 +23,7 @@ from agentflow.checkpoint.records import (
     references,
     unpack_writes,
 )
-from agentflow.checkpoint.rows import WHOLE, FoundCheckpoint, Logged, Rows, ValueRow
+from agentflow.checkpoint.rows import FoundCheckpoint, Logged, Rows, ValueRow
 from agentflow.codec import Codec, is_apart
 from agentflow.delta import slice_block
 from agentflow.errors import MissingBlobError

@@ -1,21 +1,22 @@
-"""Deciding what becomes of puts: who may write a thread, what may follow its head, what is stored.
+"""Deciding what becomes of puts: who may write a thread, and what may follow its head.
 
 A `ThreadPlan` takes the puts of one thread in order, refuses those that must not be, and collects
-what the others change. It starts from a known state of the thread; the backend applies the change
-only if that state still holds, so nothing that is decided here can be overtaken.
+what the others change; where their values go is for `placement` to say. It starts from a known
+state of the thread; the backend applies the change only if that state still holds, so nothing that
+is decided here can be overtaken.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
-from typing import Any, NamedTuple
+from itertools import count
 
-from langgraph.constants import START
-
-from agentflow.checkpoint.offload import confirm, open_value, seal_value
+from agentflow.checkpoint.fencing import fence
+from agentflow.checkpoint.layout import Layout
 from agentflow.checkpoint.pending import inlined
+from agentflow.checkpoint.placement import Placement
+from agentflow.checkpoint.puts import Planned, PlannedCheckpoint, PlannedWrites
 from agentflow.checkpoint.records import (
     Call,
     Place,
@@ -26,137 +27,20 @@ from agentflow.checkpoint.records import (
     unpack_record,
 )
 from agentflow.checkpoint.rows import (
-    WHOLE,
     CheckpointRow,
     FoundCheckpoint,
     Head,
-    HeadKey,
-    Held,
-    Layout,
-    ObjectRow,
-    Part,
     Query,
     Rows,
-    Stored,
     ThreadChange,
     ThreadState,
-    ValueRow,
     WritesRow,
 )
-from agentflow.codec import Codec, digest_of, is_apart
-from agentflow.delta import Grown, KnownList, joined
-from agentflow.errors import ConflictError, FencedError
-from agentflow.objects import ObjectTier
-from agentflow.types import Lease
+from agentflow.checkpoint.stamps import Seen
+from agentflow.errors import ConflictError
 
-INLINE = 128
-"""Bytes up to which a value stands in the row of each checkpoint that has it."""
 _MAX_HEADS = 64
 """How many namespaces of a thread are remembered."""
-_TIER = 16
-"""Each time a list has grown by so many elements, its last stretches are put together."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Seen:
-    """What an invocation saw when it loaded; it comes back with everything the invocation puts."""
-
-    ns: str
-    head_seq: int
-    checkpoint_id: str
-    load_id: str
-    """Names the load, and with it the invocation."""
-    step: int | None
-    is_marked: bool
-    """Whether a node comes next after which the state has to be stored."""
-
-
-class WholeList(NamedTuple):
-    """A list that is stored from its first element."""
-
-    block: bytes
-    length: int
-    digest: bytes
-
-
-class GrownList(NamedTuple):
-    """A list that continues the one of an earlier checkpoint."""
-
-    since: str
-    """That checkpoint's id."""
-    growth: Grown
-
-
-NewValue = bytes | WholeList | GrownList
-"""A changed channel's value, serialized."""
-
-
-def size_of(value: NewValue) -> int:
-    """Return the bytes of a value."""
-    if isinstance(value, WholeList):
-        return len(value.block)
-    return len(value.growth.block) if isinstance(value, GrownList) else len(value)
-
-
-@dataclass(slots=True, kw_only=True)
-class PlannedWrites:
-    """The writes of one task."""
-
-    key: HeadKey
-    lease: Lease | None
-    codec: Codec
-    checkpoint_id: str
-    call: Call
-    size: int
-    """Bytes of what it brings, before compression."""
-
-
-@dataclass(slots=True, kw_only=True)
-class PlannedCheckpoint:
-    """A checkpoint, serialized but for what depends on the state of its thread."""
-
-    key: HeadKey
-    ns: str
-    """The last part of its key."""
-    lease: Lease | None
-    codec: Codec
-    checkpoint_id: str
-    parent_id: str | None
-    attempt: str
-    run_id: str | None
-    step: int | None
-    head: bytes
-    """Serialized, as `records` describes it."""
-    versions: Mapping[str, Any]
-    """Of all channels."""
-    changed: frozenset[str]
-    values: Mapping[str, NewValue]
-    """Of the changed channels; one without a value is empty from now on."""
-    kept: frozenset[str]
-    """The other channels that have a value, which something that is stored must have."""
-    lists: Mapping[str, tuple[Any, KnownList]]
-    """What its successor needs to know of its lists."""
-    source: str | None
-    """The checkpoint from which lists have grown."""
-    seen: Seen | None
-    found_nothing: bool
-    """Whether it comes from a graph that looked and found its namespace empty."""
-    size: int
-    """Bytes of what it brings, before compression."""
-    was_sent: bool = False
-    """Whether it was part of a commit before, whose outcome is not known."""
-
-
-Planned = PlannedWrites | PlannedCheckpoint
-
-
-def fence(thread_id: str, lease: Lease | None, state: ThreadState) -> FencedError | None:
-    """Say why a write with this lease may not touch a thread in that state; `None` if it may."""
-    if lease is None:
-        return FencedError(thread_id, None, state.token) if state.is_leased else None
-    if lease.thread_id != thread_id or lease.token != state.token or not state.is_leased:
-        return FencedError(thread_id, lease.token, state.token)
-    return None
 
 
 def conflict(thread_id: str) -> ConflictError:
@@ -226,20 +110,14 @@ class ThreadPlan:
         """Start from `state`, whose heads cover the namespaces of all puts."""
         self._rows = rows
         self._before = state
-        self._seq = state.seq
+        self._next = count(state.seq + 1).__next__
+        """Gives numbers of the thread, each to one thing."""
         self._heads = dict(state.heads)
-        self._layouts: dict[tuple[str, str], Layout | None] = {}
         self._drafts: dict[tuple[str, str], _Draft] = {}
-        self._values: list[ValueRow] = []
         self._pending: dict[tuple[str, str], list[PlannedWrites]] = {}
         self._moved: list[WritesRow] = []
-        self._replaced: list[ValueRow] = []
-        self._dropped: list[tuple[int, int]] = []
-        self._objects: list[ObjectRow] = []
-        self._tier: ObjectTier | None = None
-        """Where the objects are, once there are any."""
-        self._blocks: dict[bytes, tuple[int, int, int]] = {}
-        """Where the blocks of the checkpoint that is being planned are put."""
+        self._placement: Placement | None = None
+        """Of values, once there are any."""
 
     def add(self, put: Planned) -> Exception | None:
         """Take a put into the plan, or say why it is refused."""
@@ -256,7 +134,7 @@ class ThreadPlan:
         return self._advance(put)
 
     def change(self) -> ThreadChange | None:
-        """Return what the plan changes, if it changes anything."""
+        """End the plan; return what it changes, if it changes anything."""
         if not self._drafts and not self._pending:
             return None
         number = self._before.number
@@ -272,23 +150,28 @@ class ThreadPlan:
         heads = self._heads
         if len(heads) > _MAX_HEADS:
             heads = dict(list(heads.items())[-_MAX_HEADS:])
-        before = self._before
+        # The number that is taken here goes to nothing: the plan is over.
+        before, placed, last = self._before, self._placement, self._next() - 1
+        after = ThreadState(number, before.token, before.is_leased, last, heads)
+        if placed is None:
+            return ThreadChange(before, after, writes=writes)
         return ThreadChange(
             before,
-            ThreadState(number, before.token, before.is_leased, self._seq, heads),
+            after,
             [draft.row(number) for draft in self._drafts.values() if not draft.was_there],
             [draft.row(number) for draft in self._drafts.values() if draft.was_there],
-            self._values,
-            self._replaced,
-            self._dropped,
+            placed.values,
+            placed.replaced,
+            placed.dropped,
             writes,
-            objects=self._objects,
-            confirm=self._confirm if self._objects else None,
+            objects=placed.objects,
+            confirm=placed.confirm if placed.objects else None,
         )
 
-    def _confirm(self) -> None:
-        assert self._tier is not None
-        confirm(self._tier, (row.object for row in self._objects))
+    def _placing(self) -> Placement:
+        if self._placement is None:
+            self._placement = Placement(self._rows, self._before.number, self._next)
+        return self._placement
 
     def _pack(
         self,
@@ -306,31 +189,16 @@ class ThreadPlan:
     ) -> list[Call]:
         if not blocks and puts[0].codec.tier is None:
             return [put.call for put in puts]
-        known = blocks or {}
+        known, set_apart = blocks or {}, self._placing().set_apart
         calls: list[Call] = []
         for put in puts:
             task_id, path, items = put.call
             written = [
-                (index, channel, self._set_apart(put, _shared(value, known)))
+                (index, channel, set_apart(put, _shared(value, known)))
                 for index, channel, value in items
             ]
             calls.append((task_id, path, written))
         return calls
-
-    def _set_apart(self, put: PlannedWrites, written: Written) -> Written:
-        """Make a value of its own of a write that has to be in an object."""
-        if not isinstance(written, bytes) or not _is_large(put.codec, written):
-            return written
-        series = self._next()
-        row = self._sealed(put, series, 0, written)
-        if not is_apart(row.data):
-            return written
-        self._values.append(row)
-        return [series, 0, WHOLE]
-
-    def _next(self) -> int:
-        self._seq += 1
-        return self._seq
 
     def _may_follow(self, put: PlannedCheckpoint) -> bool:
         head = self._heads[put.ns]
@@ -353,7 +221,9 @@ class ThreadPlan:
 
     def _is_branch(self, put: PlannedCheckpoint, seen: Seen, head: Head) -> bool:
         """Whether what a put branches from is still there."""
-        if put.parent_id is None or self._layout(put, head, put.parent_id) is not None:
+        if put.parent_id is None:
+            return True
+        if self._placing().layout_of(put, head, put.parent_id) is not None:
             return True
         # A copy of what was loaded has the same parent, which may have been pruned.
         found = self._rows.find_checkpoint(put.key, seen.checkpoint_id)
@@ -372,18 +242,9 @@ class ThreadPlan:
         head = self._heads[put.ns]
         if self._is_taken(put, head):
             return conflict(put.key[1])
-        lists: tuple[list[Any], ...] = (
-            self._values,
-            self._replaced,
-            self._dropped,
-            self._objects,
-        )
-        before = [len(each) for each in lists]
-        self._blocks = {}
-        layout = self._lay_out(put, head)
+        placement = self._placing()
+        layout = placement.lay_out(put, head)
         if layout is None:
-            for each, length in zip(lists, before, strict=True):
-                del each[length:]
             return conflict(put.key[1])
         is_again = head is not None and head.checkpoint_id == put.checkpoint_id
         seq = self._next()
@@ -393,7 +254,7 @@ class ThreadPlan:
         if superseded:
             draft.superseded = superseded
             context = Place(*put.key).context_of_carried(draft.seq, put.checkpoint_id)
-            draft.parent_writes = self._pack(superseded, context, self._blocks)
+            draft.parent_writes = self._pack(superseded, context, placement.blocks)
         if is_again:
             self._keep_writes(draft, is_head=True)
         elif head is not None and not follows:
@@ -520,205 +381,7 @@ class ThreadPlan:
             base=row.base,
         )
 
-    def _lay_out(self, put: PlannedCheckpoint, head: Head | None) -> Layout | None:
-        """Say where each channel's value is kept; `None` if what the put builds on is gone."""
-        layout: dict[str, Held] = {}
-        missing: dict[str, Any] = {}
-        for channel, version in put.versions.items():
-            value = put.values.get(channel)
-            if value is not None:
-                stored = self._store(put, head, channel, value)
-                if stored is None:
-                    return None
-                layout[channel] = Held(version, stored, _digest(value, stored))
-            elif channel in put.changed:
-                layout[channel] = Held(version, None)
-            elif (held := self._held(put, head, channel, version)) is not None:
-                layout[channel] = held
-            else:
-                missing[channel] = version
-        if missing:
-            found = self._search(put, missing)
-            if not put.kept.isdisjoint(missing.keys() - found.keys()):
-                return None
-            layout.update(found)
-            layout.update({c: Held(v, None) for c, v in missing.items() if c not in found})
-        return layout
-
-    def _store(
-        self, put: PlannedCheckpoint, head: Head | None, channel: str, value: NewValue
-    ) -> Stored | None:
-        if isinstance(value, GrownList):
-            return self._continue(put, head, channel, value)
-        if isinstance(value, WholeList):
-            series = self._next()
-            self._put_block(put, series, 0, value.block, value.length)
-            return (Part(series, value.length, is_open=True),)
-        # An input is gone after one step, and stands best beside the writes that are made of it.
-        if len(value) <= INLINE or (channel == START and not _is_large(put.codec, value)):
-            return value
-        series = self._next()
-        self._put_block(put, series, 0, value, WHOLE)
-        return (Part(series, WHOLE, is_open=False),)
-
-    def _put_block(
-        self, put: PlannedCheckpoint, series: int, start: int, block: bytes, length: int
-    ) -> None:
-        self._values.append(self._sealed(put, series, start, block))
-        self._blocks[block] = (series, start, length)
-
-    def _sealed(self, put: Planned, series: int, start: int, block: bytes) -> ValueRow:
-        place, number = Place(*put.key), self._before.number
-        sealed = seal_value(put.codec, self._rows, place, series, start, block)
-        if sealed.object:
-            self._tier = put.codec.tier
-            self._objects.append(ObjectRow(number, series, start, sealed.object))
-        return ValueRow(number, series, start, sealed.data)
-
-    def _append(self, put: PlannedCheckpoint, last: Part, block: bytes, length: int) -> Part:
-        """Put elements behind a series, and its last stretches together if they are many."""
-        start, after = last.length, last.length + length
-        appended = Part(last.series, after, is_open=True)
-        tier = start // _TIER
-        is_alone = not any(row.series == last.series for row in self._values)
-        small = (
-            self._rows.list_tail(self._before.number, last.series, tier * _TIER)
-            if after // _TIER > tier and is_alone
-            else []
-        )
-        # What is in an object is large enough.
-        if len(small) <= 1 or any(is_apart(row.data) for row in small):
-            self._put_block(put, last.series, start, block, length)
-            return appended
-        place = Place(*put.key)
-        starts = [row.start for row in small]
-        opened = (open_value(put.codec, place, row, place.of("a list")) for row in small)
-        blocks = [*opened, block]
-        lengths = [end - begin for begin, end in pairwise([*starts, start, after])]
-        self._replaced.append(self._sealed(put, last.series, starts[0], joined(blocks, lengths)))
-        self._dropped += [(row.series, row.start) for row in small[1:]]
-        self._blocks[block] = (last.series, start, length)
-        return appended
-
-    def _continue(
-        self, put: PlannedCheckpoint, head: Head | None, channel: str, value: GrownList
-    ) -> Stored | None:
-        """Put a list's new elements behind the stored ones."""
-        base = self._layout(put, head, value.since)
-        held = base.get(channel) if base is not None else None
-        if held is None or held.stored is None or isinstance(held.stored, bytes):
-            return None
-        kept, block, count = value.growth.kept, value.growth.block, value.growth.count
-        parts = cut(held.stored, kept)
-        # Only the newest checkpoint may go on in place: what follows an older one is a branch, and
-        # the series may have gone on without it.
-        may_append = head is not None and head.checkpoint_id == value.since
-        if not may_append:
-            parts = [part._replace(is_open=False) for part in parts]
-        if sum(part.length for part in parts) != kept:
-            return None
-        if count == kept:
-            return tuple(parts)
-        if parts and parts[-1].is_open:
-            parts.append(self._append(put, parts.pop(), block, count - kept))
-        else:
-            parts = [part._replace(is_open=False) for part in parts]
-            series = self._next()
-            self._put_block(put, series, 0, block, count - kept)
-            parts.append(Part(series, count - kept, is_open=True))
-        return tuple(parts)
-
-    def _held(
-        self, put: PlannedCheckpoint, head: Head | None, channel: str, version: Any
-    ) -> Held | None:
-        """Find the unchanged value of a channel in what the put comes from."""
-        seen_id = put.seen.checkpoint_id if put.seen is not None else None
-        # Its own id first: a checkpoint that is put again repeats only what changed in between.
-        for source in dict.fromkeys((put.checkpoint_id, put.parent_id, seen_id)):
-            layout = self._layout(put, head, source) if source is not None else None
-            held = layout.get(channel) if layout is not None else None
-            if held is not None and held.version == version:
-                if head is not None and source == head.checkpoint_id:
-                    return held
-                return held._replace(stored=closed(held.stored))
-        return None
-
-    def _layout(self, put: PlannedCheckpoint, head: Head | None, source: str) -> Layout | None:
-        if head is None:
-            return None
-        if head.checkpoint_id == source:
-            return head.layout
-        place = (put.ns, source)
-        if source == put.checkpoint_id and place not in self._drafts and not put.was_sent:
-            # Nothing has this id yet, but for one that was put by another attempt.
-            return None
-        if place in self._drafts:
-            return self._drafts[place].layout
-        if place not in self._layouts:
-            found = self._rows.find_checkpoint((*put.key[:2], put.ns), source)
-            self._layouts[place] = (
-                unpack_record(put.codec, found.row, Place(*put.key)).layout
-                if isinstance(found, FoundCheckpoint)
-                else None
-            )
-        return self._layouts[place]
-
-    def _search(self, put: PlannedCheckpoint, missing: Mapping[str, Any]) -> dict[str, Held]:
-        """Find values by their versions anywhere in the namespace, the newest first.
-
-        Only a caller that puts without ever having read the thread comes here.
-        """
-        found: dict[str, Held] = {}
-        for layout in self._all_layouts(put) if self._heads[put.ns] is not None else ():
-            if len(found) == len(missing):
-                break
-            for channel in missing.keys() - found.keys():
-                held = layout.get(channel)
-                if held is not None and held.version == missing[channel]:
-                    found[channel] = held._replace(stored=closed(held.stored))
-        return found
-
-    def _all_layouts(self, put: PlannedCheckpoint) -> Iterator[Layout]:
-        yield from (draft.layout for draft in reversed(self._drafts.values()))
-        query = Query(tenant=put.key[0], thread_id=put.key[1], ns=put.ns)
-        while page := self._rows.list_checkpoints(query):
-            for found in page:
-                yield unpack_record(put.codec, found.row, Place(*put.key)).layout
-            query = replace(query, after=page[-1].row.seq)
-
-
-def _digest(value: NewValue, stored: Stored) -> bytes | None:
-    if isinstance(stored, bytes):
-        return None
-    if isinstance(value, GrownList):
-        return value.growth.digest
-    return value.digest if isinstance(value, WholeList) else digest_of(value)
-
-
-def _is_large(codec: Codec, value: bytes) -> bool:
-    """Whether a value may have to be in an object."""
-    return codec.tier is not None and len(value) > codec.tier.offload_from
-
 
 def _shared(written: Written, blocks: Mapping[bytes, tuple[int, int, int]]) -> Written:
     place = blocks.get(written) if isinstance(written, bytes) else None
     return written if place is None else list(place)
-
-
-def cut(parts: Sequence[Part], count: int) -> list[Part]:
-    """Return the parts that make up the first `count` elements of a list."""
-    kept: list[Part] = []
-    for part in parts:
-        take = min(part.length, count)
-        if take <= 0:
-            break
-        kept.append(Part(part.series, take, part.is_open and take == part.length))
-        count -= take
-    return kept
-
-
-def closed(stored: Stored | None) -> Stored | None:
-    """Return what a branch has of a stored value: nothing may be put behind it in place."""
-    if stored is None or isinstance(stored, bytes):
-        return stored
-    return tuple(part._replace(is_open=False) for part in stored)

@@ -27,9 +27,10 @@ from functools import partial
 from agentflow.checkpoint import steps
 from agentflow.checkpoint.deltas import delta_channels, read_history
 from agentflow.checkpoint.encoding import Encoder
+from agentflow.checkpoint.fencing import fence, lock, lock_to_write
+from agentflow.checkpoint.layout import closed
 from agentflow.checkpoint.marking import collect
 from agentflow.checkpoint.pending import inlined
-from agentflow.checkpoint.planning import closed, fence
 from agentflow.checkpoint.records import (
     Place,
     pack_record,
@@ -48,7 +49,6 @@ from agentflow.checkpoint.rows import (
     WritesRow,
 )
 from agentflow.checkpoint.steps import Change, Read, Steps
-from agentflow.checkpoint.verbs import lock
 from agentflow.database.writer import Rejected
 from agentflow.errors import FencedError
 from agentflow.failpoints import failpoint
@@ -147,17 +147,16 @@ def clear_retired() -> Steps[None]:
 
 
 def _check(thread: ThreadKey, lease: Lease | None, rows: Rows) -> Rejected | None:
-    refused = fence(thread[1], lease, lock(rows, thread))
-    return None if refused is None else Rejected(refused)
+    state = lock_to_write(rows, thread, lease)
+    return state if isinstance(state, Rejected) else None
 
 
 def _delete(
     thread: ThreadKey, lease: Lease | None, guard: Guard | None, rows: Rows
 ) -> Rejected | bool:
-    state = lock(rows, thread)
-    refused = fence(thread[1], lease, state)
-    if refused is not None:
-        return Rejected(refused)
+    state = lock_to_write(rows, thread, lease)
+    if isinstance(state, Rejected):
+        return state
     if guard is not None and not guard(rows, state):
         return False
     _discard(rows, state)

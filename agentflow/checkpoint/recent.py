@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from typing import Protocol
 
+from agentflow.checkpoint.layout import Part
 from agentflow.checkpoint.rows import (
     FoundCheckpoint,
     FoundThread,
     HeadKey,
     Logged,
-    Part,
     ThreadState,
     ValueRow,
 )

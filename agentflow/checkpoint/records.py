@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 import ormsgpack
 
-from agentflow.checkpoint.rows import CheckpointRow, Held, Layout, Part, Stored
+from agentflow.checkpoint.layout import Held, Layout, Part, Stored
+from agentflow.checkpoint.rows import CheckpointRow
 from agentflow.codec import Codec, context_of
 from agentflow.errors import HashMismatchError
 

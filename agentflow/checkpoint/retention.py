@@ -18,15 +18,10 @@ from langgraph.constants import START
 from agentflow.checkpoint.archive import archive
 from agentflow.checkpoint.collection import GRACE, collect
 from agentflow.checkpoint.encoding import Encoder, open_record
+from agentflow.checkpoint.layout import Held
 from agentflow.checkpoint.pruning import Selection, clear_retired, delete, prune
 from agentflow.checkpoint.records import Record
-from agentflow.checkpoint.rows import (
-    FoundCheckpoint,
-    Held,
-    Rows,
-    ThreadKey,
-    ThreadState,
-)
+from agentflow.checkpoint.rows import FoundCheckpoint, Rows, ThreadKey, ThreadState
 from agentflow.checkpoint.steps import Ask, Read, Steps
 from agentflow.errors import (
     BlockedTypeError,

@@ -12,7 +12,7 @@ from typing import Any
 
 from langgraph.checkpoint.serde.types import INTERRUPT, RESUME
 
-from agentflow.checkpoint.planning import fence
+from agentflow.checkpoint.fencing import lock_to_write
 from agentflow.checkpoint.records import (
     Call,
     Place,
@@ -30,7 +30,6 @@ from agentflow.checkpoint.rows import (
     ThreadKey,
     WritesRow,
 )
-from agentflow.checkpoint.verbs import lock
 from agentflow.codec import Codec
 from agentflow.database.writer import Rejected
 from agentflow.errors import ConflictError
@@ -56,9 +55,9 @@ def retract(
     rows: Rows, codec: Codec, thread: ThreadKey, lease: Lease | None, wanted: Retraction
 ) -> Rejected | None:
     """Make a question open again, in one change of the thread; again it changes nothing."""
-    before = lock(rows, thread)
-    if (refused := fence(thread[1], lease, before)) is not None:
-        return Rejected(refused)
+    before = lock_to_write(rows, thread, lease)
+    if isinstance(before, Rejected):
+        return before
     found = rows.find_checkpoint((*thread, wanted.ns), None)
     if not isinstance(found, FoundCheckpoint) or found.row.checkpoint_id != wanted.checkpoint_id:
         return Rejected(

@@ -13,6 +13,8 @@ from functools import partial
 from itertools import chain
 
 from agentflow.checkpoint.base import Saver
+from agentflow.checkpoint.copying import Copier, pages
+from agentflow.checkpoint.fencing import lock
 from agentflow.checkpoint.key_check import check_keys
 from agentflow.checkpoint.offload import reseal_value
 from agentflow.checkpoint.records import Place
@@ -29,7 +31,6 @@ from agentflow.checkpoint.rows import (
     WritesRow,
 )
 from agentflow.checkpoint.sql import open_rows
-from agentflow.checkpoint.verbs import Copier, lock
 from agentflow.codec import Codec, is_apart
 from agentflow.database.session import Session
 from agentflow.failpoints import failpoint
@@ -78,10 +79,10 @@ def _look(codec: Codec, thread: ThreadState, session: Session) -> tuple[int, boo
     rows = open_rows(session)
     count = 0
     kinds: tuple[Iterator[Sequence[_Row]], ...] = (
-        _pages(rows, thread, CheckpointRow),
-        _pages(rows, thread, AnchorRow),
-        _pages(rows, thread, ValueRow),
-        _pages(rows, thread, WritesRow),
+        pages(rows, thread, CheckpointRow),
+        pages(rows, thread, AnchorRow),
+        pages(rows, thread, ValueRow),
+        pages(rows, thread, WritesRow),
     )
     for page in chain.from_iterable(kinds):
         count += len(page)
@@ -102,7 +103,7 @@ def _renew_objects(codec: Codec, key: ThreadKey, thread: ThreadState, session: S
     rows, place = open_rows(session), Place(*key, "")
     if codec.tier is None or not rows.has_objects(thread.number):
         return
-    for values in _pages(rows, thread, ValueRow):
+    for values in pages(rows, thread, ValueRow):
         for row in values:
             if is_apart(row.data) and not codec.is_current(row.data):
                 reseal_value(codec, rows, place, place, row, place.of("a value"))
@@ -123,23 +124,16 @@ def _rotate(codec: Codec, thread: ThreadKey, rows: Rows) -> int:
         failpoint("keys.rewritten")
 
     # Anchors and checkpoints as a whole: the hash of each of them is part of the next one.
-    for anchors in _pages(rows, state, AnchorRow):
+    for anchors in pages(rows, state, AnchorRow):
         store(list(map(copier.anchor, anchors)))
-    for checkpoints in _pages(rows, state, CheckpointRow):
+    for checkpoints in pages(rows, state, CheckpointRow):
         store(list(map(copier.checkpoint, checkpoints)))
-    for values in _pages(rows, state, ValueRow):
+    for values in pages(rows, state, ValueRow):
         change = ThreadChange(state, state)
         old = [row for row in values if not codec.is_current(row.data)]
         store([copier.value(rows, row, change) for row in old])
         if change.objects or change.released:
             rows.apply([change])
-    for writes in _pages(rows, state, WritesRow):
+    for writes in pages(rows, state, WritesRow):
         store([copier.writes(row) for row in writes if not codec.is_current(row.data)])
     return sealed
-
-
-def _pages(rows: Rows, thread: ThreadState, kind: type[AnyRow]) -> Iterator[list[AnyRow]]:
-    page = rows.scan(thread, kind, None)
-    while page:
-        yield page
-        page = rows.scan(thread, kind, page[-1])

@@ -23,42 +23,13 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import NamedTuple, TypeVar
 
+from agentflow.checkpoint.layout import Layout, Part
+
 ThreadKey = tuple[str, str]
 """Tenant and thread id."""
 
 HeadKey = tuple[str, str, str]
 """Tenant, thread id and checkpoint namespace."""
-
-WHOLE = -1
-"""The length of a part that is a value of its own and not a stretch of a list."""
-
-
-class Part(NamedTuple):
-    """A stretch of a stored value: the first `length` elements of a series, or all of it."""
-
-    series: int
-    length: int
-    is_open: bool
-    """Whether the list's next elements may be put behind it in the same series."""
-
-
-Stored = bytes | tuple[Part, ...]
-"""A value as its checkpoint's row has it: its serialized bytes, or where they are kept."""
-
-
-class Held(NamedTuple):
-    """The state of one channel in one checkpoint."""
-
-    version: str | int | float
-    stored: Stored | None
-    """`None` if the channel has no value at that version."""
-    digest: bytes | None = None
-    """Of the serialized value, if it does not stand in the row: of the bytes of all elements of a
-    list that is kept as stretches, else of all its bytes (SHA-256)."""
-
-
-Layout = Mapping[str, Held]
-"""Channel to its state, for all channels of a checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,7 +229,148 @@ class Query:
     limit: int = 50
 
 
-class Rows(ABC):
+class DeletionVerbs(ABC):
+    """The verbs of `Rows` by which what is no longer needed is found and deleted."""
+
+    @abstractmethod
+    def list_threads_of_runs(self, tenant: str, run_ids: Collection[str]) -> list[ThreadKey]:
+        """List the threads that have checkpoints of these runs."""
+
+    @abstractmethod
+    def list_thread_ids(self, tenant: str, after: str, limit: int) -> list[str]:
+        """List a tenant's threads that were ever written, by id, behind one."""
+
+    @abstractmethod
+    def list_namespaces(self, thread: int, after: str | None, limit: int) -> list[str]:
+        """List the namespaces in which a thread has checkpoints, in the database's order."""
+
+    @abstractmethod
+    def find_newest(self, thread: int, ns: str, place: int) -> int | None:
+        """Return the number of a namespace's newest checkpoint (place 1), or one before it."""
+
+    @abstractmethod
+    def count_older(self, thread: int, ns: str, seq: int) -> int:
+        """Count the checkpoints of a namespace with a number below this one."""
+
+    @abstractmethod
+    def list_links(
+        self,
+        thread: int,
+        ns: str,
+        *,
+        limit: int,
+        after: int | None = None,
+        below: int | None = None,
+        run_ids: Collection[str] | None = None,
+    ) -> list[Link]:
+        """Read a page of a namespace's links: behind a number upwards, or else downwards.
+
+        Args:
+            thread: The thread's number.
+            ns: The namespace.
+            limit: At most so many.
+            after: The page begins behind this number, and goes up.
+            below: The page begins below this number, and goes down.
+            run_ids: Only those of these runs.
+        """
+
+    @abstractmethod
+    def find_links(self, thread: int, ns: str, ids: Collection[str]) -> list[Link]:
+        """Read the links of some checkpoints, as far as they are there."""
+
+    @abstractmethod
+    def find_anchor(self, thread: int, ns: str, checkpoint_id: str) -> AnchorRow | None:
+        """Read an anchor."""
+
+    @abstractmethod
+    def remove(
+        self, thread: int, checkpoints: Collection[Link], anchors: Collection[AnchorRow] = ()
+    ) -> None:
+        """Delete some checkpoints of a locked thread with their logged writes, and anchors.
+
+        Whoever calls this raises the thread's number in the same transaction.
+        """
+
+    @abstractmethod
+    def list_series(
+        self, thread: int, after: int, through: int, limit: int
+    ) -> list[tuple[int, int]]:
+        """List a thread's series of values by number, each with the start of its last stretch."""
+
+    @abstractmethod
+    def remove_values(
+        self, thread: int, dead: Sequence[DeadValue], *, limit: int, max_bytes: int
+    ) -> bool:
+        """Delete dead stretches, at most so many and so large; say whether none is left."""
+
+    @abstractmethod
+    def remove_some(self, thread: int, *, limit: int, max_bytes: int) -> bool:
+        """Delete rows of a thread whatever they are; say whether none is left."""
+
+    @abstractmethod
+    def retire(self, thread: ThreadState) -> None:
+        """Give the name, the token and the lease of a locked thread to a new one without rows.
+
+        What the old one holds belongs to `RETIRED` from then on. The number goes on where it was.
+        """
+
+    @abstractmethod
+    def find_retired(self) -> int | None:
+        """Return the number of a retired thread, if there is one."""
+
+    @abstractmethod
+    def forget_retired(self, thread: int) -> None:
+        """Delete the row of a retired thread that holds nothing any more."""
+
+
+class ObjectVerbs(ABC):
+    """The verbs of `Rows` that are about the objects in which values are."""
+
+    @abstractmethod
+    def refer(
+        self, objects: Sequence[ObjectRow], released: Sequence[tuple[int, int, int]] = ()
+    ) -> None:
+        """Note in which objects values are, and lock out collection until the transaction ends.
+
+        Args:
+            objects: A value that was in another object is in that one no more.
+            released: Values that are in none any more, by thread, series and start.
+        """
+
+    @abstractmethod
+    def find_space(self, *, make: bool) -> tuple[str, bool] | None:
+        """Return the folder of this database in its object tier, and whether there was one.
+
+        Args:
+            make: Make one where there is none.
+        """
+
+    @abstractmethod
+    def has_objects(self, thread: int) -> bool:
+        """Whether values of a thread are, or lately were, in objects."""
+
+    @abstractmethod
+    def exclude_referrers(self) -> None:
+        """Lock out `refer` until the transaction ends."""
+
+    @abstractmethod
+    def list_abandoned(self, limit: int) -> list[ObjectRow]:
+        """List references of which the value is gone or elsewhere, and not yet noted when."""
+
+    @abstractmethod
+    def abandon(self, rows: Sequence[ObjectRow], at: datetime) -> None:
+        """Note since when references are abandoned, of those that still are."""
+
+    @abstractmethod
+    def forget_objects(self, before: datetime, limit: int) -> bool:
+        """Delete references that were abandoned before a time; say whether none is left."""
+
+    @abstractmethod
+    def find_needed(self, names: Sequence[str], since: datetime) -> set[str]:
+        """Return which objects are referred to, or were at a time or later."""
+
+
+class Rows(DeletionVerbs, ObjectVerbs):
     """One connection to the rows; made anew for each batch or read."""
 
     @abstractmethod
@@ -378,124 +490,6 @@ class Rows(ABC):
         """Put rows, all of one kind, in the place of those with the same keys."""
 
     @abstractmethod
-    def refer(
-        self, objects: Sequence[ObjectRow], released: Sequence[tuple[int, int, int]] = ()
-    ) -> None:
-        """Note in which objects values are, and lock out collection until the transaction ends.
-
-        Args:
-            objects: A value that was in another object is in that one no more.
-            released: Values that are in none any more, by thread, series and start.
-        """
-
-    @abstractmethod
-    def find_space(self, *, make: bool) -> tuple[str, bool] | None:
-        """Return the folder of this database in its object tier, and whether there was one.
-
-        Args:
-            make: Make one where there is none.
-        """
-
-    @abstractmethod
-    def has_objects(self, thread: int) -> bool:
-        """Whether values of a thread are, or lately were, in objects."""
-
-    @abstractmethod
-    def exclude_referrers(self) -> None:
-        """Lock out `refer` until the transaction ends."""
-
-    @abstractmethod
-    def list_abandoned(self, limit: int) -> list[ObjectRow]:
-        """List references of which the value is gone or elsewhere, and not yet noted when."""
-
-    @abstractmethod
-    def abandon(self, rows: Sequence[ObjectRow], at: datetime) -> None:
-        """Note since when references are abandoned, of those that still are."""
-
-    @abstractmethod
-    def forget_objects(self, before: datetime, limit: int) -> bool:
-        """Delete references that were abandoned before a time; say whether none is left."""
-
-    @abstractmethod
-    def find_needed(self, names: Sequence[str], since: datetime) -> set[str]:
-        """Return which objects are referred to, or were at a time or later."""
-
-    @abstractmethod
-    def list_threads_of_runs(self, tenant: str, run_ids: Collection[str]) -> list[ThreadKey]:
-        """List the threads that have checkpoints of these runs."""
-
-    @abstractmethod
-    def list_thread_ids(self, tenant: str, after: str, limit: int) -> list[str]:
-        """List a tenant's threads that were ever written, by id, behind one."""
-
-    @abstractmethod
-    def list_namespaces(self, thread: int, after: str | None, limit: int) -> list[str]:
-        """List the namespaces in which a thread has checkpoints, in the database's order."""
-
-    @abstractmethod
-    def find_newest(self, thread: int, ns: str, place: int) -> int | None:
-        """Return the number of a namespace's newest checkpoint (place 1), or one before it."""
-
-    @abstractmethod
-    def count_older(self, thread: int, ns: str, seq: int) -> int:
-        """Count the checkpoints of a namespace with a number below this one."""
-
-    @abstractmethod
-    def list_links(
-        self,
-        thread: int,
-        ns: str,
-        *,
-        limit: int,
-        after: int | None = None,
-        below: int | None = None,
-        run_ids: Collection[str] | None = None,
-    ) -> list[Link]:
-        """Read a page of a namespace's links: behind a number upwards, or else downwards.
-
-        Args:
-            thread: The thread's number.
-            ns: The namespace.
-            limit: At most so many.
-            after: The page begins behind this number, and goes up.
-            below: The page begins below this number, and goes down.
-            run_ids: Only those of these runs.
-        """
-
-    @abstractmethod
-    def find_links(self, thread: int, ns: str, ids: Collection[str]) -> list[Link]:
-        """Read the links of some checkpoints, as far as they are there."""
-
-    @abstractmethod
-    def find_anchor(self, thread: int, ns: str, checkpoint_id: str) -> AnchorRow | None:
-        """Read an anchor."""
-
-    @abstractmethod
-    def remove(
-        self, thread: int, checkpoints: Collection[Link], anchors: Collection[AnchorRow] = ()
-    ) -> None:
-        """Delete some checkpoints of a locked thread with their logged writes, and anchors.
-
-        Whoever calls this raises the thread's number in the same transaction.
-        """
-
-    @abstractmethod
-    def list_series(
-        self, thread: int, after: int, through: int, limit: int
-    ) -> list[tuple[int, int]]:
-        """List a thread's series of values by number, each with the start of its last stretch."""
-
-    @abstractmethod
-    def remove_values(
-        self, thread: int, dead: Sequence[DeadValue], *, limit: int, max_bytes: int
-    ) -> bool:
-        """Delete dead stretches, at most so many and so large; say whether none is left."""
-
-    @abstractmethod
-    def remove_some(self, thread: int, *, limit: int, max_bytes: int) -> bool:
-        """Delete rows of a thread whatever they are; say whether none is left."""
-
-    @abstractmethod
     def set_lease(self, thread: ThreadKey, token: int, *, is_leased: bool) -> ThreadState | None:
         """Take a thread for a token, or give it back, and return its state without heads.
 
@@ -506,18 +500,3 @@ class Rows(ABC):
     @abstractmethod
     def raise_tokens(self, by: int) -> None:
         """Raise the tokens of all threads."""
-
-    @abstractmethod
-    def retire(self, thread: ThreadState) -> None:
-        """Give the name, the token and the lease of a locked thread to a new one without rows.
-
-        What the old one holds belongs to `RETIRED` from then on. The number goes on where it was.
-        """
-
-    @abstractmethod
-    def find_retired(self) -> int | None:
-        """Return the number of a retired thread, if there is one."""
-
-    @abstractmethod
-    def forget_retired(self, thread: int) -> None:
-        """Delete the row of a retired thread that holds nothing any more."""

@@ -7,14 +7,27 @@ and keeps keys that start with two underscores out of the metadata.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Any, Self
 
 from langchain_core.runnables import RunnableConfig
 
-from agentflow.checkpoint.planning import Seen
-
 KEY = "__agentflow_seen"
 _PARTS = ("head_seq", "checkpoint_id", "ns", "load_id", "step", "is_marked")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """What an invocation saw when it loaded; it comes back with everything the invocation puts."""
+
+    ns: str
+    head_seq: int
+    checkpoint_id: str
+    load_id: str
+    """Names the load, and with it the invocation."""
+    step: int | None
+    is_marked: bool
+    """Whether a node comes next after which the state has to be stored."""
 
 
 class Stamp(str):

@@ -41,5 +41,7 @@ class Ask(NamedTuple):
     thread_ids: Sequence[str]
 
 
-Steps = Generator[Read | Change | Wait | Ask, Any, T]
+Step = Read | Change | Wait | Ask
+
+Steps = Generator[Step, Any, T]
 """Work in steps, whoever runs them: each is sent the outcome of the one before."""

@@ -69,9 +69,7 @@ async def list_approvals(
             cursor=cursor,
         )
     empty = "no approvals" if status == "all" else f"no {status} approvals"
-    call.output.rows(page.items, _COLUMNS, empty=empty)
-    if page.cursor is not None:
-        call.output.message(f"there are more: --cursor {page.cursor}")
+    call.output.page(page, _COLUMNS, empty=empty)
 
 
 @command(group, "show")

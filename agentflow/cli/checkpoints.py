@@ -261,7 +261,7 @@ async def _check_ended(app: AgentFlow, tenant: str | None, thread_id: str) -> No
             limit=1,
             cursor=None,
         )
-        for run in found.items:
+        for run in found.whole():
             raise ConflictError(
                 f"thread {thread_id!r} has run {run.id!r}, which is {status.value}; "
                 "wait for its end, or cancel it, before anything of it is deleted"

@@ -59,9 +59,7 @@ async def list_effects(
         page = await app.effects.list(
             run_id=run_id, status=status, in_doubt=in_doubt, limit=limit, cursor=cursor
         )
-    call.output.rows(page.items, _COLUMNS, empty="no effects")
-    if page.cursor is not None:
-        call.output.message(f"there are more: --cursor {page.cursor}")
+    call.output.page(page, _COLUMNS, empty="no effects")
 
 
 @command(group, "show")

@@ -45,9 +45,7 @@ async def list_letters(
     """List dead letters, newest first."""
     async with call.open_app() as app:
         page = await app.dead_letters.list(graph=graph, reason=reason, limit=limit, cursor=cursor)
-    call.output.rows(page.items, _COLUMNS, empty="no dead letters")
-    if page.cursor is not None:
-        call.output.message(f"there are more: --cursor {page.cursor}")
+    call.output.page(page, _COLUMNS, empty="no dead letters")
 
 
 @command(group, "show")

@@ -8,7 +8,7 @@ import typer
 
 from agentflow.cli.command import Call, OutcomeError
 from agentflow.cli.output import OutputFormat
-from agentflow.types import Run, RunStatus
+from agentflow.types import Page, Run, RunStatus
 
 if TYPE_CHECKING:
     from agentflow.app import AgentFlow
@@ -62,15 +62,22 @@ async def restore(
         f"{restored.unfinished}"
     )
     if call.output.format is OutputFormat.TABLE:
-        call.output.rows(unfinished, _RUNS, empty="no unfinished runs of this tenant")
+        call.output.page(unfinished, _RUNS, empty="no unfinished runs of this tenant")
     else:
-        call.output.record({"restored": restored, "unfinished": unfinished})
+        shown = call.output.page_rows(unfinished, _RUNS)
+        call.output.record({"restored": restored, "unfinished": shown})
     call.output.message("when they were looked through: 'agentflow restore --resume'")
 
 
-async def _unfinished(app: AgentFlow, limit: int) -> list[Run]:
-    found: list[Run] = []
+async def _unfinished(app: AgentFlow, limit: int) -> Page[Run]:
+    found: Page[Run] = Page(items=(), cursor=None)
     for status in RunStatus:
-        if not status.is_ended and len(found) < limit:
-            found += (await app.list_runs(status=status, limit=limit - len(found))).items
+        room = limit - len(found.items) - len(found.unreadable)
+        if not status.is_ended and room > 0:
+            more = await app.list_runs(status=status, limit=room)
+            found = Page(
+                items=found.items + more.items,
+                cursor=None,
+                unreadable=found.unreadable + more.unreadable,
+            )
     return found

@@ -20,7 +20,7 @@ from typing import Any
 
 import typer
 
-from agentflow.types import plain
+from agentflow.types import Page, Unreadable, plain
 
 # Printable by Unicode's categories, and yet nothing is seen: fillers, blanks, variation selectors.
 _BLANK = frozenset(
@@ -138,6 +138,26 @@ class Output:
                 typer.echo(to_json(record))
         elif records:
             _print_table([jsonable(record) for record in records], columns)
+
+    def page(self, page: Page[Any], columns: Sequence[str], *, empty: str) -> None:
+        """Print a page of a listing, with what of it cannot be read; see `rows`."""
+        self.rows(self.page_rows(page, columns), columns, empty=empty)
+        for each in page.unreadable:
+            self.message(f"{each.id} cannot be read: {type(each.error).__name__}: {each.error}")
+        if page.cursor is not None:
+            self.message(f"there are more: --cursor {page.cursor}")
+
+    def page_rows(self, page: Page[Any], columns: Sequence[str]) -> list[Any]:
+        """Return the records of a page, with what is known of those that cannot be read."""
+        left_out = [self._unreadable(each, columns[0]) for each in page.unreadable]
+        return [*page.items, *left_out]
+
+    def _unreadable(self, record: Unreadable, name: str) -> dict[str, Any]:
+        error = type(record.error).__name__
+        found = {name: record.id, "graph": record.graph, "version": record.version}
+        if self.format is OutputFormat.TABLE:
+            return {**found, "status": error}
+        return {**found, "status": record.status, "unreadable": error}
 
     def record(self, record: Any, fields: Sequence[str] | None = None) -> None:
         """Print one record; a table shows the given fields, or all."""

@@ -172,9 +172,7 @@ async def list_runs(
         page = await app.list_runs(
             status=status, graph=graph, thread_id=thread_id, limit=limit, cursor=cursor
         )
-    call.output.rows(page.items, _COLUMNS, empty="no runs")
-    if page.cursor is not None:
-        call.output.message(f"there are more: --cursor {page.cursor}")
+    call.output.page(page, _COLUMNS, empty="no runs")
 
 
 @command(group, "show")

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import re
-from datetime import timedelta
 from typing import Annotated
 
 import typer
 
 from agentflow.cli.command import Call, OutcomeError, UsageError
-
-_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+from agentflow.cli.values import read_age
 
 
 async def sweep(
@@ -31,7 +28,7 @@ async def sweep(
     """
     from agentflow.checkpoint import Retention
 
-    age = None if ttl is None else _read_age(ttl)
+    age = None if ttl is None else read_age("--ttl", ttl)
     if keep_last is None and age is None and call.app is None:
         raise UsageError("--keep-last", "is missing: give --keep-last, --ttl or an app")
     async with call.open_app() as app:
@@ -53,13 +50,3 @@ async def sweep(
             f"{damaged:,} {noun} could not be read, and nothing more of them was deleted; "
             "run 'agentflow checkpoint verify', and see that all keys are here"
         )
-
-
-def _read_age(text: str) -> timedelta:
-    found = re.fullmatch(r"(\d+)([smhdw])", text)
-    if found is None or int(found[1]) == 0:
-        raise UsageError("--ttl", f"takes a number and a unit, such as 30d, not {text!r}")
-    try:
-        return timedelta(**{_UNITS[found[2]]: int(found[1])})
-    except OverflowError as exc:
-        raise UsageError("--ttl", f"is longer than time goes on: {text!r}") from exc

@@ -1,13 +1,17 @@
-"""Values given on the command line: JSON in an argument, a file or stdin, and `key=value`."""
+"""Values given on the command line: JSON in an argument, a file or stdin, `key=value`, and ages."""
 
 from __future__ import annotations
 
 import json
+import re
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from agentflow.cli.command import UsageError
+
+_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 
 def read_json(option: str, text: str) -> Any:
@@ -40,6 +44,17 @@ def read_pairs(option: str, pairs: list[str]) -> dict[str, str]:
             raise UsageError(option, f"takes key=value, not {pair!r}")
         found[key] = value
     return found
+
+
+def read_age(option: str, text: str) -> timedelta:
+    """Read a number with a unit, such as `30d`."""
+    found = re.fullmatch(r"(\d+)([smhdw])", text)
+    if found is None or int(found[1]) == 0:
+        raise UsageError(option, f"takes a number and a unit, such as 30d, not {text!r}")
+    try:
+        return timedelta(**{_UNITS[found[2]]: int(found[1])})
+    except OverflowError as exc:
+        raise UsageError(option, f"is longer than time goes on: {text!r}") from exc
 
 
 def _read_file(option: str, name: str) -> str:

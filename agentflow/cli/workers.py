@@ -16,6 +16,7 @@ import typer
 
 from agentflow.cli.command import Call, OutcomeError
 from agentflow.cli.output import OutputFormat, to_json, visible
+from agentflow.cli.values import read_age
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -35,6 +36,10 @@ async def work(
         list[str] | None, typer.Option(help="A queue to take runs from; repeatable.")
     ] = None,
     name: Annotated[str | None, typer.Option(help="The worker's name in the records.")] = None,
+    sweep_every: Annotated[
+        str | None,
+        typer.Option(metavar="1h", help="Sweep about so often: s, m, h, d or w."),
+    ] = None,
     health_port: Annotated[
         int | None,
         typer.Option(min=0, max=65535, help="Answer GET /healthz on this port; 0 takes any."),
@@ -49,8 +54,9 @@ async def work(
     jsonl log lines are JSON objects. On a terminal a line shows what the worker is doing.
     """
     queues = tuple(queue or ("default",))
+    every = None if sweep_every is None else read_age("--sweep-every", sweep_every)
     async with call.open_app(needs_graphs=True) as app:
-        worker = app.worker(concurrency=concurrency, queues=queues, name=name)
+        worker = app.worker(concurrency=concurrency, queues=queues, name=name, sweep_every=every)
         with _logging(call) as live:
             _on_stop_signal(worker.stop)
             async with _health(call, worker, health_host, health_port), _showing(live, worker):

@@ -30,6 +30,8 @@ from sqlalchemy import (
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
+_NO_TIME = datetime.max.replace(tzinfo=UTC)
+"""What is read where no time stands: one such row must not keep all others from being read."""
 
 
 class Timestamp(TypeDecorator[datetime]):
@@ -46,7 +48,10 @@ class Timestamp(TypeDecorator[datetime]):
     def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:
         """Turn microseconds into a datetime."""
         del dialect
-        return None if value is None else _EPOCH + timedelta(microseconds=int(value))
+        try:
+            return None if value is None else _EPOCH + timedelta(microseconds=int(value))
+        except (ValueError, OverflowError):
+            return _NO_TIME
 
 
 class Length(TypeDecorator[timedelta]):
@@ -63,7 +68,10 @@ class Length(TypeDecorator[timedelta]):
     def process_result_value(self, value: Any, dialect: Dialect) -> timedelta | None:
         """Turn microseconds into a length of time."""
         del dialect
-        return None if value is None else timedelta(microseconds=int(value))
+        try:
+            return None if value is None else timedelta(microseconds=int(value))
+        except (ValueError, OverflowError):
+            return timedelta.max
 
 
 def partial_index(name: str, *columns: Any, where: str) -> Index:

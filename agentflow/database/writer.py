@@ -251,13 +251,15 @@ class GroupCommitWriter:
         while self._await_work():
             with self._role:
                 self._holder = threading.get_ident()
-                if batch := self._pop():
-                    self._serve_batch(batch)
+                # In no variable here, which would keep what was written until there is more.
+                self._serve_batch(self._pop())
                 self._holder = None
         with self._role:
             self._connections.end_writing()
 
     def _serve_batch(self, batch: list[Operation]) -> None:
+        if not batch:
+            return
         try:
             self._write(batch)
         except BaseException as exc:

@@ -10,7 +10,9 @@ open, and nothing at all is driven that has ended.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping
+from datetime import timedelta
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -54,6 +56,7 @@ from agentflow.errors import (
     DeadlineExceededError,
     FencedError,
     IncompatibleGraphError,
+    KeyUnavailableError,
     LeaseLostError,
     RunError,
     StoreUnavailableError,
@@ -72,8 +75,12 @@ from agentflow.telemetry import (
 )
 from agentflow.types import FROM_START, Approval, AttemptStart, ClaimedRun, NewWait
 
+logger = logging.getLogger(__name__)
+
 _STRICT_RESUME = "__pregel_strict_resume"
 _PAGE = 200
+_KEY_DELAY = timedelta(minutes=1)
+"""How long a run is left alone whose key could not be had."""
 _LOSSES = 10
 """How many times as often as it may fail a run may be lost with workers that others have killed."""
 
@@ -370,7 +377,7 @@ class Attempt:
                 limit=_PAGE,
                 cursor=cursor,
             )
-            for wait in page.items:
+            for wait in page.whole():
                 waits[wait.ns, wait.interrupt_id, wait.checkpoint_id] = wait
             if (cursor := page.cursor) is None:
                 break
@@ -424,6 +431,11 @@ class Attempt:
         self._control.check()
         fail_span(span, type(error).__name__)
         await self._settlement.flush_quietly()
+        if isinstance(error, KeyUnavailableError):
+            facts = {"run_id": self._run.id, "key": error.key, "error": type(error).__name__}
+            logger.warning("run is put back: its key cannot be had", extra=facts)
+            await self._settlement.requeue("key", span, _KEY_DELAY)
+            return
         failed = await self._failed(span)
         if isinstance(error, INCOMPATIBLE):
             self.refused = error

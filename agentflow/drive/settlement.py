@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 
 from langgraph.checkpoint.base import BaseCheckpointSaver
@@ -117,10 +118,12 @@ class Settlement:
         )
         span.set_attribute(RUN_STATUS, "failed")
 
-    async def requeue(self, reason: str, span: Span) -> None:
+    async def requeue(self, reason: str, span: Span, delay: timedelta = timedelta(0)) -> None:
         """Queue the run again, which was stopped between two supersteps; the attempt is free."""
         await self.release_thread()
-        await self._store.release_run(self._held_to_the_end(), reason=reason, counts=False)
+        await self._store.release_run(
+            self._held_to_the_end(), reason=reason, counts=False, delay=delay
+        )
         span.set_attribute(RUN_STATUS, "queued")
 
     async def give_back(self) -> None:

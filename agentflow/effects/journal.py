@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from langgraph.errors import GraphBubbleUp
@@ -23,6 +23,7 @@ from agentflow.codec import Codec
 from agentflow.control import AsksPerson, AttemptControl
 from agentflow.effects.callers import Aside, Caller, running_loop
 from agentflow.effects.failures import describe, rebuild
+from agentflow.effects.flights import Flight, LeftError
 from agentflow.effects.places import Places
 from agentflow.effects.policy import (
     EffectContext,
@@ -71,20 +72,6 @@ _LOOK = 0.2
 Call = Callable[[EffectContext], Awaitable[Any]]
 
 
-@dataclass(slots=True)
-class _Flight:
-    """A call that is being made, or about to."""
-
-    new: NewEffect
-    loop: asyncio.AbstractEventLoop
-    limit: float
-    ended: Future[Any] = field(default_factory=Future)
-    is_stopping: bool = False
-    """The node was cancelled: what has not been called is not called."""
-    is_doubtful: bool = False
-    """An earlier attempt may have made the call, and it may be made again."""
-
-
 class Journal:
     """The effects of one attempt; safe to use from any thread."""
 
@@ -122,8 +109,9 @@ class Journal:
         self._lease = lease
         self._control = control
         self._known: dict[tuple[str, str], Effect] | None = {} if is_fresh else None
-        self._flights: dict[tuple[str, str], _Flight] = {}
+        self._flights: dict[tuple[str, str], Flight] = {}
         self._lock = threading.Lock()
+        self._is_settling = False
         self._aside: Aside | None = None
 
     # A call, from the loop of the one who makes it.
@@ -147,9 +135,14 @@ class Journal:
         if not new.id:
             new = replace(new, id=new_id())
         identity = (new.scope, new.key)
-        flight, is_first = self._board(identity, new)
-        if not is_first:
-            return await asyncio.shield(asyncio.wrap_future(flight.ended))
+        while True:
+            flight, is_first = self._board(identity, new)
+            if is_first:
+                break
+            try:
+                return await asyncio.shield(asyncio.wrap_future(flight.ended))
+            except LeftError:
+                continue  # one of those who waited is the next
         task = asyncio.get_running_loop().create_task(self._fly(identity, flight, policy, call))
         task.add_done_callback(_forget)  # its node may be cancelled when it has ended already
         try:
@@ -159,12 +152,12 @@ class Journal:
                 await self._outlast(task, flight)
             raise
 
-    def _board(self, identity: tuple[str, str], new: NewEffect) -> tuple[_Flight, bool]:
+    def _board(self, identity: tuple[str, str], new: NewEffect) -> tuple[Flight, bool]:
         with self._lock:
             flight = self._flights.get(identity)
             if flight is None:
                 limit = _GRACE if new.timeout is None else new.timeout.total_seconds()
-                flight = _Flight(new, asyncio.get_running_loop(), limit)
+                flight = Flight(new, asyncio.get_running_loop(), limit)
                 flight.ended.set_running_or_notify_cancel()  # who waits cannot cancel it
                 self._flights[identity] = flight
                 return flight, True
@@ -172,25 +165,30 @@ class Journal:
         return flight, False
 
     async def _fly(
-        self, identity: tuple[str, str], flight: _Flight, policy: Policy, call: Call
+        self, identity: tuple[str, str], flight: Flight, policy: Policy, call: Call
     ) -> Any:
         try:
             outcome = await self._perform(flight, policy, call)
         except BaseException as exc:
             self._land(identity)
             is_cancelled = isinstance(exc, asyncio.CancelledError)
-            lost = LeaseLostError(self._lease.run_id, self._lease.token)
-            flight.ended.set_exception(lost if is_cancelled else exc)
+            flight.ended.set_exception(self._left() if is_cancelled else exc)
             raise
         self._land(identity)
         flight.ended.set_result(outcome)
         return outcome
 
+    def _left(self) -> Exception:
+        """Return what others hear of a call whose caller was cancelled."""
+        if self._is_settling or self._control.is_over:
+            return LeaseLostError(self._lease.run_id, self._lease.token)
+        return LeftError()
+
     def _land(self, identity: tuple[str, str]) -> None:
         with self._lock:
             del self._flights[identity]
 
-    async def _outlast(self, task: asyncio.Task[Any], flight: _Flight) -> None:
+    async def _outlast(self, task: asyncio.Task[Any], flight: Flight) -> None:
         """Wait for a call although its node was cancelled, so that its outcome is known."""
         flight.is_stopping = True
         if not self._control.is_over and not self._control.is_given_up:
@@ -201,6 +199,7 @@ class Journal:
 
     async def settle(self) -> None:
         """Wait for the calls that are under way, in whichever threads, as long as each may take."""
+        self._is_settling = True
         with self._lock:
             flights = list(self._flights.values())
         if flights and not self._control.is_over and not self._control.is_given_up:
@@ -213,7 +212,7 @@ class Journal:
 
     # What is known, what is in doubt, and the call.
 
-    async def _perform(self, flight: _Flight, policy: Policy, call: Call) -> Any:
+    async def _perform(self, flight: Flight, policy: Policy, call: Call) -> Any:
         self._control.check()
         begun = self._recall(flight.new)
         if begun is None:
@@ -240,7 +239,7 @@ class Journal:
             begun = await self._begin(flight.new, retake=effect.attempt)
         return await self._call(flight, begun.effect, policy, call)
 
-    async def _call(self, flight: _Flight, effect: Effect, policy: Policy, call: Call) -> Any:
+    async def _call(self, flight: Flight, effect: Effect, policy: Policy, call: Call) -> Any:
         number = 0
         while True:
             number += 1
@@ -280,7 +279,7 @@ class Journal:
             raise doubt from error
 
     async def _admit(
-        self, flight: _Flight, effect: Effect, admit: Callable[[], Awaitable[None]]
+        self, flight: Flight, effect: Effect, admit: Callable[[], Awaitable[None]]
     ) -> None:
         try:
             await admit()
@@ -379,12 +378,10 @@ class Journal:
         return Begun(effect=effect, is_due=False)
 
     async def _recalled(self) -> dict[tuple[str, str], Effect]:
-        try:
-            page = await self._store.list_effects(
-                self._lease.tenant, scope=self.root, limit=_KNOWN, strict=True, in_rows=True
-            )
-        except CodecError:
-            return {}  # those that are asked for are read one by one
+        # What cannot be read here is read when it is asked for.
+        page = await self._store.list_effects(
+            self._lease.tenant, scope=self.root, limit=_KNOWN, strict=True, in_rows=True
+        )
         return {(each.scope, each.key): each for each in page.items}
 
     def _recorded(self, new: NewEffect) -> Effect | None:

@@ -16,12 +16,20 @@ from sqlalchemy.dialects import mysql
 from sqlalchemy.engine import Connection
 
 from agentflow.codec import Codec, context_of
-from agentflow.errors import EffectConflictError, JournalMissingError
+from agentflow.errors import (
+    EffectConflictError,
+    JournalMissingError,
+    MissingDriverError,
+    SerializationError,
+    UnsupportedUrlError,
+)
 from agentflow.journal import NewEffect, differences
 
 _metadata = sa.MetaData()
 
-# A hash as the key: MariaDB has no index of texts without a length.
+# A hash as the key: MariaDB has no index of texts without a length, and most of its collations take
+# `A` for `a`. There the engine has to have transactions, and names may be in any alphabet, whatever
+# the database's defaults are.
 effect_journal = sa.Table(
     "effect_journal",
     _metadata,
@@ -29,13 +37,42 @@ effect_journal = sa.Table(
     sa.Column("name", sa.String(255), nullable=False),
     sa.Column("data", sa.LargeBinary().with_variant(mysql.LONGBLOB(), "mysql", "mariadb")),
     sa.Column("at", sa.DateTime(), nullable=False, server_default=sa.func.now()),
+    mysql_engine="InnoDB",
+    mysql_charset="utf8mb4",
+    mysql_collate="utf8mb4_bin",
+    mariadb_engine="InnoDB",
+    mariadb_charset="utf8mb4",
+    mariadb_collate="utf8mb4_bin",
 )
 
 _NAME = 255
+_SMALL = 1_000_000
+"""Bytes that no server refuses as too many at a time."""
 _AGAIN = {"40001", "40P01", "55P03"}
 """SQLSTATEs of PostgreSQL: serialization failure, deadlock, lock not available."""
-_AGAIN_MYSQL = {1205, 1213}
+_AGAIN_MYSQL = {1020, 1205, 1213}
+"""Error numbers of MariaDB: a row has changed since the snapshot, lock wait timeout, deadlock."""
+_NO_SAVEPOINT = 1305
+"""What the end of a savepoint meets on MariaDB if a deadlock has rolled back all there was."""
+_DRIVERS = {
+    "sqlite": "pysqlite",
+    "postgresql": "psycopg",
+    "mariadb": "pymysql",
+    "mysql": "pymysql",
+}
+"""The drivers that are tested, of those that are not async."""
+_EXTRAS = {"psycopg": "postgres", "pymysql": "mariadb"}
+_SUPPORTED = ("sqlite:///file", "postgresql://", "mariadb://")
 _BUSY = ("database is locked", "database table is locked")
+
+
+class RolledBackError(sa.exc.OperationalError):
+    """The database has rolled a transaction back, and its function went on as if nothing was."""
+
+    def __init__(self) -> None:
+        """Say so; it is tried again."""
+        text = "the database rolled the transaction back, and its function kept that to itself"
+        super().__init__(None, None, Exception(text))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,32 +119,76 @@ class Rows:
         connection.execute(sa.insert(effect_journal).values(**row))
 
     def finish(self, connection: Connection, outcome: Any) -> None:
-        """Write down the outcome, in the same transaction."""
+        """Write down the outcome, in the same transaction.
+
+        Raises:
+            RolledBackError: It is another transaction by now, without the row: MariaDB rolls back
+                after a deadlock and goes on with a new one, if the function catches the error.
+            SerializationError: The outcome cannot be stored, or is larger than MariaDB takes.
+        """
         stored: Mapping[str, Any] = {
             "name": self._new.name,
             "arguments": dict(self._new.arguments),
             "outcome": outcome,
         }
         data = self._codec.dumps(stored, context=self._context, where=self._where)
-        connection.execute(
-            sa.update(effect_journal)
-            .where(effect_journal.c.key_hash == self._hash)
-            .values(data=data)
-        )
+        self._check_fits(connection, data, outcome)
+        own = sa.update(effect_journal).where(effect_journal.c.key_hash == self._hash)
+        try:
+            written = connection.execute(own.values(data=data))
+        except sa.exc.StatementError as exc:
+            exc.hide_parameters = True  # the outcome, whatever the user's engine shows of others
+            raise
+        if written.rowcount != 1:
+            raise RolledBackError
+
+    def _check_fits(self, connection: Connection, data: bytes, outcome: Any) -> None:
+        """Refuse what MariaDB would cut the connection for, as if it was worth trying again."""
+        if len(data) < _SMALL or connection.dialect.name not in {"mariadb", "mysql"}:
+            return
+        limit = connection.exec_driver_sql("SELECT @@max_allowed_packet").scalar_one()
+        if len(data) >= limit:
+            raise SerializationError(
+                type(outcome).__qualname__,
+                "",
+                f"its {len(data):,} bytes are more than the server takes at a time; store it "
+                f"elsewhere and keep a reference, or raise max_allowed_packet, which is {limit:,}",
+                self._where,
+            )
 
 
 def create(url: str) -> bool:
-    """Create the table in the user's database, and say whether it was not there."""
-    parsed = sa.make_url(url)
-    if parsed.drivername == "postgresql":
-        parsed = parsed.set(drivername="postgresql+psycopg")  # the driver that is installed
-    engine = sa.create_engine(parsed)
+    """Create the table in the user's database, and say whether it was not there.
+
+    Raises:
+        UnsupportedUrlError: The text is no URL, or no database's that SQLAlchemy knows.
+        MissingDriverError: The database's driver is not installed.
+    """
+    parsed = _with_driver(url)
+    try:
+        engine = sa.create_engine(parsed)
+    except ModuleNotFoundError as exc:
+        driver = exc.name or parsed.get_driver_name()
+        raise MissingDriverError(driver, _EXTRAS.get(driver)) from exc
     try:
         is_new = not sa.inspect(engine).has_table(effect_journal.name)
         _metadata.create_all(engine)
     finally:
         engine.dispose()
     return is_new
+
+
+def _with_driver(url: str) -> sa.URL:
+    """Name the driver where the URL does not, or names one that is async."""
+    try:
+        parsed = sa.make_url(url)
+        is_async = parsed.get_dialect().is_async
+    except (sa.exc.ArgumentError, ValueError) as exc:
+        raise UnsupportedUrlError(url.partition(":")[0], _SUPPORTED) from exc
+    backend = parsed.get_backend_name()
+    if backend not in _DRIVERS or not (is_async or parsed.drivername == backend):
+        return parsed
+    return parsed.set(drivername=f"{backend}+{_DRIVERS[backend]}")
 
 
 def check_exists(connection: Connection) -> None:
@@ -119,10 +200,22 @@ def check_exists(connection: Connection) -> None:
 
 def is_worth_another(error: sa.exc.DBAPIError) -> bool:
     """Whether the same transaction may succeed if it is tried again: another one was in its way."""
+    if isinstance(error, RolledBackError):
+        return True
     raw = error.orig
     if getattr(raw, "sqlstate", None) in _AGAIN or getattr(raw, "pgcode", None) in _AGAIN:
         return True
-    args = getattr(raw, "args", ())
-    if args and args[0] in _AGAIN_MYSQL:
+    number = next(iter(getattr(raw, "args", ())), None)
+    if number in _AGAIN_MYSQL:
         return True
+    if number == _NO_SAVEPOINT and (before := _raised_before(error)) is not None:
+        return is_worth_another(before)
     return bool(error.connection_invalidated) or any(text in str(raw) for text in _BUSY)
+
+
+def _raised_before(error: BaseException) -> sa.exc.DBAPIError | None:
+    """Return the error of the database in whose handling this one was raised."""
+    before = error.__context__
+    while before is not None and not isinstance(before, sa.exc.DBAPIError):
+        before = before.__context__  # the driver's own
+    return before

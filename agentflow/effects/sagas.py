@@ -89,7 +89,7 @@ async def _effects(store: RunStore, run: Run) -> list[Effect]:
         page = await store.list_effects(
             run.tenant, run_id=run.id, limit=_PAGE, cursor=cursor, strict=True
         )
-        found += [each for each in page.items if each.kind == "effect"]
+        found += [each for each in page.whole() if each.kind == "effect"]
         if (cursor := page.cursor) is None:
             return found
 

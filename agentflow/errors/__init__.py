@@ -28,6 +28,7 @@ The tree::
     ├── CodecError
     │   ├── UnknownVersionError
     │   ├── UnknownKeyError
+    │   │   └── KeyUnavailableError
     │   ├── UnencryptedValueError
     │   ├── HashMismatchError
     │   ├── MissingBlobError
@@ -71,6 +72,7 @@ from agentflow.errors.codec import (
     BlockedTypeError,
     CodecError,
     HashMismatchError,
+    KeyUnavailableError,
     MissingBlobError,
     PayloadTooLargeError,
     SerializationError,
@@ -158,6 +160,7 @@ __all__ = [
     "InvalidDecisionError",
     "InvalidInputError",
     "JournalMissingError",
+    "KeyUnavailableError",
     "LeaseLostError",
     "Meaning",
     "MigrationError",

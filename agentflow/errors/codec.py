@@ -82,6 +82,24 @@ class UnknownKeyError(CodecError):
         )
 
 
+class KeyUnavailableError(UnknownKeyError):
+    """Whoever has the key of a stored value could not be asked; it may work later."""
+
+    def __init__(self, key: str, reason: str, where: str = "") -> None:
+        """Name the key, the class of what the key ring's lookup raised, and the place."""
+        AgentflowError.__init__(self, key, reason, where)
+        self.key = key
+        self.reason = reason
+        self.where = where
+
+    def __str__(self) -> str:
+        """Say that it passes, or whose matter it is."""
+        return (
+            f"stored value{_at(self.where)} is encrypted under the key {self.key!r}, and the key "
+            f"ring's lookup has raised {self.reason}; check that the key service answers"
+        )
+
+
 class UnencryptedValueError(CodecError):
     """A stored value is not encrypted although everything has to be."""
 

@@ -19,6 +19,7 @@ from agentflow.storage.endings import (
     fail,
     honour_cancel,
 )
+from agentflow.storage.marks import wait_event
 from agentflow.storage.pauses import reason_to_stop
 from agentflow.storage.questions import pack_question, redacted_question
 from agentflow.storage.rows import (
@@ -165,14 +166,13 @@ def park_run(
         for key, question in asked.items()
         if key not in known
     ]
-    _insert_waits(connection, payloads, row, new, now)
-    for q in new:
+    rows = _insert_waits(connection, payloads, row, new, now)
+    for q, wait in zip(new, rows, strict=True):
         if q.kind == "effect":
             log.append(
                 NewEvent(type="effect.in_doubt", data={"effect": q.interrupt_id.rpartition(":")[0]})
             )
-        facts = {"approval": q.wait_id, "proposal_hash": q.proposal_hash, "task": q.task_id}
-        log.append(NewEvent(type="approval.requested", data=facts))
+        log.append(wait_event("requested", wait, proposal_hash=q.proposal_hash, task=q.task_id))
     is_answered = any(known[key].status == WaitStatus.RESOLVED for key in asked if key in known)
     log.append(NewEvent(type="run.parked", data={"waits": len(asked), "checkpoint": checkpoint_id}))
     changes = {**RELEASED, **CLEARED, "checkpoint_id": checkpoint_id, "step": step}
@@ -192,14 +192,16 @@ def park_run(
 
 def supersede(connection: Connection, gone: Sequence[sa.Row[Any]], now: datetime) -> list[NewEvent]:
     """Close those of some waits that are pending, and return the events that say so."""
-    pending = [wait.wait_id for wait in gone if wait.status == WaitStatus.PENDING]
+    pending = [wait for wait in gone if wait.status == WaitStatus.PENDING]
+    closed = {"status": WaitStatus.SUPERSEDED.value, "decided_at": now}
     if pending:
+        ids = [wait.wait_id for wait in pending]
         connection.execute(
             sa.update(waits)
-            .where(waits.c.tenant == gone[0].tenant, waits.c.wait_id.in_(pending))
-            .values(status=WaitStatus.SUPERSEDED.value, decided_at=now)
+            .where(waits.c.tenant == gone[0].tenant, waits.c.wait_id.in_(ids))
+            .values(**closed)
         )
-    return [NewEvent(type="approval.superseded", data={"approval": wait}) for wait in pending]
+    return [wait_event("superseded", {**wait._mapping, **closed}) for wait in pending]
 
 
 def _insert_waits(
@@ -208,32 +210,30 @@ def _insert_waits(
     row: sa.Row[Any],
     questions: Sequence[NewWait],
     now: datetime,
-) -> None:
-    if not questions:
-        return
-    connection.execute(
-        sa.insert(waits),
-        [
-            {
-                "tenant": row.tenant,
-                "wait_id": question.wait_id,
-                "kind": question.kind,
-                "run_id": row.run_id,
-                "thread_id": row.thread_id,
-                "graph": row.graph,
-                "ns": question.ns,
-                "task_id": question.task_id,
-                "interrupt_id": question.interrupt_id,
-                "checkpoint_id": question.checkpoint_id,
-                "answers_recorded": question.answers_recorded,
-                "status": WaitStatus.PENDING.value,
-                "version": 1,
-                **pack_question(payloads, question, row),
-                "created_at": now,
-            }
-            for question in questions
-        ],
-    )
+) -> list[dict[str, Any]]:
+    new = [
+        {
+            "tenant": row.tenant,
+            "wait_id": question.wait_id,
+            "kind": question.kind,
+            "run_id": row.run_id,
+            "thread_id": row.thread_id,
+            "graph": row.graph,
+            "ns": question.ns,
+            "task_id": question.task_id,
+            "interrupt_id": question.interrupt_id,
+            "checkpoint_id": question.checkpoint_id,
+            "answers_recorded": question.answers_recorded,
+            "status": WaitStatus.PENDING.value,
+            "version": 1,
+            **pack_question(payloads, question, row),
+            "created_at": now,
+        }
+        for question in questions
+    ]
+    if new:
+        connection.execute(sa.insert(waits), new)
+    return new
 
 
 def finish_run(
@@ -366,7 +366,13 @@ def pause_failed_run(
 
 
 def release_run(
-    connection: Connection, payloads: Payloads, lease: Lease, *, reason: str, counts: bool
+    connection: Connection,
+    payloads: Payloads,
+    lease: Lease,
+    *,
+    reason: str,
+    counts: bool,
+    delay: timedelta,
 ) -> None:
     """See `RunStore.release_run`."""
     row = get_held_run(connection, lease)
@@ -381,7 +387,7 @@ def release_run(
         status=RunStatus.QUEUED,
         log=[NewEvent(type="run.released", data={"reason": reason})],
         wake_reason=reason,
-        available_at=payloads.time(now),
+        available_at=payloads.time(now) + delay,
         **({} if counts else CLEARED),
         **RELEASED,
     )

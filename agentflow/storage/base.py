@@ -103,7 +103,10 @@ class RunStore(VersionVerbs, IntegrityVerbs, ABC):
         limit: int,
         cursor: str | None,
     ) -> Page[Run]:
-        """Return a page of runs, newest first."""
+        """Return a page of runs, newest first.
+
+        What cannot be read is among `Page.unreadable`, in this and all other listings in pages.
+        """
 
     @abstractmethod
     async def list_events(
@@ -133,6 +136,10 @@ class RunStore(VersionVerbs, IntegrityVerbs, ABC):
         paused, and the oldest unfinished run of its thread. Each gets a lease under a token higher
         than any before on its thread. No run is given to two claimers. A start deadline is met by
         the claim.
+
+        A run that is not what its events say, or that cannot be read, is paused (events, if its
+        chain is whole: `run.unreadable`, `run.paused`); one whose classes or key are not here is
+        left to others, and one whose key cannot be had now is put off.
         Events: `run.claimed`, before it `run.recovered` for an expired one.
 
         Its attempt and its claims are counted now, so that a run that kills its worker is counted
@@ -292,8 +299,10 @@ class RunStore(VersionVerbs, IntegrityVerbs, ABC):
         """
 
     @abstractmethod
-    async def release_run(self, lease: Lease, *, reason: str, counts: bool) -> None:
-        """Queue the run again, for at once. Event: `run.released`.
+    async def release_run(
+        self, lease: Lease, *, reason: str, counts: bool, delay: timedelta = timedelta(0)
+    ) -> None:
+        """Queue the run again, for at once or after `delay`. Event: `run.released`.
 
         Its attempts and losses are cleared, unless this one `counts`.
         """

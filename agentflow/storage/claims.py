@@ -21,13 +21,7 @@ from agentflow.database.engine import now as database_now
 from agentflow.database.prepared import On, Prepared
 from agentflow.database.statements import insert_of
 from agentflow.database.tables import Timestamp, epochs, leases, pauses, runs
-from agentflow.errors import (
-    BlockedTypeError,
-    CodecError,
-    ThreadBusyError,
-    UnencryptedValueError,
-    UnknownKeyError,
-)
+from agentflow.errors import ThreadBusyError
 from agentflow.storage.losses import has_counted, is_suspect, isolation_of, losses_of
 from agentflow.storage.pauses import (
     check_not_paused,
@@ -43,8 +37,8 @@ from agentflow.storage.rows import (
     get_held_run,
     get_run,
     is_held,
-    to_run,
 )
+from agentflow.storage.soundness import fits, newest_event, read_to_drive
 from agentflow.types import (
     ClaimedRun,
     FencingToken,
@@ -52,7 +46,6 @@ from agentflow.types import (
     Lease,
     NewEvent,
     NextDue,
-    Run,
     RunStatus,
 )
 
@@ -60,8 +53,6 @@ _LOOK_AT_MOST = 1000
 """How many due runs one claim looks at, to get past those that this worker cannot read."""
 _HIGHEST = 2**31 - 1
 """The highest priority that a column can hold."""
-_REPAIR = timedelta(minutes=1)
-"""How long a run whose stored input is damaged is left alone."""
 
 
 def is_expired(now: Any) -> sa.ColumnElement[bool]:
@@ -218,9 +209,9 @@ _IS_DUE = Prepared(
     )
 )
 _LOOK_AGAIN = Prepared(
-    sa.select(_IS_BEHIND.label("is_behind"), _HAS_ROLLBACK.label("has_rollback")).where(
-        runs.c.seq == sa.bindparam("seq")
-    )
+    sa.select(
+        _IS_BEHIND.label("is_behind"), _HAS_ROLLBACK.label("has_rollback"), *newest_event()
+    ).where(runs.c.seq == sa.bindparam("seq"))
 )
 _OF_THREAD = (
     leases.c.tenant == sa.bindparam("of_tenant"),
@@ -389,8 +380,13 @@ def take(
     row: sa.Row[Any],
     now: datetime,
     claimant: Claimant,
+    *,
+    is_changed: bool = False,
 ) -> ClaimedRun | None:
-    """Give a due run to a worker; `None` if it turns out not to be due any more."""
+    """Give a due run to a worker; `None` if it turns out not to be due any more, or damaged.
+
+    `is_changed` says that the caller has changed it just now, and no event says so yet.
+    """
     token = _take_thread(connection, row)
     if token is None:
         return None
@@ -398,7 +394,9 @@ def take(
     again = _LOOK_AGAIN.one(connection, {"seq": row.seq})
     if again.is_behind:
         return None
-    run = _read(connection, payloads, row, now)
+    if not is_changed and not fits(connection, payloads, row, again, now):
+        return None
+    run = read_to_drive(connection, payloads, row, now)
     if run is None:
         return None
     is_recovery = row.status == RunStatus.RUNNING
@@ -467,21 +465,6 @@ def _take_thread(connection: Connection, row: sa.Row[Any]) -> FencingToken | Non
     return FencingToken(taken.token)
 
 
-def _read(
-    connection: Connection, payloads: Payloads, row: sa.Row[Any], now: datetime
-) -> Run | None:
-    """Read a run that is to be taken; `None` if this worker cannot, or nobody."""
-    try:
-        return to_run(row, payloads, strict=True)
-    except (BlockedTypeError, UnknownKeyError, UnencryptedValueError):
-        # Its classes or its key are not known to this worker; another one may know them.
-        return None
-    except CodecError as exc:
-        event = NewEvent(type="run.unreadable", data={"error": type(exc).__name__})
-        _put_off(connection, payloads, row, now, event)
-        return None
-
-
 def _rolled_back(connection: Connection, row: sa.Row[Any]) -> tuple[str, ...]:
     """Return the runs of a thread whose checkpoints have to go."""
     query = (
@@ -500,25 +483,6 @@ def _rolled_back(connection: Connection, row: sa.Row[Any]) -> tuple[str, ...]:
 def _set_token(connection: Connection, tenant: str, thread_id: str, token: int) -> FencingToken:
     _SET_TOKEN.run(connection, {"of_tenant": tenant, "of_thread": thread_id, "token": token})
     return FencingToken(token)
-
-
-def _put_off(
-    connection: Connection,
-    payloads: Payloads,
-    row: sa.Row[Any],
-    now: datetime,
-    event: NewEvent,
-) -> None:
-    """Leave a run alone for a while, so that it does not keep others out of the queue."""
-    change_run(
-        connection,
-        row,
-        payloads,
-        now,
-        log=[event],
-        available_at=now + _REPAIR,
-        lease_expires_at=None if row.lease_expires_at is None else now + _REPAIR,
-    )
 
 
 def raise_token(

@@ -19,7 +19,8 @@ from agentflow.database.tables import effects
 from agentflow.errors import NotFoundError
 from agentflow.journal import Effect, EffectFailure, EffectStatus, NewEffect, Outcome
 from agentflow.storage.effect_objects import open_apart
-from agentflow.storage.rows import Keyed, Payloads, place_of
+from agentflow.storage.marks import mark, of_effect, of_redacted_key
+from agentflow.storage.rows import Keyed, Payloads, member_of, place_of
 
 _FIND = sa.select(effects).where(
     effects.c.tenant == sa.bindparam("of_tenant"),
@@ -110,7 +111,7 @@ def _record(
         ns=columns["ns"],
         task_id=columns["task_id"],
         node=columns["node"],
-        status=EffectStatus(columns["status"]),
+        status=member_of(EffectStatus, effects.c.status, columns),
         attempt=columns["attempt"],
         worker=columns["worker"],
         token=columns["token"],
@@ -136,6 +137,15 @@ def _outcome_of(payloads: Payloads, row: Keyed, *, strict: bool) -> Mapping[str,
     where = place_of(effects.c.outcome, row)
     plain: Mapping[str, Any] = codec.deserialize(open_apart(payloads, row), where=where)
     return plain
+
+
+def effect_marks(payloads: Payloads, row: Mapping[str, Any]) -> dict[str, bytes]:
+    """Return what an event that changes an effect says of it."""
+    effect_id = row["effect_id"]
+    found = {of_effect(effect_id): mark(effects, row)}
+    if payloads.strict.redact is not None:
+        found[of_redacted_key(effect_id)] = b"1"
+    return found
 
 
 def repack_request(payloads: Payloads, row: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -14,7 +14,10 @@ from typing import Any, NamedTuple
 from sqlalchemy.engine import Connection
 
 from agentflow.database.session import Session
+from agentflow.database.tables import effects
 from agentflow.journal import EffectStatus
+from agentflow.storage.effect_rows import effect_marks
+from agentflow.storage.marks import UNMARKED
 from agentflow.storage.rows import Payloads, chain_events
 from agentflow.types import Lease, NewEvent, RunStatus
 
@@ -43,10 +46,13 @@ _INSERT = (
     "token, worker, intended_at, run_id, thread_id, graph) "
     f"VALUES ({', '.join('?' * (len(_COLUMNS) + 6))}) ON CONFLICT DO NOTHING"
 )
+_MARKED = tuple(column.name for column in effects.c if column.name not in UNMARKED[effects])
+_TOLD = ("name", "node", "attempt")
 _FINISH = (
-    "UPDATE agentflow_effects SET status = ?, outcome = ?, ended_at = ?, ended_seq = ? "
+    "UPDATE agentflow_effects "  # noqa: S608 -- names of its own
+    "SET status = ?, outcome = ?, ended_at = ?, ended_seq = ? "
     "WHERE tenant = ? AND effect_id = ? AND status = 'intended' AND token = ? AND kind = 'effect' "
-    "RETURNING name, node, attempt"
+    f"RETURNING {', '.join(_MARKED)}"
 )
 _LOG = (
     "INSERT INTO agentflow_events (tenant, run_id, seq, type, at, data, prev_hash, hash) "
@@ -80,9 +86,7 @@ def begin(
     if session.execute(_INSERT, [*values, *mine]) != 1:
         return None
     at = _EPOCH + run.now * _MICROSECOND
-    facts = {"effect": row["effect_id"], "name": row["name"], "node": row["node"], "attempt": 1}
-    _append(session, payloads, lease, run, at, "effect.intended", facts)
-    return {
+    whole = {
         **row,
         "token": lease.token,
         "worker": lease.worker,
@@ -91,6 +95,8 @@ def begin(
         "thread_id": run.thread_id,
         "graph": run.graph,
     }
+    _append(session, payloads, lease, run, at, "intended", whole)
+    return whole
 
 
 def finish(
@@ -110,10 +116,9 @@ def finish(
     found = session.fetch(_FINISH, (status.value, sealed, run.now, run.seq + 1, *key))
     if not found:
         return False
-    name, node, attempt = found[0]
-    facts = {"effect": effect_id, "name": name, "node": node, "attempt": attempt}
     at = _EPOCH + run.now * _MICROSECOND
-    _append(session, payloads, lease, run, at, f"effect.{status.value}", facts)
+    whole = dict(zip(_MARKED, found[0], strict=True))
+    _append(session, payloads, lease, run, at, status.value, whole)
     return True
 
 
@@ -138,11 +143,13 @@ def _append(
     lease: Lease,
     run: _Held,
     at: datetime,
-    kind: str,
-    facts: Mapping[str, Any],
+    what: str,
+    row: Mapping[str, Any],
 ) -> None:
+    """Append the event about an effect that has become what `row` says."""
     end = {"tenant": lease.tenant, "event_seq": run.seq, "event_hash": run.hash}
-    event = NewEvent(type=kind, data=facts)
+    facts = {"effect": row["effect_id"], **{name: row[name] for name in _TOLD}}
+    event = NewEvent(type=f"effect.{what}", data=facts, marks=effect_marks(payloads, row))
     (entry,), _ = chain_events(payloads, end, lease.run_id, [event], at)
     head = (entry["tenant"], entry["run_id"], entry["seq"], entry["type"], run.now)
     session.execute(_LOG, (*head, entry["data"], entry["prev_hash"], entry["hash"]))

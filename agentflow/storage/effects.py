@@ -28,6 +28,7 @@ from agentflow.storage import effect_objects, effect_steps
 from agentflow.storage.effect_queries import is_all_undone
 from agentflow.storage.effect_rows import (
     columns_of,
+    effect_marks,
     get_effect,
     key_hashes,
     made_effect,
@@ -35,6 +36,7 @@ from agentflow.storage.effect_rows import (
 )
 from agentflow.storage.endings import COMPENSATED, PARTIALLY_COMPENSATED
 from agentflow.storage.letters import undo_again
+from agentflow.storage.marks import wait_event
 from agentflow.storage.rows import (
     Payloads,
     change_run,
@@ -143,15 +145,16 @@ def finish_effect(
     name = sealed.object
     if name and not effect_objects.hold(connection, payloads, row.seq, row.attempt, name):
         return None
-    seq = _log(connection, payloads, run, now, status.value, columns_of(row))
     changes = {
         "status": status.value,
         "outcome": sealed.data,
         "ended_at": now,
-        "ended_seq": seq,
+        "ended_seq": run.event_seq + 1,
     }
     update_effect(connection, row, changes)
-    _note_undone(connection, row, status)
+    whole = {**columns_of(row), **changes}
+    undone = _note_undone(connection, row, status)
+    _log(connection, payloads, run, now, status.value, whole, undone=undone)
     if not is_held(run, lease, now):
         _settle_waits(connection, payloads, row, now)
     return True
@@ -204,7 +207,6 @@ def resolve(
     told = EffectStatus.SUCCEEDED if resolution.happened else EffectStatus.NOT_HAPPENED
     key = {"tenant": row.tenant, "effect_id": row.effect_id}
     facts = {"happened": resolution.happened, "by": resolution.by, **resolution.facts}
-    seq = _log(connection, payloads, run, now, "resolved", columns_of(row), facts)
     comment = resolution.comment
     changes = {
         "status": told.value,
@@ -212,13 +214,15 @@ def resolve(
         if resolution.happened
         else None,
         "ended_at": now,
-        "ended_seq": seq,
+        "ended_seq": run.event_seq + 1,
         "resolved_by": resolution.by,
         "comment": None if comment is None else payloads.dump(comment, effects.c.comment, key),
     }
     update_effect(connection, row, changes)
     effect_objects.release(connection, [row.seq])
-    _note_undone(connection, row, told)
+    undone = _note_undone(connection, row, told)
+    whole = {**columns_of(row), **changes}
+    _log(connection, payloads, run, now, "resolved", whole, facts, undone=undone)
 
 
 def _find_by_key(
@@ -286,7 +290,8 @@ def _keep_late(
     changes: dict[str, Any] = {}
     if not RunStatus(run.status).is_ended and run.paused_at is None:
         changes["paused_at"] = now
-    _log(connection, payloads, run, now, "late_outcome", columns_of(row), facts, **changes)
+    whole = {**columns_of(row), "late": late}
+    _log(connection, payloads, run, now, "late_outcome", whole, facts, **changes)
 
 
 def _settle_waits(
@@ -301,12 +306,12 @@ def _settle_waits(
         waits.c.interrupt_id.in_(question_ids(row.effect_id, row.attempt)),
         waits.c.status == WaitStatus.PENDING.value,
     ]
-    ids = connection.execute(sa.select(waits.c.wait_id).where(*pending)).scalars().all()
-    if not ids:
+    asked = connection.execute(sa.select(waits).where(*pending)).all()
+    if not asked:
         return
     closed = {"status": WaitStatus.SUPERSEDED.value, "decided_at": now}
     connection.execute(sa.update(waits).where(*pending).values(**closed))
-    log = [NewEvent(type="approval.superseded", data={"approval": each}) for each in ids]
+    log = [wait_event("superseded", {**each._mapping, **closed}) for each in asked]
     if run.status == RunStatus.WAITING:
         change_run(
             connection,
@@ -335,7 +340,8 @@ def _settle_saga(
     if run.saga != PARTIALLY_COMPENSATED or not RunStatus(run.status).is_ended:
         return
     if happened and is_all_undone(connection, run):
-        change_run(connection, run, payloads, now, saga=COMPENSATED)
+        event = NewEvent(type="run.compensated")
+        change_run(connection, run, payloads, now, log=[event], saga=COMPENSATED)
     elif not happened and run.status == RunStatus.FAILED:
         undo_again(connection, payloads, run, now)
 
@@ -349,17 +355,27 @@ def give_up(
     by: str,
 ) -> None:
     """Leave an effect in doubt as it is, whose run is being undone: nobody will know."""
-    seq = _log(connection, payloads, run, now, "given_up", columns_of(row), {"by": by})
-    changes = {"status": EffectStatus.FAILED.value, "ended_at": now, "ended_seq": seq}
-    update_effect(connection, row, {**changes, "resolved_by": by})
+    changes = {
+        "status": EffectStatus.FAILED.value,
+        "ended_at": now,
+        "ended_seq": run.event_seq + 1,
+        "resolved_by": by,
+    }
+    update_effect(connection, row, changes)
+    whole = {**columns_of(row), **changes}
+    _log(connection, payloads, run, now, "given_up", whole, {"by": by})
 
 
-def _note_undone(connection: Connection, row: sa.Row[Any], status: EffectStatus) -> None:
-    """Note on an effect, which a compensation names, that it is undone."""
+def _note_undone(
+    connection: Connection, row: sa.Row[Any], status: EffectStatus
+) -> Mapping[str, Any] | None:
+    """Note on an effect, which a compensation names, that it is undone; return what it is then."""
     if row.kind != "compensation" or status is not EffectStatus.SUCCEEDED:
-        return
+        return None
     undone = get_effect(connection, row.tenant, row.task_id)
-    update_effect(connection, undone, {"status": EffectStatus.COMPENSATED.value})
+    change = {"status": EffectStatus.COMPENSATED.value}
+    update_effect(connection, undone, change)
+    return {**columns_of(undone), **change}
 
 
 def _log(
@@ -370,9 +386,14 @@ def _log(
     what: str,
     effect: Mapping[str, Any],
     facts: Mapping[str, Any] | None = None,
+    *,
+    undone: Mapping[str, Any] | None = None,
     **changes: Any,
-) -> int:
-    """Append an event about an effect to its run's, and return the event's number."""
+) -> None:
+    """Append an event about an effect, which has become `effect`, to its run's.
+
+    The event may have the number of the effect's end. `undone` is another one that was changed.
+    """
     data = {
         "effect": effect["effect_id"],
         "name": effect["name"],
@@ -380,7 +401,8 @@ def _log(
         "attempt": effect["attempt"],
         **(facts or {}),
     }
-    event = NewEvent(type=f"effect.{what}", data=data)
+    marks = effect_marks(payloads, effect) | (
+        {} if undone is None else effect_marks(payloads, undone)
+    )
+    event = NewEvent(type=f"effect.{what}", data=data, marks=marks)
     change_run(connection, run, payloads, now, log=[event], **changes)
-    seq: int = run.event_seq + 1
-    return seq

@@ -15,6 +15,7 @@ from agentflow.database.statements import replace as replace_row
 from agentflow.database.tables import dead_letters, runs
 from agentflow.errors import DeadlineExceededError
 from agentflow.storage.effect_queries import has_any_to_undo, is_all_undone
+from agentflow.storage.marks import LETTER, marked
 from agentflow.storage.rows import (
     CLEARED,
     RELEASED,
@@ -23,6 +24,7 @@ from agentflow.storage.rows import (
     get_run,
     withdraw_waits,
 )
+from agentflow.storage.soundness import is_sound
 from agentflow.types import NewEvent, RunFailure, RunStatus, WaitStatus
 
 COMPENSATING = "compensating"
@@ -53,7 +55,6 @@ def fail(
     cause = {"kind": "failed", "failure": failure, "reason": reason, **place}
     if _begin_saga(connection, payloads, row, now, log, cause, **changes, **place):
         return
-    log.append(NewEvent(type="run.failed", data={**facts_of(failure), "reason": reason}))
     letter = {
         "tenant": row.tenant,
         "run_id": row.run_id,
@@ -69,6 +70,8 @@ def fail(
         "cause": payloads.dump(failure, dead_letters.c.cause, row),
     }
     replace_row(connection, dead_letters, [letter])
+    failed = NewEvent(type="run.failed", data={**facts_of(failure), "reason": reason})
+    log.append(marked(failed, LETTER, dead_letters, letter))
     change_run(
         connection,
         row,
@@ -186,8 +189,9 @@ def cancel_or_ask(
         event = NewEvent(type="run.cancel_requested", data=facts)
         changes["cancel_requested_at"] = now
         change_run(connection, row, payloads, now, log=[event], **changes)
-    elif changes:
-        change_run(connection, row, payloads, now, **changes)
+    elif any(row._mapping[name] != value for name, value in changes.items()):
+        event = NewEvent(type="run.cancel_requested", data=facts)
+        change_run(connection, row, payloads, now, log=[event], **changes)
 
 
 def honour_cancel(
@@ -222,7 +226,7 @@ def has_due(connection: Connection, payloads: Payloads, tenant: str) -> bool:
     at = payloads.time(now)
     return any(
         connection.execute(
-            sa.select(runs.c.seq).where(runs.c.tenant == tenant, condition).limit(1)
+            sa.select(runs.c.seq).where(runs.c.tenant == tenant, condition, is_sound()).limit(1)
         ).first()
         for condition in (_missed_start(at), _is_overdue(at))
     )
@@ -237,7 +241,7 @@ def _lock_due(
 ) -> list[sa.Row[Any]]:
     query = (
         sa.select(runs)
-        .where(runs.c.tenant == tenant, condition)
+        .where(runs.c.tenant == tenant, condition, is_sound())
         .order_by(order)
         .limit(limit)
         .with_for_update(skip_locked=True)

@@ -38,6 +38,7 @@ class IntegrityVerbs(ABC):
 
         Of all tenants or of one; with `thread_id`, of the runs of threads of this id. A payload has
         to open in its place. Events have to be all there are, in their order, each with the hash
-        that it has to have, up to the one that the run names as its last. Nothing is changed, and
-        no class of the user's is needed.
+        that it has to have, up to the one that the run names as its last. What stands in clear in a
+        row has to be what its events say, as far as they do. Nothing is changed, and no class of
+        the user's is needed.
         """

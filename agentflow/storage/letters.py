@@ -12,6 +12,7 @@ from agentflow.database.engine import now as database_now
 from agentflow.database.tables import dead_letters, runs
 from agentflow.errors import InvalidInputError, NotDeadLetterError
 from agentflow.storage.endings import COMPENSATING
+from agentflow.storage.pages import to_page
 from agentflow.storage.rows import (
     CLEARED,
     Payloads,
@@ -49,9 +50,8 @@ def list_dead_letters(
         at, run_id = _parse_cursor(cursor)
         query = query.where(sa.tuple_(*place) < sa.tuple_(sa.literal(at, place[0].type), run_id))
     rows = connection.execute(query).all()
-    items = tuple(to_dead_letter(row, payloads) for row in rows[:limit])
-    has_more = len(rows) > limit > 0
-    return Page(items=items, cursor=_cursor(rows[limit - 1]) if has_more else None)
+    next_cursor = _cursor(rows[limit - 1]) if len(rows) > limit > 0 else None
+    return to_page(rows[:limit], payloads, to_dead_letter, next_cursor)
 
 
 def _cursor(row: sa.Row[Any]) -> str:

@@ -15,6 +15,7 @@ from agentflow.database.tables import fingerprints, routes, waits
 from agentflow.errors import InvalidInputError, ThreadBusyError
 from agentflow.storage.attempts import supersede
 from agentflow.storage.claims import Claimant, lock_thread, take
+from agentflow.storage.marks import GONE, mark, of_route, of_wait
 from agentflow.storage.rows import (
     CLEARED,
     INCOMPATIBLE,
@@ -82,16 +83,20 @@ def route_graph(
     if share is None:
         is_it = [routes.c[name] == value for name, value in key.items()]
         connection.execute(sa.delete(routes).where(*is_it))
+        left = GONE
     else:
         row = {**key, "share": round(share * _WHOLE), "at": now, "set_by": by}
         replace(connection, routes, [row])
+        left = mark(routes, row)
     found = list_routes(connection, payloads, tenant, graph)
     if sum(round(each.share * _WHOLE) for each in found) > _WHOLE:
         raise InvalidInputError(
             "route", (f"share: those of graph {graph!r} would be more than 1 in all",)
         )
     event = NewEvent(
-        type="graph.routed", data={"graph": graph, "version": version, "share": share, "by": by}
+        type="graph.routed",
+        data={"graph": graph, "version": version, "share": share, "by": by},
+        marks={of_route(graph, version): left},
     )
     append_to_log(connection, payloads, tenant, now, event)
     return found
@@ -138,7 +143,7 @@ def claim_migration(
     if status is RunStatus.WAITING:
         change_run(connection, row, payloads, now, status=RunStatus.QUEUED)
         row = get_run(connection, tenant, run_id, lock=True)
-    claimed = take(connection, payloads, row, now, Claimant(worker, worker, lease))
+    claimed = take(connection, payloads, row, now, Claimant(worker, worker, lease), is_changed=True)
     if claimed is None:
         raise ThreadBusyError(row.thread_id, None)
     return claimed
@@ -175,7 +180,10 @@ def migrate_run(
         "waits": len(named),
         "by": by,
     }
-    log.append(NewEvent(type="run.migrated", data=facts))
+    marks = {
+        of_wait(wait.wait_id): mark(waits, wait._mapping) for wait in _waits_of(connection, row)
+    }
+    log.append(NewEvent(type="run.migrated", data=facts, marks=marks))
     is_answered = WaitStatus.RESOLVED.value in asked
     # What is being undone asks nothing any more.
     is_asking = WaitStatus.PENDING.value in asked and row.saga_cause is None

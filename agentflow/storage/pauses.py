@@ -13,7 +13,8 @@ from sqlalchemy.engine import Connection
 from agentflow.database.engine import now as database_now
 from agentflow.database.prepared import Prepared
 from agentflow.database.tables import pauses
-from agentflow.errors import IllegalTransitionError, PausedError
+from agentflow.errors import CodecError, IllegalTransitionError, PausedError
+from agentflow.storage.marks import GONE, marked, of_pause
 from agentflow.storage.rows import (
     CLEARED,
     Payloads,
@@ -150,8 +151,10 @@ def pause(
     if (known := _find(connection, key)) is not None:
         return to_pause(known, payloads)
     sealed = None if reason is None else payloads.dump(reason, pauses.c.reason, key)
-    connection.execute(sa.insert(pauses).values(**key, at=now, paused_by=by, reason=sealed))
+    row = {**key, "at": now, "paused_by": by, "reason": sealed}
+    connection.execute(sa.insert(pauses).values(row))
     event = NewEvent(type=f"{scope}.paused", data={"name": name, "reason": reason, "by": by})
+    event = marked(event, of_pause(scope, name), pauses, row)
     append_to_log(connection, payloads, key["tenant"], now, event)
     return Pause(scope=scope, name=name, at=now, by=by, reason=reason)
 
@@ -172,7 +175,11 @@ def resume(
     gone = connection.execute(sa.delete(pauses).where(*_is(key)))
     if gone.rowcount == 0:
         return False
-    event = NewEvent(type=f"{scope}.unpaused", data={"name": name, "by": by})
+    event = NewEvent(
+        type=f"{scope}.unpaused",
+        data={"name": name, "by": by},
+        marks={of_pause(scope, name): GONE},
+    )
     append_to_log(connection, payloads, key["tenant"], now, event)
     return True
 
@@ -197,11 +204,17 @@ def list_pauses(connection: Connection, payloads: Payloads, tenant: str) -> tupl
 
 
 def to_pause(row: sa.Row[Any], payloads: Payloads) -> Pause:
-    """Build the record of a pause."""
+    """Build the record of a pause; it holds, whether its reason can be read or not."""
+    reason = damage = None
+    try:
+        reason = payloads.load(pauses.c.reason, row)
+    except CodecError as exc:
+        damage = f"{type(exc).__name__}: {exc}"
     return Pause(
         scope=row.scope,
         name=row.name,
         at=row.at,
         by=row.paused_by,
-        reason=payloads.load(pauses.c.reason, row),
+        reason=reason,
+        damage=damage,
     )

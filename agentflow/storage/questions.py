@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from agentflow.codec import digest_of
 from agentflow.database.tables import waits
 from agentflow.errors import HashMismatchError
-from agentflow.storage.rows import Keyed, Payloads, place_of
+from agentflow.storage.rows import Keyed, Payloads, member_of, place_of
 from agentflow.types import Approval, ApprovalRequest, NewWait, WaitStatus
 
 _VERSION: Final = "2:"
@@ -43,7 +43,7 @@ def to_approval(row: sa.Row[Any], payloads: Payloads) -> Approval:
         request=request,
         proposal_hash=proposal_hash,
         version=row.version,
-        status=WaitStatus(row.status),
+        status=member_of(WaitStatus, waits.c.status, row),
         created_at=row.created_at,
         decision=payloads.load(waits.c.decision, row),
         decided_by=row.decided_by,

@@ -18,6 +18,7 @@ from agentflow.database.tables import waits
 from agentflow.errors import ConflictError, ThreadBusyError
 from agentflow.storage.claims import Claimant, lock_thread, take
 from agentflow.storage.letters import requeue
+from agentflow.storage.marks import wait_event
 from agentflow.storage.questions import to_approval
 from agentflow.storage.rows import (
     CLEARED,
@@ -72,7 +73,7 @@ def claim_reopening(
         row = get_run(connection, tenant, run_id, lock=True)
     # It is not driven: whoever takes it need not know the classes of its input.
     lenient = replace(payloads, strict=payloads.lenient)
-    claimed = take(connection, lenient, row, now, Claimant(worker, worker, lease))
+    claimed = take(connection, lenient, row, now, Claimant(worker, worker, lease), is_changed=True)
     if claimed is None:
         raise ThreadBusyError(row.thread_id, None)
     return claimed
@@ -102,14 +103,8 @@ def reopen_wait(
     }
     is_it = (waits.c.tenant == row.tenant, waits.c.wait_id == wait_id)
     connection.execute(sa.update(waits).where(*is_it).values(**pending))
-    facts = {
-        "approval": wait_id,
-        "by": by,
-        "comment": comment,
-        "was": row.decision_type,
-        "was_by": row.decided_by,
-    }
-    log.insert(0, NewEvent(type="approval.reopened", data=facts))
+    facts = {"by": by, "comment": comment, "was": row.decision_type, "was_by": row.decided_by}
+    log.insert(0, wait_event("reopened", {**row._mapping, **pending}, **facts))
     changes: dict[str, Any] = {**RELEASED, **CLEARED}
     if run.wake_reason == REOPEN:
         changes["paused_at"] = None
@@ -140,7 +135,7 @@ def _check_answered(row: sa.Row[Any]) -> None:
 
 def _put_aside(connection: Connection, row: sa.Row[Any]) -> list[NewEvent]:
     """Close what the same task has asked since: it is asked anew, under the same ids."""
-    query = sa.select(waits.c.wait_id, waits.c.interrupt_id).where(
+    query = sa.select(waits).where(
         waits.c.tenant == row.tenant,
         waits.c.run_id == row.run_id,
         waits.c.ns == row.ns,
@@ -150,14 +145,17 @@ def _put_aside(connection: Connection, row: sa.Row[Any]) -> list[NewEvent]:
         waits.c.status.in_((WaitStatus.PENDING.value, WaitStatus.RESOLVED.value)),
     )
     found = connection.execute(query).all()
+    log = []
     for later in found:
+        aside = {
+            "status": WaitStatus.SUPERSEDED.value,
+            # The place in the thread is free for the same question.
+            "interrupt_id": f"{later.interrupt_id}:{later.wait_id}",
+        }
         connection.execute(
             sa.update(waits)
             .where(waits.c.tenant == row.tenant, waits.c.wait_id == later.wait_id)
-            .values(
-                status=WaitStatus.SUPERSEDED.value,
-                # The place in the thread is free for the same question.
-                interrupt_id=f"{later.interrupt_id}:{later.wait_id}",
-            )
+            .values(**aside)
         )
-    return [NewEvent(type="approval.superseded", data={"approval": each.wait_id}) for each in found]
+        log.append(wait_event("superseded", {**later._mapping, **aside}))
+    return log

@@ -11,8 +11,9 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from enum import StrEnum
 from functools import cache
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -33,11 +34,13 @@ from agentflow.database.tables import (
 )
 from agentflow.errors import (
     CodecError,
+    HashMismatchError,
     IllegalTransitionError,
     LeaseLostError,
     NotFoundError,
     PayloadTooLargeError,
 )
+from agentflow.storage.marks import RUN, marked, wait_event
 from agentflow.types import (
     TRANSITIONS,
     AuditEvent,
@@ -67,6 +70,7 @@ KEYS: Mapping[str, tuple[str, ...]] = {
 _SALT_SIZE = 16
 _EVENTS_AT_ONCE = 8
 
+M = TypeVar("M", bound=StrEnum)
 Column = sa.Column[Any]
 
 Keyed = sa.Row[Any] | Mapping[str, Any]
@@ -174,6 +178,18 @@ def place_of(column: Column, row: Keyed) -> str:
     return f"{_name(column)} of {', '.join(map(repr, names))}{of_tenant}"
 
 
+def member_of(kind: type[M], column: Column, row: Keyed) -> M:
+    """Return what stands in a column of a closed set.
+
+    Raises:
+        HashMismatchError: It is none of the set.
+    """
+    try:
+        return kind(_mapping(row)[column.name])
+    except ValueError as exc:
+        raise HashMismatchError(place_of(column, row), f"it is no {kind.__name__}") from exc
+
+
 def to_run(row: sa.Row[Any], payloads: Payloads, *, strict: bool = False) -> Run:
     """Build the record of a run; `strict` refuses an input with classes that are not known."""
     cancellation = payloads.load(runs.c.cancellation, row) or {}
@@ -184,7 +200,7 @@ def to_run(row: sa.Row[Any], payloads: Payloads, *, strict: bool = False) -> Run
         graph=row.graph,
         version=row.version,
         queue=row.queue,
-        status=RunStatus(row.status),
+        status=member_of(RunStatus, runs.c.status, row),
         input=payloads.load(runs.c.input, row, strict=strict),
         output=payloads.load(runs.c.output, row),
         error=payloads.load(runs.c.error, row),
@@ -355,14 +371,22 @@ def change_run(
 ) -> None:
     """Update a locked run and append its audit events.
 
+    What changes without one, of columns that are marked, is to be followed by one in the same
+    transaction.
+
     Raises:
         IllegalTransitionError: The table of statuses does not allow the change.
     """
     if status is not None:
-        check_transition(row.run_id, RunStatus(row.status), status)
+        check_transition(row.run_id, member_of(RunStatus, runs.c.status, row), status)
         values["status"] = status.value
         if status.is_ended:
             values["ended_at"] = now
+    if log:
+        log = [
+            *log[:-1],
+            marked(log[-1], RUN, runs, {**dict(zip(row._fields, row, strict=True)), **values}),
+        ]
     entries, end = chain_events(payloads, _mapping(row), row.run_id, log, now)
     changed = {**end, **values}
     columns = tuple(sorted(changed))
@@ -434,7 +458,8 @@ def chain_events(
         }
         data = payloads.redacted(dict(event.data), events.c.data)
         # The hash is there for all to see: salted, it does not tell whether a guess is right.
-        body = payloads.serialize([os.urandom(_SALT_SIZE), data], events.c.data, entry)
+        parts = [os.urandom(_SALT_SIZE), data, *([dict(event.marks)] if event.marks else ())]
+        body = payloads.serialize(parts, events.c.data, entry)
         entry["data"] = payloads.seal(body, events.c.data, entry)
         entry["hash"] = previous = _hash_event(entry, body)
         entries.append(entry)
@@ -491,6 +516,13 @@ def _event_data(stored: Any) -> Any:
     return stored if isinstance(stored, dict) else stored[1]
 
 
+def marks_of(row: Keyed, payloads: Payloads) -> tuple[Mapping[str, Any], Mapping[str, bytes]]:
+    """Return what an event says, and the marks of the rows that it has changed."""
+    stored = payloads.load(events.c.data, row)
+    marks = stored[2] if isinstance(stored, list) and len(stored) > 2 else {}  # noqa: PLR2004
+    return _event_data(stored), marks
+
+
 _CLOSE_WAITS = Prepared(
     sa.update(waits)
     .where(
@@ -504,7 +536,7 @@ _CLOSE_WAITS = Prepared(
             "decided_at": sa.bindparam("decided_at", type_=waits.c.decided_at.type),
         }
     )
-    .returning(waits.c.wait_id, waits.c.seq)
+    .returning(waits)
 )
 
 
@@ -522,6 +554,6 @@ def withdraw_waits(
         },
     )
     return [
-        NewEvent(type=f"approval.{status.value}", data={"approval": wait.wait_id})
+        wait_event(status.value, wait._mapping)
         for wait in sorted(closed, key=lambda wait: wait.seq)
     ]

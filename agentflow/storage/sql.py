@@ -36,6 +36,7 @@ from agentflow.storage.base import ChangeKind, OnBusy, OnExisting, RunStore
 from agentflow.storage.effect_keys import EffectKeys
 from agentflow.storage.integrity import Verified
 from agentflow.storage.key_check import check_keys
+from agentflow.storage.pages import to_page
 from agentflow.storage.questions import to_approval
 from agentflow.storage.rotation import rotate_payloads
 from agentflow.storage.rows import (
@@ -343,8 +344,10 @@ class SqlRunStore(SqlVersionVerbs, RunStore):
         )
         self._tell_settled(lease.run_id)
 
-    async def release_run(self, lease: Lease, *, reason: str, counts: bool) -> None:
-        await self._write(attempts.release_run, lease, reason=reason, counts=counts)
+    async def release_run(
+        self, lease: Lease, *, reason: str, counts: bool, delay: timedelta = timedelta(0)
+    ) -> None:
+        await self._write(attempts.release_run, lease, reason=reason, counts=counts, delay=delay)
         self._tell("due")
 
     async def finish_cancel(self, lease: Lease) -> None:
@@ -444,7 +447,7 @@ class SqlRunStore(SqlVersionVerbs, RunStore):
         if isinstance(begun, Begun):
             return begun
         found, is_held = begun
-        (effect,) = await self._effects([found], strict=True)
+        (effect,) = (await self._effects([found], strict=True)).whole()
         return Begun(effect=effect, is_due=False, is_held=is_held)
 
     async def finish_effect(self, lease: Lease, effect_id: str, outcome: Outcome) -> bool:
@@ -462,13 +465,13 @@ class SqlRunStore(SqlVersionVerbs, RunStore):
     async def resolve_effect(self, tenant: str, effect_id: str, resolution: Resolution) -> Effect:
         row = await self._write(effects.resolve_effect, tenant, effect_id, resolution)
         self._tell("due")
-        return (await self._effects([row]))[0]
+        return (await self._effects([row])).whole()[0]
 
     async def get_effect(self, tenant: str, effect_id: str) -> Effect:
         row = await self._database.read(
             lambda connection: effect_rows.get_effect(connection, tenant, effect_id)
         )
-        return (await self._effects([row]))[0]
+        return (await self._effects([row])).whole()[0]
 
     async def list_effects(
         self,
@@ -492,7 +495,7 @@ class SqlRunStore(SqlVersionVerbs, RunStore):
         rows = page.items
         if in_rows:
             rows = tuple(row for row in rows if not effect_objects.has_any([row]))
-        return Page(items=await self._effects(rows, strict=strict), cursor=page.cursor)
+        return await self._effects(rows, page.cursor, strict=strict)
 
     async def pause_run(
         self, tenant: str, run_id: str, *, reason: str | None, by: str | None
@@ -635,13 +638,12 @@ class SqlRunStore(SqlVersionVerbs, RunStore):
         )
 
     async def _effects(
-        self, rows: Sequence[sa.Row[Any]], *, strict: bool = False
-    ) -> tuple[Effect, ...]:
+        self, rows: Sequence[sa.Row[Any]], cursor: str | None = None, *, strict: bool = False
+    ) -> Page[Effect]:
         """Read effects; in a thread, if their outcomes are objects."""
-
-        def read() -> tuple[Effect, ...]:
-            return tuple(effect_rows.to_effect(row, self._payloads, strict=strict) for row in rows)
-
+        read = partial(
+            to_page, rows, self._payloads, partial(effect_rows.to_effect, strict=strict), cursor
+        )
         return await asyncio.to_thread(read) if effect_objects.has_any(rows) else read()
 
     def _tell(self, *kinds: str) -> None:
@@ -678,9 +680,8 @@ class SqlRunStore(SqlVersionVerbs, RunStore):
         limit: int,
         build: Callable[[sa.Row[Any], Payloads], T],
     ) -> Page[T]:
-        items = tuple(build(row, self._payloads) for row in rows[:limit])
-        has_more = len(rows) > limit > 0
-        return Page(items=items, cursor=str(rows[limit - 1].seq) if has_more else None)
+        cursor = str(rows[limit - 1].seq) if len(rows) > limit > 0 else None
+        return to_page(rows[:limit], self._payloads, build, cursor)
 
 
 def _topic(run_id: str) -> str:

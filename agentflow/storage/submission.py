@@ -18,6 +18,7 @@ from agentflow.storage.base import OnBusy, OnExisting
 from agentflow.storage.claims import lock_thread
 from agentflow.storage.endings import cancel_or_ask
 from agentflow.storage.letters import requeue
+from agentflow.storage.marks import RUN, marked
 from agentflow.storage.rows import (
     GENESIS,
     UNFINISHED,
@@ -124,9 +125,10 @@ def _insert(
             **({} if spec.forked_from is None else {"forked_from": spec.forked_from}),
         },
     )
+    made_of = {**row, "created_at": now, **_times(payloads.time(now), spec)}
+    submitted = marked(submitted, RUN, runs, made_of)
     entries, end = chain_events(payloads, row, spec.run_id, [submitted], now)
-    times = _times(payloads.time(now), spec)
-    new = {**row, "created_at": now, **times, **end}
+    new = {**made_of, **end}
     insert = _insert_run(connection.dialect.name, tuple(sorted(new)))
     made = insert.first(connection, new)
     if made is not None:

@@ -38,7 +38,7 @@ from agentflow.errors import (
 from agentflow.journal import GLOBAL
 from agentflow.storage.claims import lock_thread
 from agentflow.storage.effect_objects import open_apart
-from agentflow.storage.effect_rows import key_hashes, repack_request, to_effect
+from agentflow.storage.effect_rows import effect_marks, key_hashes, repack_request, to_effect
 from agentflow.storage.questions import to_approval
 from agentflow.storage.rows import (
     GENESIS,
@@ -176,11 +176,12 @@ def import_run(
     is_known = sa.select(effects.c.seq).where(effects.c.tenant == tenant, effects.c.scope == run_id)
     if connection.execute(is_known.limit(1)).first() is not None:
         raise ConflictError(f"a fork of run {run_id!r} has effects here; nothing was imported")
+    marks: dict[str, bytes] = {}
     for effect in found["effects"]:
-        _add_effect(connection, payloads, run, effect)
+        marks |= _add_effect(connection, payloads, run, effect)
     _add_fingerprints(connection, found["fingerprints"])
     row = get_run(connection, tenant, run_id, lock=True)
-    event = NewEvent(type="run.imported", data={"by": by, "origin": origin})
+    event = NewEvent(type="run.imported", data={"by": by, "origin": origin}, marks=marks)
     change_run(connection, row, payloads, now, log=[event])
     final = get_run(connection, tenant, run_id, lock=False)
     # Read whole, so that what cannot be read here is not let in.
@@ -229,8 +230,8 @@ def _add_fingerprints(connection: Connection, rows: Sequence[Mapping[str, Any]])
 
 def _add_effect(
     connection: Connection, payloads: Payloads, run: Mapping[str, Any], row: Mapping[str, Any]
-) -> None:
-    """Store what is known of an effect; one in doubt stays in doubt."""
+) -> dict[str, bytes]:
+    """Store what is known of an effect, and return its marks; one in doubt stays in doubt."""
     own = ("tenant", "run_id", "thread_id")
     is_own = all(row[name] == run[name] for name in own) and row["scope"] == run["run_id"]
     if not is_own:
@@ -240,8 +241,9 @@ def _add_effect(
     if payloads.strict.redact is None and row["key_hash"] not in key_hashes(payloads, effect.key):
         raise HashMismatchError(f"effect {effect.id!r}", "its key is another one")
     # Tokens of another database say nothing here, and must not be taken for one of this one.
-    changes = {"token": 0, **(repack_request(payloads, row) or {})}
-    connection.execute(sa.insert(effects), {**row, **changes})
+    whole = {**row, "token": 0, **(repack_request(payloads, row) or {})}
+    connection.execute(sa.insert(effects), whole)
+    return effect_marks(payloads, whole)
 
 
 def _verify(payloads: Payloads, run: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""Verification of everything that is stored of runs: each payload, each chain of audit events.
+"""Verification of all that is stored of runs: payloads, chains of events, and rows by these.
 
 Rows are read a few at a time, each few on one consistent snapshot, while others go on. Events only
 come behind those that there are, so that a chain may be followed from one snapshot to the next; its
@@ -18,6 +18,7 @@ from agentflow.codec import is_apart
 from agentflow.database import Database
 from agentflow.database.tables import effects, events, logs, metadata, runs, waits
 from agentflow.errors import CodecError, HashMismatchError
+from agentflow.storage.comparison import compare_rows
 from agentflow.storage.effect_objects import open_apart
 from agentflow.storage.integrity import RowDamage, Verified
 from agentflow.storage.questions import unpack_question
@@ -42,6 +43,8 @@ async def find_damages(
             last = page[-1]
             damages = tuple(damage for row in page for damage in verifier.verify(table, row))
             yield Verified(rows=len(page), damages=damages)
+    async for compared in compare_rows(database, payloads, tenant, thread_id):
+        yield compared
 
 
 def _tables(thread_id: str | None) -> Iterator[tuple[sa.Table, Sequence[str]]]:

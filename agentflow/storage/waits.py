@@ -23,13 +23,13 @@ from agentflow.journal import Resolution
 from agentflow.storage.effect_rows import get_effect
 from agentflow.storage.effects import give_up, resolve
 from agentflow.storage.endings import COMPENSATING, cancel_or_ask
+from agentflow.storage.marks import wait_event
 from agentflow.storage.questions import to_approval
 from agentflow.storage.rows import Payloads, change_run, get_run
 from agentflow.types import (
     Approval,
     ApprovalRequest,
     Decision,
-    NewEvent,
     RunStatus,
     WaitStatus,
 )
@@ -137,23 +137,13 @@ def resolve_wait(
             "idempotency_key": idempotency_key,
         },
     )
-    resolved = NewEvent(
-        type="approval.resolved",
-        data={
-            "approval": wait_id,
-            "decision": decision.type,
-            "by": by,
-            "proposal_hash": stored.proposal_hash,
-        },
+    resolved = wait_event(
+        "resolved",
+        changed._mapping,
+        decision=decision.type,
+        by=by,
+        proposal_hash=stored.proposal_hash,
     )
-    log = [resolved]
-    if row.kind == "effect":
-        change_run(connection, run, payloads, now, log=log)
-        log = []
-        run = get_run(connection, tenant, run.run_id, lock=True)
-        _answer_doubt(connection, payloads, run, row, decision, now, by=by, comment=comment)
-        run = get_run(connection, tenant, run.run_id, lock=True)
-        changed = get_wait(connection, tenant, wait_id)
     wake: dict[str, Any] = {}
     if run.status == RunStatus.WAITING:
         wake = {
@@ -161,7 +151,11 @@ def resolve_wait(
             "wake_reason": "approval",
             "available_at": payloads.time(now),
         }
-    change_run(connection, run, payloads, now, log=log, **wake)
+    change_run(connection, run, payloads, now, log=[resolved], **wake)
+    if row.kind == "effect":
+        run = get_run(connection, tenant, run.run_id, lock=True)
+        _answer_doubt(connection, payloads, run, row, decision, now, by=by, comment=comment)
+        changed = get_wait(connection, tenant, wait_id)
     return to_approval(changed, payloads)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Collection
 from dataclasses import asdict, fields, replace
 from datetime import datetime, timedelta
@@ -15,6 +16,7 @@ from agentflow.database.engine import now as database_now
 from agentflow.database.statements import insert_new
 from agentflow.database.tables import EPOCH, dead_letters, epochs, leases, runs, workers
 from agentflow.storage.claims import is_expired
+from agentflow.storage.marks import marked, of_epoch
 from agentflow.storage.pauses import STORE, list_pauses, pause
 from agentflow.storage.rows import INCOMPATIBLE, UNFINISHED, Payloads, append_to_log
 from agentflow.types import (
@@ -26,6 +28,8 @@ from agentflow.types import (
     WorkerRecord,
     WorkerReport,
 )
+
+logger = logging.getLogger(__name__)
 
 _FORGET = timedelta(days=1)
 _SILENCE = timedelta(minutes=1)
@@ -67,9 +71,10 @@ def _tell_silent(connection: Connection, payloads: Payloads, tenant: str, now: d
     )
     left: set[tuple[str, str]] = set()
     for row in connection.execute(silent).all():
-        report = _to_record(row, now).report
-        if report.health == "silent":
+        record = _to_record(row, now)
+        if record is None or record.report.health == "silent":
             continue
+        report = record.report
         # Of all that find it out, one tells.
         noted = connection.execute(
             sa.update(workers)
@@ -94,8 +99,8 @@ def remove_worker(connection: Connection, payloads: Payloads, tenant: str, insta
     connection.execute(sa.delete(workers).where(*is_own))
     if gone is not None and gone.report:
         now = database_now(connection)
-        left = _to_record(gone, now).report.graphs
-        _tell_stranded(connection, payloads, tenant, now, among=left)
+        if (record := _to_record(gone, now)) is not None:
+            _tell_stranded(connection, payloads, tenant, now, among=record.report.graphs)
 
 
 def _tell_stranded(
@@ -138,17 +143,24 @@ def list_workers(
         .where(workers.c.tenant == tenant, workers.c.report != "")
         .order_by(workers.c.name, workers.c.started_at)
     )
-    return tuple(_to_record(row, now) for row in connection.execute(query))
+    found = [_to_record(row, now) for row in connection.execute(query)]
+    return tuple(each for each in found if each is not None)
 
 
-def _to_record(row: sa.Row[Any], now: datetime) -> WorkerRecord:
-    said = json.loads(row.report)
-    said["queues"] = tuple(said["queues"])
-    said["graphs"] = tuple((name, version) for name, version in said["graphs"])
+def _to_record(row: sa.Row[Any], now: datetime) -> WorkerRecord | None:
+    """Return what a worker has told; `None`, as before it did, if nobody can read that."""
     known = {each.name for each in fields(WorkerReport)}
-    return WorkerRecord(
+    try:
+        said = json.loads(row.report)
+        said["queues"] = tuple(said["queues"])
+        said["graphs"] = tuple((name, version) for name, version in said["graphs"])
         # A newer program may tell more about itself.
-        report=WorkerReport(**{name: value for name, value in said.items() if name in known}),
+        report = WorkerReport(**{name: value for name, value in said.items() if name in known})
+    except (TypeError, ValueError, LookupError):
+        logger.warning("report of a worker cannot be read", extra={"instance": row.instance})
+        return None
+    return WorkerRecord(
+        report=report,
         started_at=row.started_at,
         beat_at=row.beat_at,
         silence=now - row.beat_at,
@@ -221,7 +233,8 @@ def restore(
     # The pause takes the lock under which epochs follow each other.
     pause(connection, payloads, "", STORE, "", reason=reason or "restored", by=by)
     epoch = _epoch(connection) + 1
-    connection.execute(sa.insert(epochs).values(epoch=epoch, at=now, token=epoch * EPOCH))
+    row = {"epoch": epoch, "at": now, "token": epoch * EPOCH}
+    connection.execute(sa.insert(epochs).values(row))
     connection.execute(sa.update(leases).values(token=leases.c.token + EPOCH))
     connection.execute(
         sa.update(runs)
@@ -234,5 +247,5 @@ def restore(
         type="store.restored",
         data={"epoch": epoch, "unfinished": unfinished, "reason": reason, "by": by},
     )
-    append_to_log(connection, payloads, "", now, event)
+    append_to_log(connection, payloads, "", now, marked(event, of_epoch(epoch), epochs, row))
     return Restored(epoch=epoch, at=now, unfinished=unfinished)

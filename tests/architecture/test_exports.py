@@ -107,6 +107,7 @@ ERRORS = {
         "RunFailedError",
     },
     "IllegalTransitionError": {"NotDeadLetterError"},
+    "UnknownKeyError": {"KeyUnavailableError"},
 }
 
 

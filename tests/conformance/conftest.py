@@ -12,7 +12,9 @@ from tests.conformance.runs import open_store
 
 @pytest.fixture
 async def store(database_url: str) -> AsyncIterator[RunStore]:
-    """A store on an empty database."""
+    """A store on an empty database, in which nothing is damaged in the end."""
     opened = open_store(database_url)
     yield opened
+    found = [each async for verified in opened.find_damages() for each in verified.damages]
     await opened.close()
+    assert found == []

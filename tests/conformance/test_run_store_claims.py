@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import sys
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import sqlalchemy as sa
 
 from agentflow.database.engine import parse_url
 from agentflow.database.tables import runs
-from agentflow.errors import HashMismatchError, LeaseLostError, ThreadBusyError
+from agentflow.errors import HashMismatchError, LeaseLostError, PausedError, ThreadBusyError
 from agentflow.storage import RunStore
 from agentflow.types import RunStatus
 from tests.conformance.runs import (
@@ -33,7 +34,7 @@ from tests.conformance.runs import (
     types_of_events,
 )
 
-Q, R, W = RunStatus.QUEUED, RunStatus.RUNNING, RunStatus.WAITING
+Q, R, W, F = RunStatus.QUEUED, RunStatus.RUNNING, RunStatus.WAITING, RunStatus.FAILED
 
 
 async def test_higher_priority_is_claimed_first_then_the_older(store: RunStore) -> None:
@@ -259,17 +260,84 @@ async def test_run_whose_classes_are_not_known_here_is_left_to_others(
     assert claimed.run.input == {"t": module.Ticket(1)}
 
 
-async def test_run_with_a_damaged_input_does_not_block_the_others(
-    store: RunStore, database_url: str
+@pytest.fixture
+def change(database_url: str) -> Iterator[Callable[..., dict[str, Any]]]:
+    """Changes a run behind the store's back, and returns what stood there."""
+    engine = sa.create_engine(parse_url(database_url))
+
+    def put(run_id: str, **columns: Any) -> dict[str, Any]:
+        is_it = runs.c.run_id == run_id
+        named = [runs.c[name] for name in columns]
+        with engine.begin() as connection:
+            before = connection.execute(sa.select(*named).where(is_it)).mappings().one()
+            connection.execute(sa.update(runs).where(is_it).values(columns))
+        return dict(before)
+
+    yield put
+    engine.dispose()
+
+
+async def test_run_with_a_damaged_input_is_paused_and_does_not_block_the_others(
+    store: RunStore, change: Callable[..., dict[str, Any]]
 ) -> None:
     await create(store, "damaged", priority=9)
     await create(store, "whole")
-    engine = sa.create_engine(parse_url(database_url))
-    with engine.begin() as connection:
-        damaged = sa.update(runs).where(runs.c.run_id == "damaged")
-        connection.execute(damaged.values(input=b"\x01\x00\x01\x00junk"))
-    engine.dispose()
+    whole = change("damaged", input=b"\x01\x00\x01\x00junk")
     assert [c.run.id for c in await claim_all(store)] == ["whole"]
-    assert await types_of_events(store, "damaged") == ["run.submitted", "run.unreadable"]
+    log = ["run.submitted", "run.unreadable", "run.paused"]
+    assert await types_of_events(store, "damaged") == log
+    assert await claim_all(store) == []
+    with pytest.raises(PausedError):
+        await store.claim_run("", "damaged", worker="w", lease=LEASE)
     with pytest.raises(HashMismatchError, match=r"runs\.input"):
         await store.get_run("", "damaged")
+    with pytest.raises(HashMismatchError, match=r"runs\.input"):
+        await store.resume_run("", "damaged", by=None)
+    assert await types_of_events(store, "damaged") == log
+    change("damaged", **whole)
+    await store.resume_run("", "damaged", by=None)
+    assert [c.run.id for c in await claim_all(store)] == ["damaged"]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"thread_id": "another"},
+        {"attempt": 4},
+        {"root": "another"},
+        {"event_seq": 0},
+        {"event_hash": "0" * 64},
+        {"available_at": datetime(2020, 1, 1, tzinfo=UTC)},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+async def test_run_that_is_not_what_its_events_say_is_not_driven(
+    store: RunStore,
+    change: Callable[..., dict[str, Any]],
+    changed: dict[str, Any],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    await create(store, "damaged", priority=9, timeout=timedelta(hours=1))
+    await create(store, "whole")
+    whole = change("damaged", **changed)
+    assert [c.run.id for c in await claim_all(store)] == ["whole"]
+    (told,) = [each for each in caplog.records if each.levelname == "ERROR"]
+    assert (told.__dict__["run_id"], told.__dict__["error"]) == ("damaged", "HashMismatchError")
+    assert await types_of_events(store, "damaged") == ["run.submitted"], "it is not confirmed"
+    assert any([bool(each.damages) async for each in store.find_damages()])
+    assert await claim_all(store) == []
+    change("damaged", **whole)
+    await store.resume_run("", "damaged", by=None)
+    assert [c.run.id for c in await claim_all(store)] == ["damaged"]
+
+
+async def test_run_whose_chain_is_damaged_does_not_keep_deadlines_from_others(
+    store: RunStore, change: Callable[..., dict[str, Any]]
+) -> None:
+    for run_id in ("damaged", "whole"):
+        await create(store, run_id, timeout=timedelta(microseconds=1))
+    whole = change("damaged", event_seq=0)
+    assert await store.fire_due("", limit=9) == 1
+    assert (await store.get_run("", "whole")).status is F
+    change("damaged", **whole)
+    assert await store.fire_due("", limit=9) == 1

@@ -33,7 +33,7 @@ from agentflow.errors import (
     SupersededError,
     ThreadBusyError,
 )
-from agentflow.storage import OnBusy
+from agentflow.storage import OnBusy, RowDamage
 from agentflow.storage.sql import SqlRunStore
 from agentflow.types import Decision, FencingToken, Lease, NewWait, PauseScope, new_id
 from tests.conformance.run_model import BACKOFF, WAYS, C, F, Model, ModelRun, Q, R, S, W
@@ -71,6 +71,10 @@ class Backend:
             return await call
 
         return self.runner.run(wait())
+
+    async def damages(self, tenant: str) -> list[RowDamage]:
+        found = self.store.find_damages(tenant=tenant)
+        return [damage async for verified in found for damage in verified.damages]
 
     def close(self) -> None:
         self.run(self.store.close())
@@ -433,6 +437,7 @@ class RunStoreMachine(RuleBasedStateMachine):
             ends = [e for e in log if e.type in {"run.succeeded", "run.failed", "run.cancelled"}]
             starts = [event for event in log if event.type == "run.requeued"]
             assert len(ends) == len(starts) + run.status.is_ended, "one end for each beginning"
+        assert self.backend.run(self.backend.damages(self.tenant)) == []
 
 
 def _machine(url: str) -> None:

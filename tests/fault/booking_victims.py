@@ -17,6 +17,7 @@ METADATA = sa.MetaData()
 BOOKED = sa.Table(
     "booked", METADATA, sa.Column("run", sa.String(100)), sa.Column("what", sa.String(100))
 )
+DRIVERS = {"sqlite": "pysqlite", "postgresql": "psycopg", "mariadb": "pymysql"}
 MOMENTS = ("before", "inside", "uncommitted", "committed", "returned")
 """Before the call, after what it writes, before and after its commit, and after it has returned."""
 SEATS = ("there", "back")
@@ -24,7 +25,9 @@ SEATS = ("there", "back")
 
 def open_shop(url: str) -> sa.Engine:
     """Open the user's database, and make what is needed."""
-    engine = sa.create_engine(url.replace("postgresql://", "postgresql+psycopg://"))
+    parsed = sa.make_url(url)
+    backend = parsed.get_backend_name()
+    engine = sa.create_engine(parsed.set(drivername=f"{backend}+{DRIVERS[backend]}"))
     METADATA.create_all(engine)
     outside.create(url)
     return engine

@@ -144,7 +144,7 @@ def read_report(path: Path) -> Lines:
 
 
 def _database(variant: str) -> str:
-    known = ("postgres-and-sqlite", "sqlite", "postgres")
+    known = ("postgres-and-sqlite", "sqlite", "postgres", "mariadb")
     return next((name for name in known if name in variant), "-")
 
 

@@ -27,7 +27,8 @@ from typing import Any, Literal
 import sqlalchemy as sa
 
 from agentflow.checkpoint import Saver
-from agentflow.checkpoint.planning import Planned, PlannedWrites, ThreadPlan
+from agentflow.checkpoint.planning import ThreadPlan
+from agentflow.checkpoint.puts import Planned, PlannedWrites
 from agentflow.checkpoint.rows import Rows
 from agentflow.checkpoint.sql import PostgresRows, SqliteRows
 from agentflow.database.prepared import On, Prepared

@@ -27,9 +27,10 @@ from langgraph.types import PregelTask
 
 from agentflow import AgentFlow
 from agentflow.checkpoint import open_checkpointer
+from agentflow.checkpoint.layout import WHOLE
 from agentflow.checkpoint.records import Place as Named
 from agentflow.checkpoint.records import unpack_record
-from agentflow.checkpoint.rows import WHOLE, CheckpointRow
+from agentflow.checkpoint.rows import CheckpointRow
 from agentflow.codec import Codec
 from agentflow.config import load_settings
 from agentflow.database.engine import make_engine, now, parse_url

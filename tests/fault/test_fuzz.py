@@ -99,16 +99,11 @@ def fill(url: str, keys: KeyRing | None) -> None:
             saver.prune(["pruned"])
 
 
-class Database:
-    """A database that is changed, read and put right again."""
+class Tables:
+    """The tables of a database, changed and put right again."""
 
-    def __init__(self, path: Path, savers: Sequence[Saver], keys: KeyRing | None) -> None:
+    def __init__(self, path: Path) -> None:
         self.connection = sqlite3.connect(path, isolation_level=None)
-        self.savers = savers
-        self._codec = Codec(keys=keys)
-        query = "SELECT id, tenant, thread_id FROM agentflow_threads"
-        self.threads = {row[0]: row[1:] for row in self.connection.execute(query)}
-        self.twin = self.read_all()
 
     def rows(self, table: str) -> Rows:
         found = self.connection.execute(
@@ -116,12 +111,6 @@ class Database:
         )
         names = [column[0] for column in found.description]
         return [dict(zip(names, row, strict=True)) for row in found]
-
-    def damages(self) -> list[str]:
-        """Return what `agentflow checkpoint verify` names."""
-        rows = open_rows(Session(self.connection, "sqlite"))
-        audited = audit_group(rows, self._codec, Scope(), -1, lambda _: None)
-        return [damage.error for damage in audited.damages]
 
     @contextmanager
     def changed(self, table: str, before: Rows, after: Rows) -> Iterator[None]:
@@ -145,6 +134,24 @@ class Database:
                 f"INSERT INTO agentflow_{table} ({names}) VALUES ({marks})", [*row.values()]
             )
         self.connection.execute("COMMIT")
+
+
+class Database(Tables):
+    """Checkpoints that are changed, read and put right again."""
+
+    def __init__(self, path: Path, savers: Sequence[Saver], keys: KeyRing | None) -> None:
+        super().__init__(path)
+        self.savers = savers
+        self._codec = Codec(keys=keys)
+        query = "SELECT id, tenant, thread_id FROM agentflow_threads"
+        self.threads = {row[0]: row[1:] for row in self.connection.execute(query)}
+        self.twin = self.read_all()
+
+    def damages(self) -> list[str]:
+        """Return what `agentflow checkpoint verify` names."""
+        rows = open_rows(Session(self.connection, "sqlite"))
+        audited = audit_group(rows, self._codec, Scope(), -1, lambda _: None)
+        return [damage.error for damage in audited.damages]
 
     def read_all(self) -> dict[Any, Any]:
         """Read each checkpoint of each thread by its id, and the head of each namespace."""

@@ -28,7 +28,7 @@ from agentflow.database.tables import (
     runs,
     waits,
 )
-from agentflow.errors import PausedError
+from agentflow.errors import CodecError, HashMismatchError, PausedError
 from agentflow.journal import EffectStatus, Outcome
 from agentflow.keys import KeyRing
 from agentflow.storage.sql import SqlRunStore
@@ -268,7 +268,11 @@ async def read_payloads(app: AgentFlow, table: sa.Table, row: Any) -> None:
     elif table is waits:
         await store.get_wait("", row.wait_id)
     elif table is pauses:
-        await store.list_pauses("")
+        # That it is paused shows all the same, and what its reason cannot be read for.
+        (pause,) = [x for x in await store.list_pauses("") if (x.scope, x.name) == row[1:3]]
+        if pause.damage is not None:
+            is_damaged = pause.damage.startswith("HashMismatchError: ")
+            raise (HashMismatchError if is_damaged else CodecError)(pause.damage)
     elif table is effects:
         await store.get_effect("", row.effect_id)
     elif table is events:

@@ -27,8 +27,11 @@ SMALL = (
     "agentflow_runs_deadline",
     "agentflow_runs_start_deadline",
     "agentflow_runs_thread",
+    "agentflow_events_pkey",
+    "sqlite_autoindex_agentflow_events_1 (tenant=? AND run_id=? AND seq=?)",
 )
-"""Indexes that do not hold the runs that wait, and the one that leads to those of one thread."""
+"""Indexes that do not hold the runs that wait, and those that lead to the runs of one thread, or to
+one event."""
 _NO_TABLE = r"(?: \d+)? CONSTANT| \(subquery| anon_1|(?: on)? agentflow_pauses"
 """What else they go through: what SQLite makes up, and the few rows of what is paused."""
 _COLUMNS = (

@@ -219,9 +219,15 @@ async def test_without_the_right_key_nothing_is_read_changed_or_executed(
     calls = Calls()
     async with open_app(database_url, after, calls=calls) as app:
         (waiting,) = [row[-2] for row in _ids(database_url, waits) if row[-1] == "pending"]
+
+        async def list_runs() -> Any:
+            page = await app.list_runs()
+            assert page.items == ()
+            return page.whole()
+
         attempts: list[Callable[[], Awaitable[Any]]] = [
             lambda: app.get_run("decided"),
-            app.list_runs,
+            list_runs,
             lambda: app.list_events("decided"),
             lambda: app._store.list_events("", "decided", after=0, limit=9),
             lambda: app.approvals.decide(waiting, "approve", by="ann"),

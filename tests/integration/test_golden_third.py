@@ -18,6 +18,7 @@ from agentflow.checkpoint import open_checkpointer
 from agentflow.config import load_settings
 from agentflow.database import migrate
 from agentflow.database.engine import make_engine, parse_url, writing
+from agentflow.storage import RowDamage
 from agentflow.types import Run, RunStatus
 from tests.golden import database_v3 as v3
 from tests.golden import graphs_v3 as graphs
@@ -77,10 +78,17 @@ def outside() -> graphs.Outside:
 
 @pytest.fixture
 async def app(url: str, outside: graphs.Outside) -> AsyncIterator[AgentFlow]:
-    """An app with the graphs on the copy."""
+    """An app with the graphs on the copy, in which no run is damaged before or afterwards."""
     async with AgentFlow(url) as opened:
         graphs.register(opened, outside)
+        assert await damages(opened) == []
         yield opened
+        assert await damages(opened) == []
+
+
+async def damages(app: AgentFlow) -> list[RowDamage]:
+    found = app._store.find_damages()
+    return [damage async for verified in found for damage in verified.damages]
 
 
 async def test_everything_is_listed_with_its_version_and_nothing_is_damaged(

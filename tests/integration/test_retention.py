@@ -339,6 +339,28 @@ async def test_app_sweeps_only_threads_whose_runs_have_ended(sqlite_url: str) ->
         assert done.threads == 4
 
 
+async def test_worker_sweeps_by_itself_if_it_is_told_how_often(sqlite_url: str) -> None:
+    is_swept = asyncio.Event()
+    async with AgentFlow(sqlite_url) as app:
+        app.register(chain(("a", logs("a"))), name="g", retention=Retention(keep_last=1))
+        handle = await app.submit("g", {"log": []}, thread_id="t")
+        await app.drive(handle.id)
+        assert len([each async for each in app.checkpointer.alist(at())]) == 3
+        loop = asyncio.get_running_loop()
+
+        def tell() -> None:
+            loop.call_soon_threadsafe(is_swept.set)
+
+        arm("checkpoint.pruned_batch", tell)
+        async with app.worker(sweep_every=timedelta(milliseconds=1)):
+            async with asyncio.timeout(30):
+                await is_swept.wait()
+        assert len([each async for each in app.checkpointer.alist(at())]) == 1
+        for wrong in (0, timedelta(-1), "1h", float("nan")):
+            with pytest.raises(InvalidInputError, match="sweep_every"):
+                app.worker(sweep_every=wrong)  # type: ignore[arg-type]  # what people write
+
+
 async def test_retention_may_be_given_when_opening(sqlite_url: str) -> None:
     keep = Retention(keep_last=2)
     async with (

@@ -352,7 +352,7 @@ def test_several_may_follow_what_is_held_back(sqlite_url: str) -> None:
 def test_others_do_not_make_forgotten_what_is_held_for_a_slow_node(
     sqlite_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("agentflow.checkpoint.intake._CARRIED_LIMIT", 2)
+    monkeypatch.setattr("agentflow.checkpoint.holding._CARRIED_LIMIT", 2)
     with open_checkpointer(sqlite_url, save="exit") as saver:
         put(saver, "t", "c1", None, x=1)
         for number in range(5):

@@ -13,7 +13,7 @@ from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import Checkpoint, empty_checkpoint
 
 from agentflow.checkpoint import Saver, open_checkpointer
-from agentflow.checkpoint.sql import rows, sqlite
+from agentflow.checkpoint.sql import rows, sqlite, statements
 
 LIMIT = 1000
 """Parameters of a statement; some builds of SQLite allow no more."""
@@ -51,7 +51,7 @@ async def fill(saver: Saver) -> list[Checkpoint]:
 def test_long_threads_are_listed_and_deleted_in_parts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (rows, sqlite):
+    for module in (rows, sqlite, statements):
         monkeypatch.setattr(module, "MAX_PARAMETERS", LIMIT)
     with open_checkpointer(f"sqlite:///{tmp_path}/a.db") as saver:
 

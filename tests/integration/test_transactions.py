@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from typer.testing import CliRunner
 
 from agentflow import AgentFlow, RetryPolicy, effect, transaction
 from agentflow.cli.program import program
 from agentflow.effects import outside
-from agentflow.errors import InvalidInputError
+from agentflow.errors import InvalidInputError, MissingDriverError, UnsupportedUrlError
 from agentflow.types import Run
 from tests.integration.graphs import State, chain
 
@@ -25,19 +25,44 @@ METADATA = sa.MetaData()
 BOOKED = sa.Table("booked", METADATA, sa.Column("what", sa.Text()))
 
 
-@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
-def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[sa.Engine]:
+KINDS = [
+    "sqlite",
+    pytest.param("postgres", marks=pytest.mark.postgres),
+    pytest.param("mariadb", marks=pytest.mark.mariadb),
+]
+DRIVERS = {
+    "sqlite": ("sqlite", "sqlite+aiosqlite"),
+    "postgres": ("postgresql+psycopg", "postgresql+psycopg"),
+    "mariadb": ("mariadb+pymysql", "mariadb+aiomysql"),
+}
+
+
+@pytest.fixture(params=KINDS)
+def shop(request: pytest.FixtureRequest, tmp_path: Path) -> sa.URL:
+    """Where a database of the user's is, with the table of the journal."""
+    kind = request.param
+    at = tmp_path / "shop.db"
+    url = f"sqlite:///{at}" if kind == "sqlite" else request.getfixturevalue(f"{kind}_url")
+    assert outside.create(url)
+    return sa.make_url(url).set(drivername=DRIVERS[kind][0])
+
+
+@pytest.fixture
+def engine(shop: sa.URL) -> Iterator[sa.Engine]:
     """A database of the user's."""
-    url = f"sqlite:///{tmp_path / 'shop.db'}"
-    if request.param == "postgres":
-        url = request.getfixturevalue("postgres_url").replace(
-            "postgresql://", "postgresql+psycopg://"
-        )
-    made = sa.create_engine(url)
+    made = sa.create_engine(shop)
     METADATA.create_all(made)
-    outside.create(made.url.render_as_string(hide_password=False))
     yield made
     made.dispose()
+
+
+@pytest.fixture
+async def async_engine(shop: sa.URL, engine: sa.Engine) -> AsyncIterator[AsyncEngine]:
+    """The same database."""
+    drivers = dict(DRIVERS.values())
+    made = create_async_engine(shop.set(drivername=drivers[shop.drivername]))
+    yield made
+    await made.dispose()
 
 
 @pytest.fixture
@@ -147,18 +172,16 @@ async def test_other_arguments_under_a_key_are_refused(app: AgentFlow, engine: s
     assert booked(engine) == ["one"]
 
 
-@pytest.mark.postgres
-async def test_async_function_goes_with_an_async_engine(app: AgentFlow, postgres_url: str) -> None:
-    url = postgres_url.replace("postgresql://", "postgresql+psycopg://")
-    engine = create_async_engine(url)
-    fails = [OSError("after")]
-    outside.create(url)
-    async with engine.begin() as connection:
-        await connection.run_sync(METADATA.create_all)
+async def test_async_function_goes_with_an_async_engine(
+    app: AgentFlow, engine: sa.Engine, async_engine: AsyncEngine
+) -> None:
+    fails = [OSError("after"), OSError("inside")]
 
-    @transaction(engine)
-    async def book(connection: Any, what: str) -> str:
+    @transaction(async_engine)
+    async def book(connection: AsyncConnection, what: str) -> str:
         await connection.execute(sa.insert(BOOKED).values(what=what))
+        if len(fails) == 2:
+            raise fails.pop()  # rolls back
         return what
 
     async def node(state: State) -> State:
@@ -169,11 +192,49 @@ async def test_async_function_goes_with_an_async_engine(app: AgentFlow, postgres
 
     run = await drive(app, node)
     assert run.output == {"log": ["seat"]}, run.error
-    async with engine.connect() as connection:
-        assert list((await connection.execute(sa.select(BOOKED))).scalars()) == ["seat"]
-    await engine.dispose()
+    assert booked(engine) == ["seat"]
     with pytest.raises(InvalidInputError, match="async"):
-        transaction(engine)(lambda _: None)
+        transaction(async_engine)(lambda _: None)
+
+
+async def test_of_two_async_at_once_one_commits_and_the_other_gets_its_outcome(
+    app: AgentFlow, engine: sa.Engine, async_engine: AsyncEngine
+) -> None:
+    calls: list[int] = []
+
+    @transaction(async_engine, key="only", scope="global")
+    async def book(connection: AsyncConnection) -> int:
+        calls.append(1)
+        made = len(calls)
+        await connection.execute(sa.insert(BOOKED).values(what="seat"))
+        return made
+
+    async def node(state: State) -> State:
+        return {"log": list(await asyncio.gather(book(), book()))}
+
+    run = await drive(app, node)
+    assert run.status == "succeeded", run.error
+    assert len(set(run.output["log"])) == 1
+    assert booked(engine) == ["seat"]
+
+
+async def test_keys_are_told_apart_by_each_character_and_outcomes_may_be_large(
+    app: AgentFlow, engine: sa.Engine
+) -> None:
+    keys = ["seat", "Seat", "seat ", "séat", "s" * 500, "席"]
+
+    @transaction(engine, key=lambda what: what, name="Платёж")
+    def book(connection: sa.Connection, what: str) -> str:
+        connection.execute(sa.insert(BOOKED).values(what="one"))
+        return what * 20_000
+
+    def node(state: State) -> State:
+        sizes = [book(key) == key * 20_000 for key in [*keys, *keys]]
+        return {"log": sizes}
+
+    run = await drive(app, node)
+    assert run.output == {"log": [True] * 12}, run.error
+    assert len(booked(engine)) == len(keys)
 
 
 async def test_database_without_the_table_says_how_to_make_it(
@@ -197,6 +258,27 @@ async def test_database_without_the_table_says_how_to_make_it(
     await app.dead_letters.requeue("r")
     assert (await app.drive("r")).status == "succeeded"
     engine.dispose()
+
+
+@pytest.mark.parametrize(
+    ("url", "error", "says"),
+    [
+        ("shop", UnsupportedUrlError, "mariadb://"),
+        ("nope://ada:secret@host/shop", UnsupportedUrlError, "'nope'"),
+        ("mariadb+mysqldb://ada:secret@host/shop", MissingDriverError, "pip install"),
+    ],
+)
+def test_journal_is_not_made_in_what_is_no_database(
+    url: str, error: type[Exception], says: str
+) -> None:
+    with pytest.raises(error, match=says) as raised:
+        outside.create(url)
+    assert "secret" not in str(raised.value)
+
+
+def test_journal_is_made_at_the_url_of_an_async_engine(shop: sa.URL) -> None:
+    asynchronous = shop.set(drivername=dict(DRIVERS.values())[shop.drivername])
+    assert not outside.create(asynchronous.render_as_string(hide_password=False))
 
 
 async def test_transaction_inside_an_effect_is_undone_with_its_run(

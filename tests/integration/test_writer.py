@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -59,6 +60,16 @@ def wait(futures: Iterable[Future]) -> None:
     """Wait until all have ended."""
     for future in futures:
         future.wait(timeout=30)
+
+
+def test_what_is_written_is_not_kept_until_there_is_more(database: Database) -> None:
+    is_freed = threading.Event()
+    operation = insert("a")
+    freed = weakref.ref(operation, lambda _: is_freed.set())
+    wait([database.submit(operation)])
+    del operation
+    assert is_freed.wait(30)
+    assert freed() is None
 
 
 def held(database: Database) -> threading.Event:

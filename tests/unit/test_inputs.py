@@ -164,7 +164,7 @@ def test_good_options_are_kept() -> None:
 )
 def test_worker_that_could_not_work_is_refused(concurrency: Any, queues: Any, named: str) -> None:
     with pytest.raises(InvalidInputError, match=f"{named}: must be"):
-        check_worker(concurrency, queues)
+        check_worker(concurrency, queues, None)
 
 
 @pytest.mark.parametrize(

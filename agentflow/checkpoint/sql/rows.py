@@ -9,47 +9,42 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from datetime import UTC, datetime, timedelta
-from functools import lru_cache
 from typing import Any
 
+from agentflow.checkpoint.layout import WHOLE, Part
 from agentflow.checkpoint.rows import (
-    RETIRED,
-    WHOLE,
-    AnchorRow,
     AnyRow,
     CheckpointRow,
-    DeadValue,
     FoundCheckpoint,
     FoundThread,
     HeadKey,
-    Link,
     Logged,
-    ObjectRow,
-    Part,
     Query,
     Rows,
     ThreadChange,
     ThreadKey,
     ThreadState,
     ValueRow,
-    WritesRow,
 )
+from agentflow.checkpoint.sql.deletion import SqlDeletionVerbs
+from agentflow.checkpoint.sql.objects import SqlObjectVerbs
 from agentflow.checkpoint.sql.statements import (
     ANCHORS,
     CHECKPOINTS,
+    DROP_VALUE,
     MAX_PARAMETERS,
     REPEATED,
+    TABLES,
     VALUES,
     WRITES,
     Insert,
+    fetch_for,
+    given_table,
     insert_sql,
 )
-from agentflow.database.objects import IS_ABANDONED, find_space, lock_objects, refer
 from agentflow.database.session import Session
 from agentflow.failpoints import failpoint
 
-_CHECKPOINT_COLUMNS = ", ".join(CheckpointRow._fields)
 _C = ", ".join(f"c.{name}" for name in CheckpointRow._fields)
 _THREAD = "t.id, t.token, t.is_leased, t.seq"
 _THREAD_WIDTH = 4
@@ -65,8 +60,10 @@ _GIVE_THREAD_BACK = (
 )
 
 
-class SqlRows(Rows):
+class SqlRows(SqlDeletionVerbs, SqlObjectVerbs, Rows):
     """What the databases have in common."""
+
+    _lock_clause = ""
 
     def __init__(self, session: Session) -> None:
         """Run statements on `session`."""
@@ -94,7 +91,8 @@ class SqlRows(Rows):
     def _load_threads(
         self, keys: Sequence[ThreadKey], *, lock: bool
     ) -> dict[ThreadKey, ThreadState]:
-        rows = self._fetch_for(
+        rows = fetch_for(
+            self._session,
             keys,
             ("tenant text", "thread_id text"),
             f"SELECT t.tenant, t.thread_id, {_THREAD} FROM {{given}} "
@@ -112,7 +110,8 @@ class SqlRows(Rows):
             )
 
     def _load_heads(self, places: Sequence[tuple[int, str]]) -> list[CheckpointRow]:
-        rows = self._fetch_for(
+        rows = fetch_for(
+            self._session,
             places,
             ("thread bigint", "ns text"),
             f"SELECT {_C} FROM {{given}} JOIN agentflow_checkpoints c "
@@ -137,7 +136,7 @@ class SqlRows(Rows):
             self._insert(ANCHORS, anchors)
             replaced = [_replacement(row) for change in fresh for row in change.replaced]
             dropped = [(c.before.number, *place) for c in fresh for place in c.dropped]
-            for statement, parameters in ((_REPLACE_VALUE, replaced), (_DROP_VALUE, dropped)):
+            for statement, parameters in ((_REPLACE_VALUE, replaced), (DROP_VALUE, dropped)):
                 if parameters:
                     session.execute_many(statement, parameters)
             referring = [change for change in fresh if change.objects or change.released]
@@ -161,7 +160,7 @@ class SqlRows(Rows):
         session = self._session
         rows = [(c.before.number, *c.before.version, c.after.seq) for c in changes]
         if 1 < len(rows) <= MAX_PARAMETERS // len(_RAISED):
-            given = self._given(_RAISED, len(rows))
+            given = given_table(_RAISED, len(rows), session.dialect)
             # The driver gives up the interpreter with each statement and waits to get it back.
             flat = [value for row in rows for value in row]
             ((count,),) = session.fetch(f"SELECT count(*) FROM {given} {_AS_IT_WAS}", flat)
@@ -261,7 +260,8 @@ class SqlRows(Rows):
             reach[thread, part.series] = max(end, reach.get((thread, part.series), 0))
         if not reach:
             return {}
-        rows = self._fetch_for(
+        rows = fetch_for(
+            self._session,
             [(*place, end) for place, end in reach.items()],
             ("thread bigint", "series bigint", "reach bigint"),
             "SELECT v.thread, v.series, v.start, v.data FROM {given} JOIN agentflow_values v "
@@ -276,7 +276,8 @@ class SqlRows(Rows):
     def list_stretches(
         self, wanted: Collection[tuple[int, int, int]]
     ) -> dict[tuple[int, int, int], ValueRow]:
-        rows = self._fetch_for(
+        rows = fetch_for(
+            self._session,
             list(wanted),
             ("thread bigint", "series bigint", "place bigint"),
             "SELECT w.place, v.thread, v.series, v.start, v.data "
@@ -303,7 +304,8 @@ class SqlRows(Rows):
             return {}
         places = [(f.row.thread, f.row.ns, f.row.checkpoint_id, f.row.seq) for f in rows]
         columns = ("thread bigint", "ns text", "id text", "seq bigint")
-        logged = self._fetch_for(
+        logged = fetch_for(
+            self._session,
             places,
             columns,
             "SELECT w.thread, w.ns, w.id, l.seq, '', l.data FROM {given} JOIN agentflow_writes l "
@@ -313,7 +315,8 @@ class SqlRows(Rows):
         if followed:
             # A checkpoint carries its parent's writes only if the parent was the head until then;
             # it is the next one of their namespace.
-            logged += self._fetch_for(
+            logged += fetch_for(
+                self._session,
                 followed,
                 columns,
                 "SELECT w.thread, w.ns, w.id, s.seq, s.checkpoint_id, s.parent_writes "
@@ -360,7 +363,7 @@ class SqlRows(Rows):
     ) -> list[AnyRow]:
         table: str
         key: tuple[str, ...]
-        table, key = _SCANS[kind]
+        table, key = TABLES[kind]
         order = f"thread, {', '.join(key)}"
         begin: str = "thread > ?"
         parameters: list[Any] = [between[0]]
@@ -389,7 +392,7 @@ class SqlRows(Rows):
         ]
 
     def scan(self, thread: ThreadState, kind: type[AnyRow], after: AnyRow | None) -> list[AnyRow]:
-        table, key = _SCANS[kind]
+        table, key = TABLES[kind]
         columns = ", ".join(kind._fields)
         beyond, parameters = "", [thread.number]
         if after is not None:
@@ -405,218 +408,14 @@ class SqlRows(Rows):
     def rewrite(self, rows: Sequence[AnyRow]) -> None:
         if not rows:
             return
-        table = _SCANS[type(rows[0])][0]
-        key: tuple[str, ...] = ("thread", *_SCANS[type(rows[0])][1])
+        table = TABLES[type(rows[0])][0]
+        key: tuple[str, ...] = ("thread", *TABLES[type(rows[0])][1])
         others: list[str] = [name for name in rows[0]._fields if name not in key]
         self._session.execute_many(
             f"UPDATE {table} SET {', '.join(f'{name} = ?' for name in others)} "
             f"WHERE {' AND '.join(f'{name} = ?' for name in key)}",
             [[getattr(row, name) for name in (*others, *key)] for row in rows],
         )
-
-    def refer(
-        self, objects: Sequence[ObjectRow], released: Sequence[tuple[int, int, int]] = ()
-    ) -> None:
-        refer(self._session, objects, released)
-
-    def exclude_referrers(self) -> None:
-        lock_objects(self._session, is_exclusive=True)
-
-    def find_space(self, *, make: bool) -> tuple[str, bool] | None:
-        return find_space(self._session, make=make)
-
-    def has_objects(self, thread: int) -> bool:
-        query = "SELECT 1 FROM agentflow_objects WHERE thread = ? LIMIT 1"
-        return bool(self._session.fetch(query, (thread,)))
-
-    def list_abandoned(self, limit: int) -> list[ObjectRow]:
-        rows = self._session.fetch(
-            f"SELECT {', '.join(ObjectRow._fields)} FROM agentflow_objects "
-            f"WHERE {IS_ABANDONED} LIMIT ?",
-            (limit,),
-        )
-        return [ObjectRow(*row) for row in rows]
-
-    def abandon(self, rows: Sequence[ObjectRow], at: datetime) -> None:
-        # The value may have come back meanwhile: a thread that was restored has its old numbers.
-        self._session.execute_many(
-            f"UPDATE agentflow_objects SET unneeded_at = ? WHERE thread = ? AND series = ? "
-            f"AND start = ? AND object = ? AND {IS_ABANDONED}",
-            [(_stamp(at), *row) for row in rows],
-        )
-
-    def forget_objects(self, before: datetime, limit: int) -> bool:
-        found = self._session.fetch(
-            f"SELECT {', '.join(ObjectRow._fields)} FROM agentflow_objects "
-            "WHERE unneeded_at > 0 AND unneeded_at <= ? LIMIT ?",
-            (_stamp(before), limit + 1),
-        )
-        if found:
-            self._session.execute_many(
-                "DELETE FROM agentflow_objects WHERE thread = ? AND series = ? AND start = ? "
-                "AND object = ? AND unneeded_at > 0 AND unneeded_at <= ?",
-                [(*row, _stamp(before)) for row in found[:limit]],
-            )
-        return len(found) <= limit
-
-    def find_needed(self, names: Sequence[str], since: datetime) -> set[str]:
-        rows = self._fetch_for(
-            [(name,) for name in names],
-            ("name text",),
-            "SELECT DISTINCT w.name FROM {given} JOIN agentflow_objects o ON o.object = w.name "
-            "WHERE o.unneeded_at IS NULL OR o.unneeded_at = 0 OR o.unneeded_at > ?",
-            _stamp(since),
-        )
-        return {name for (name,) in rows}
-
-    def list_threads_of_runs(self, tenant: str, run_ids: Collection[str]) -> list[ThreadKey]:
-        rows = self._fetch_for(
-            [(run_id,) for run_id in run_ids],
-            ("run_id text",),
-            "SELECT DISTINCT t.thread_id FROM {given} JOIN agentflow_checkpoints c "
-            "ON c.run_id = w.run_id JOIN agentflow_threads t ON t.id = c.thread "
-            "WHERE t.tenant = ?",
-            tenant,
-        )
-        return sorted({(tenant, thread_id) for (thread_id,) in rows})
-
-    def list_thread_ids(self, tenant: str, after: str, limit: int) -> list[str]:
-        rows = self._session.fetch(
-            "SELECT thread_id FROM agentflow_threads WHERE tenant = ? AND thread_id > ? "
-            "AND seq > 0 ORDER BY thread_id LIMIT ?",
-            (tenant, after, limit),
-        )
-        return [thread_id for (thread_id,) in rows]
-
-    def list_namespaces(self, thread: int, after: str | None, limit: int) -> list[str]:
-        # One step of the index for each namespace, however many checkpoints it has.
-        beyond, given = ("", ()) if after is None else ("AND ns > ?", (after,))
-        rows = self._session.fetch(
-            f"WITH RECURSIVE n(ns, place) AS (SELECT (SELECT min(ns) FROM agentflow_checkpoints "
-            f"WHERE thread = ? {beyond}), 1 UNION ALL SELECT (SELECT min(c.ns) "
-            "FROM agentflow_checkpoints c WHERE c.thread = ? AND c.ns > n.ns), n.place + 1 "
-            "FROM n WHERE n.ns IS NOT NULL AND n.place < ?) "
-            "SELECT ns FROM n WHERE ns IS NOT NULL ORDER BY place",
-            (thread, *given, thread, limit),
-        )
-        return [ns for (ns,) in rows]
-
-    def find_newest(self, thread: int, ns: str, place: int) -> int | None:
-        rows = self._session.fetch(
-            "SELECT seq FROM agentflow_checkpoints WHERE thread = ? AND ns = ? "
-            "ORDER BY seq DESC LIMIT 1 OFFSET ?",
-            (thread, ns, place - 1),
-        )
-        return rows[0][0] if rows else None
-
-    def count_older(self, thread: int, ns: str, seq: int) -> int:
-        ((count,),) = self._session.fetch(
-            "SELECT count(*) FROM agentflow_checkpoints WHERE thread = ? AND ns = ? AND seq < ?",
-            (thread, ns, seq),
-        )
-        return int(count)
-
-    def list_links(
-        self,
-        thread: int,
-        ns: str,
-        *,
-        limit: int,
-        after: int | None = None,
-        below: int | None = None,
-        run_ids: Collection[str] | None = None,
-    ) -> list[Link]:
-        conditions, parameters = ["thread = ?", "ns = ?"], [thread, ns]
-        if after is not None:
-            conditions.append("seq > ?")
-            parameters.append(after)
-        if below is not None:
-            conditions.append("seq < ?")
-            parameters.append(below)
-        if run_ids is not None:
-            conditions.append(f"run_id IN ({', '.join('?' for _ in run_ids)})")
-            parameters += run_ids
-        rows = self._session.fetch(
-            f"SELECT {_LINK} FROM agentflow_checkpoints WHERE {' AND '.join(conditions)} "
-            f"ORDER BY seq {'DESC' if after is None else ''} LIMIT ?",
-            (*parameters, limit),
-        )
-        return [_link(row) for row in rows]
-
-    def find_links(self, thread: int, ns: str, ids: Collection[str]) -> list[Link]:
-        if not ids:
-            return []
-        rows = self._session.fetch(
-            f"SELECT {_LINK} FROM agentflow_checkpoints WHERE thread = ? AND ns = ? "
-            f"AND checkpoint_id IN ({', '.join('?' for _ in ids)})",
-            (thread, ns, *ids),
-        )
-        return [_link(row) for row in rows]
-
-    def find_anchor(self, thread: int, ns: str, checkpoint_id: str) -> AnchorRow | None:
-        rows = self._session.fetch(
-            f"SELECT {', '.join(AnchorRow._fields)} FROM agentflow_anchors "
-            "WHERE thread = ? AND ns = ? AND checkpoint_id = ?",
-            (thread, ns, checkpoint_id),
-        )
-        return AnchorRow(*rows[0]) if rows else None
-
-    def remove(
-        self, thread: int, checkpoints: Collection[Link], anchors: Collection[AnchorRow] = ()
-    ) -> None:
-        for statement, places in (
-            (_REMOVE_WRITES, [(thread, link.ns, link.checkpoint_id) for link in checkpoints]),
-            (_REMOVE_CHECKPOINT, [(thread, link.ns, link.seq) for link in checkpoints]),
-            (_REMOVE_ANCHOR, [(thread, row.ns, row.checkpoint_id) for row in anchors]),
-        ):
-            if places:
-                self._session.execute_many(statement, places)
-
-    def list_series(
-        self, thread: int, after: int, through: int, limit: int
-    ) -> list[tuple[int, int]]:
-        rows = self._session.fetch(
-            "SELECT series, max(start) FROM agentflow_values WHERE thread = ? AND series > ? "
-            "AND series <= ? GROUP BY series ORDER BY series LIMIT ?",
-            (thread, after, through, limit),
-        )
-        return [(series, start) for series, start in rows]
-
-    def remove_values(
-        self, thread: int, dead: Sequence[DeadValue], *, limit: int, max_bytes: int
-    ) -> bool:
-        columns = ("series bigint", "start bigint", "last bigint")
-        # CROSS JOIN keeps SQLite from going through all values of the thread instead.
-        found = self._session.fetch(
-            f"SELECT v.series, v.start, length(v.data) FROM {self._given(columns, len(dead))} "
-            "CROSS JOIN agentflow_values v WHERE v.thread = ? AND v.series = w.series "
-            "AND v.start >= w.start AND v.start <= w.last LIMIT ?",
-            [*(number for each in dead for number in each), thread, limit + 1],
-        )
-        some = _up_to(found, limit, max_bytes)
-        if some:
-            self._session.execute_many(_DROP_VALUE, [(thread, *key) for key in some])
-        return len(some) == len(found)
-
-    def remove_some(self, thread: int, *, limit: int, max_bytes: int) -> bool:
-        for kind in _KINDS_OF_THREAD:
-            table, key = _SCANS[kind]
-            payload = " + ".join(f"coalesce(length({name}), 0)" for name in _PAYLOADS[kind])
-            found = self._session.fetch(
-                f"SELECT {', '.join(key)}, {payload} FROM {table} WHERE thread = ? LIMIT ?",
-                (thread, limit + 1),
-            )
-            some = _up_to(found, limit, max_bytes)
-            if some:
-                self._session.execute_many(
-                    f"DELETE FROM {table} WHERE thread = ? "
-                    f"AND {' AND '.join(f'{name} = ?' for name in key)}",
-                    [(thread, *each) for each in some],
-                )
-            if len(some) < len(found):
-                return False
-            limit -= len(some)
-        return True
 
     def set_lease(self, thread: ThreadKey, token: int, *, is_leased: bool) -> ThreadState | None:
         sql = _TAKE_THREAD if is_leased else _GIVE_THREAD_BACK
@@ -627,64 +426,6 @@ class SqlRows(Rows):
 
     def raise_tokens(self, by: int) -> None:
         self._session.execute("UPDATE agentflow_threads SET token = token + ?", (by,))
-
-    def retire(self, thread: ThreadState) -> None:
-        number, session = thread.number, self._session
-        ((tenant, thread_id),) = session.fetch(
-            "SELECT tenant, thread_id FROM agentflow_threads WHERE id = ?", (number,)
-        )
-        # Its number goes up as well, for those who remember its state.
-        session.execute(
-            "UPDATE agentflow_threads SET tenant = ?, thread_id = ?, seq = seq + 1 WHERE id = ?",
-            (RETIRED, str(number), number),
-        )
-        session.execute(
-            "INSERT INTO agentflow_threads (tenant, thread_id, token, is_leased, seq) "
-            "VALUES (?, ?, ?, ?, ?)",
-            (tenant, thread_id, thread.token, thread.is_leased, thread.seq + 1),
-        )
-
-    def find_retired(self) -> int | None:
-        rows = self._session.fetch(
-            "SELECT id FROM agentflow_threads WHERE tenant = ? ORDER BY id LIMIT 1", (RETIRED,)
-        )
-        return rows[0][0] if rows else None
-
-    def forget_retired(self, thread: int) -> None:
-        self._session.execute(
-            "DELETE FROM agentflow_threads WHERE id = ? AND tenant = ?", (thread, RETIRED)
-        )
-
-    _lock_clause = ""
-
-    def _fetch_for(
-        self,
-        places: Sequence[tuple[Any, ...]],
-        columns: tuple[str, ...],
-        sql: str,
-        *more: Any,
-    ) -> list[tuple[Any, ...]]:
-        """Run a query for some places, not more of them at once than a statement may name.
-
-        Args:
-            places: Become the table `w`.
-            columns: Of that table, each with its type.
-            sql: The query, with `{given}` for that table.
-            more: Parameters behind those.
-        """
-        size = MAX_PARAMETERS // len(columns)
-        found: list[tuple[Any, ...]] = []
-        for begin in range(0, len(places), size):
-            some = places[begin : begin + size]
-            found += self._session.fetch(
-                sql.replace("{given}", self._given(columns, len(some))),
-                [*(value for place in some for value in place), *more],
-            )
-        return found
-
-    def _given(self, columns: tuple[str, ...], count: int) -> str:
-        """Return a table `w` with `count` rows of parameters."""
-        return _given(columns, count, self._session.dialect)
 
 
 def _narrowed(tenant: str | None, thread_id: str | None) -> tuple[str, list[Any]]:
@@ -702,44 +443,6 @@ def _thread_state(row: Sequence[Any]) -> ThreadState:
     return ThreadState(number, token, bool(is_leased), seq)
 
 
-@lru_cache(maxsize=500)
-def _given(columns: tuple[str, ...], count: int, dialect: str) -> str:
-    names = [column.split()[0] for column in columns]
-    types = [column.split()[1] for column in columns]
-    if dialect == "sqlite":
-        row = f"({', '.join('?' for _ in columns)})"
-        rows = ", ".join(row for _ in range(count))
-        selected = ", ".join(f"column{i + 1} AS {name}" for i, name in enumerate(names))
-        return f"(SELECT {selected} FROM (VALUES {rows})) w"
-    row = f"({', '.join(f'CAST(? AS {kind})' for kind in types)})"
-    return f"(VALUES {', '.join(row for _ in range(count))}) w({', '.join(names)})"
-
-
-def _stamp(at: datetime) -> int:
-    """Return a time as the database has it: microseconds since 1970."""
-    return (at - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
-
-
-def _link(row: Sequence[Any]) -> Link:
-    ns, seq, checkpoint_id, parent_id, run_id, digest, carries, size = row
-    return Link(ns, seq, checkpoint_id, parent_id, run_id, digest, bool(carries), size)
-
-
-def _up_to(found: Sequence[tuple[Any, ...]], limit: int, max_bytes: int) -> list[tuple[Any, ...]]:
-    """Return the keys of the first rows that are not too many and not too large; one at least.
-
-    The last column of a row is its size.
-    """
-    keys: list[tuple[Any, ...]] = []
-    size = 0
-    for *key, length in found[:limit]:
-        size += length
-        if keys and size > max_bytes:
-            break
-        keys.append(tuple(key))
-    return keys
-
-
 _ROWS_AT_ONCE = 64
 _RAISED = ("id bigint", "token bigint", "is_leased boolean", "seq bigint", "after bigint")
 _AS_IT_WAS = (
@@ -752,14 +455,6 @@ _RAISE = (
 _REPLACE_VALUE = (
     "UPDATE agentflow_values SET data = ? WHERE thread = ? AND series = ? AND start = ?"
 )
-_REMOVE_WRITES = "DELETE FROM agentflow_writes WHERE thread = ? AND ns = ? AND checkpoint_id = ?"
-_REMOVE_CHECKPOINT = "DELETE FROM agentflow_checkpoints WHERE thread = ? AND ns = ? AND seq = ?"
-_REMOVE_ANCHOR = "DELETE FROM agentflow_anchors WHERE thread = ? AND ns = ? AND checkpoint_id = ?"
-_LINK = (
-    "ns, seq, checkpoint_id, parent_id, run_id, hash, parent_writes IS NOT NULL, "
-    "length(data) + coalesce(length(parent_writes), 0) + coalesce(length(base), 0)"
-)
-_DROP_VALUE = "DELETE FROM agentflow_values WHERE thread = ? AND series = ? AND start = ?"
 _HEAD_SEQ = "(SELECT max(h.seq) FROM agentflow_checkpoints h WHERE h.thread = t.id AND h.ns = ?)"
 _FIND_HEAD = (
     f"SELECT {_THREAD}, c.seq, {_C} FROM agentflow_threads t LEFT JOIN agentflow_checkpoints c "
@@ -784,16 +479,3 @@ _LINE = (
     "JOIN agentflow_threads t ON t.id = l.thread ORDER BY l.depth"
 )
 _PAGE = 500
-_SCANS: dict[type, tuple[str, tuple[str, ...]]] = {
-    CheckpointRow: ("agentflow_checkpoints", ("ns", "seq")),
-    ValueRow: ("agentflow_values", ("series", "start")),
-    WritesRow: ("agentflow_writes", ("ns", "checkpoint_id", "seq")),
-    AnchorRow: ("agentflow_anchors", ("ns", "checkpoint_id")),
-    ObjectRow: ("agentflow_objects", ("series", "start", "object")),
-}
-_KINDS_OF_THREAD = (CheckpointRow, ValueRow, WritesRow, AnchorRow)
-"""What goes with a thread; references stay until their objects are collected."""
-_PAYLOADS: dict[type, tuple[str, ...]] = {
-    kind: ("data", "parent_writes", "base") if kind is CheckpointRow else ("data",)
-    for kind in _KINDS_OF_THREAD
-}

@@ -1,11 +1,20 @@
-"""What stores the rows of checkpoints, in whichever database."""
+"""What statements are made of, in whichever database."""
 
 from __future__ import annotations
 
-from functools import cache
-from typing import NamedTuple
+from collections.abc import Sequence
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
 
-from agentflow.checkpoint.rows import AnchorRow, CheckpointRow, ThreadChange
+from agentflow.checkpoint.rows import (
+    AnchorRow,
+    CheckpointRow,
+    ObjectRow,
+    ThreadChange,
+    ValueRow,
+    WritesRow,
+)
+from agentflow.database.session import Session
 
 MAX_PARAMETERS = 30_000
 """How many a statement may have."""
@@ -39,6 +48,16 @@ ANCHORS = Insert(
     "agentflow_anchors", AnchorRow._fields, "ON CONFLICT (thread, ns, checkpoint_id) DO NOTHING"
 )
 
+DROP_VALUE = "DELETE FROM agentflow_values WHERE thread = ? AND series = ? AND start = ?"
+TABLES: dict[type, tuple[str, tuple[str, ...]]] = {
+    CheckpointRow: ("agentflow_checkpoints", ("ns", "seq")),
+    ValueRow: ("agentflow_values", ("series", "start")),
+    WritesRow: ("agentflow_writes", ("ns", "checkpoint_id", "seq")),
+    AnchorRow: ("agentflow_anchors", ("ns", "checkpoint_id")),
+    ObjectRow: ("agentflow_objects", ("series", "start", "object")),
+}
+"""Kind of row to its table, and the columns that a row is known by within its thread."""
+
 
 def changes_rows(change: ThreadChange) -> bool:
     """Whether there is more to do than to insert rows."""
@@ -58,3 +77,44 @@ def padded(count: int) -> int:
     The rows that are filled up with NULL belong to no thread, and so are not inserted.
     """
     return 1 << (count - 1).bit_length() if count else 0
+
+
+def fetch_for(
+    session: Session,
+    places: Sequence[tuple[Any, ...]],
+    columns: tuple[str, ...],
+    sql: str,
+    *more: Any,
+) -> list[tuple[Any, ...]]:
+    """Run a query for some places, not more of them at once than a statement may name.
+
+    Args:
+        session: Where it runs.
+        places: Become the table `w`.
+        columns: Of that table, each with its type.
+        sql: The query, with `{given}` for that table.
+        more: Parameters behind those.
+    """
+    size = MAX_PARAMETERS // len(columns)
+    found: list[tuple[Any, ...]] = []
+    for begin in range(0, len(places), size):
+        some = places[begin : begin + size]
+        found += session.fetch(
+            sql.replace("{given}", given_table(columns, len(some), session.dialect)),
+            [*(value for place in some for value in place), *more],
+        )
+    return found
+
+
+@lru_cache(maxsize=500)
+def given_table(columns: tuple[str, ...], count: int, dialect: str) -> str:
+    """Return a table `w` with `count` rows of parameters."""
+    names = [column.split()[0] for column in columns]
+    types = [column.split()[1] for column in columns]
+    if dialect == "sqlite":
+        row = f"({', '.join('?' for _ in columns)})"
+        rows = ", ".join(row for _ in range(count))
+        selected = ", ".join(f"column{i + 1} AS {name}" for i, name in enumerate(names))
+        return f"(SELECT {selected} FROM (VALUES {rows})) w"
+    row = f"({', '.join(f'CAST(? AS {kind})' for kind in types)})"
+    return f"(VALUES {', '.join(row for _ in range(count))}) w({', '.join(names)})"

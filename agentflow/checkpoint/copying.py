@@ -1,15 +1,15 @@
-"""Changes of a thread as a whole, each in one transaction and under the thread's lock.
+"""Copying a thread, and sealing its rows for another one or by another key.
 
-What deletes stands in `pruning`.
+In one transaction, under the locks of the threads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
+from agentflow.checkpoint.fencing import fence
 from agentflow.checkpoint.offload import note, reseal_value
-from agentflow.checkpoint.planning import fence
 from agentflow.checkpoint.records import (
     Place,
     hash_of,
@@ -31,11 +31,6 @@ from agentflow.codec import Codec, is_apart
 from agentflow.database.writer import Rejected
 from agentflow.errors import ConflictError
 from agentflow.types import Lease
-
-
-def lock(rows: Rows, thread: ThreadKey) -> ThreadState:
-    """Lock a thread and return its state, without heads."""
-    return rows.load_states({thread: ()}, lock=True)[thread][0]
 
 
 def copy_thread(
@@ -61,7 +56,7 @@ def copy_thread(
     """
     if rows.find_checkpoint((*source, ""), None) is None:
         return None
-    states = _lock_all(rows, [source, target])
+    states = _lock_all(rows, source, target)
     state = states[target]
     refused = fence(target[1], lease, state)
     if refused is not None:
@@ -76,17 +71,17 @@ def copy_thread(
     rows.apply([ThreadChange(state, after)])
     # From here on each page is a change of its own, of the thread as it already is.
     copier = Copier(codec, source, target, number)
-    for values in _pages(rows, original, ValueRow):
+    for values in pages(rows, original, ValueRow):
         change = ThreadChange(after, after)
         change.values = [copier.value(rows, row, change) for row in values]
         rows.apply([change])
-    for anchors in _pages(rows, original, AnchorRow):
+    for anchors in pages(rows, original, AnchorRow):
         rows.apply([ThreadChange(after, after, anchors=list(map(copier.anchor, anchors)))])
-    for checkpoints in _pages(rows, original, CheckpointRow):
+    for checkpoints in pages(rows, original, CheckpointRow):
         rows.apply(
             [ThreadChange(after, after, checkpoints=list(map(copier.checkpoint, checkpoints)))]
         )
-    for writes in _pages(rows, original, WritesRow):
+    for writes in pages(rows, original, WritesRow):
         rows.apply([ThreadChange(after, after, writes=list(map(copier.writes, writes)))])
     return None
 
@@ -170,15 +165,14 @@ class Copier:
         return self._codec.seal(self._codec.unseal(data, before, where=where), after)
 
 
-def _lock_all(rows: Rows, threads: Collection[ThreadKey]) -> dict[ThreadKey, ThreadState]:
-    if not threads:
-        return {}
-    found = rows.load_states(dict.fromkeys(threads, ()), lock=True)
-    return {thread: state for thread, (state, _) in found.items()}
-
-
-def _pages(rows: Rows, state: ThreadState, kind: type[AnyRow]) -> Iterator[list[AnyRow]]:
+def pages(rows: Rows, state: ThreadState, kind: type[AnyRow]) -> Iterator[list[AnyRow]]:
+    """Yield the rows of one kind that a thread has, a page at a time."""
     page = rows.scan(state, kind, None)
     while page:
         yield page
         page = rows.scan(state, kind, page[-1])
+
+
+def _lock_all(rows: Rows, *threads: ThreadKey) -> dict[ThreadKey, ThreadState]:
+    found = rows.load_states(dict.fromkeys(threads, ()), lock=True)
+    return {thread: state for thread, (state, _) in found.items()}
