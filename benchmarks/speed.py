@@ -36,7 +36,8 @@ from benchmarks.savers import (
 )
 from benchmarks.texts import make_text
 
-_STEPS = 100
+STEPS = 100
+"""Of a run that is alone."""
 _RUNS, _STEPS_OF_RUN = 50, 10
 _VALUE_SIZE = 1_000_000
 _ENGINE, _COMMIT = "LangGraph without a checkpointer", "one bare commit"
@@ -47,7 +48,7 @@ Subject = Callable[[], Awaitable[float]]
 
 async def sqlite_alone(lab: Lab) -> Result:
     """One run on SQLite, beside the floor and `AsyncSqliteSaver`."""
-    name = f"SQLite, {_STEPS} no-op steps, one run alone"
+    name = f"SQLite, {STEPS} no-op steps, one run alone"
     async with AsyncExitStack() as stack:
         savers: dict[str, Saver] = {
             OURS: await stack.enter_async_context(open_checkpointer(lab.sqlite_url())),
@@ -66,7 +67,7 @@ async def sqlite_alone(lab: Lab) -> Result:
 
 async def postgres_alone(lab: Lab) -> Result:
     """One run on PostgreSQL, beside the floor and both ways to open `AsyncPostgresSaver`."""
-    name = f"PostgreSQL, {_STEPS} no-op steps, one run alone"
+    name = f"PostgreSQL, {STEPS} no-op steps, one run alone"
     async with AsyncExitStack() as stack:
         savers: dict[str, Saver] = {
             OURS: await stack.enter_async_context(open_checkpointer(lab.postgres_url())),
@@ -98,7 +99,7 @@ async def concurrent(lab: Lab) -> Result:
         }
         builder = graphs.counter(_STEPS_OF_RUN)
         subjects = {
-            name: functools.partial(_steps_per_second, builder.compile(checkpointer=saver))
+            name: functools.partial(steps_per_second, builder.compile(checkpointer=saver))
             for name, saver in savers.items()
         }
         figures = await interleave(subjects, lab.rounds)
@@ -132,21 +133,21 @@ async def static_value(lab: Lab) -> Result:
     rows, figures = [], {}
     for database, url in (("SQLite", lab.sqlite_url()), ("PostgreSQL", lab.postgres_url())):
         async with open_checkpointer(url) as saver:
-            graph = graphs.counter(_STEPS).compile(checkpointer=saver)
+            graph = graphs.counter(STEPS).compile(checkpointer=saver)
 
             async def with_value(graph: Graph = graph) -> float:
                 value = make_text(_VALUE_SIZE, seed=next(seeds))
-                return await graphs.run(graph, {"count": 0, "value": value}) / _STEPS
+                return await graphs.run(graph, {"count": 0, "value": value}) / STEPS
 
             subjects: dict[str, Subject] = {
                 "with the value": with_value,
-                "without": functools.partial(_seconds_a_step, graph),
+                "without": functools.partial(seconds_a_step, graph),
             }
             measured = await interleave(subjects, lab.rounds)
         beside, alone = medians(measured).values()
         rows.append(
             Row(
-                workload=f"{database}, {_STEPS} no-op steps beside a static value of 1 MB",
+                workload=f"{database}, {STEPS} no-op steps beside a static value of 1 MB",
                 figure=f"{milliseconds(beside)} a step; without it: {milliseconds(alone)}",
                 ratio=beside / alone,
                 required=1.3,
@@ -167,16 +168,16 @@ async def encryption(lab: Lab) -> Result:
             open_checkpointer(make_url(), keys=keys) as sealed,
             open_checkpointer(make_url(), compress=False) as bare,
         ):
-            builder = graphs.counter(_STEPS)
+            builder = graphs.counter(STEPS)
             subjects: dict[str, Subject] = {
-                name: functools.partial(_seconds_a_step, builder.compile(checkpointer=saver))
+                name: functools.partial(seconds_a_step, builder.compile(checkpointer=saver))
                 for name, saver in (("compressed and encrypted", sealed), ("neither", bare))
             }
             measured = await interleave(subjects, lab.rounds)
         with_keys, without = medians(measured).values()
         rows.append(
             Row(
-                workload=f"{database}, {_STEPS} no-op steps, compressed and encrypted",
+                workload=f"{database}, {STEPS} no-op steps, compressed and encrypted",
                 figure=f"{milliseconds(with_keys)} a step; neither: {milliseconds(without)}",
                 ratio=with_keys / without,
                 required=1.3,
@@ -203,7 +204,7 @@ async def sync_api(lab: Lab) -> Result:
         }
         rows.append(
             Row(
-                workload=f"{database}, {_STEPS} no-op steps by the synchronous API",
+                workload=f"{database}, {STEPS} no-op steps by the synchronous API",
                 figure=f"{text['sync']}; asynchronous: {text['async']}",
                 ratio=total["sync"] / total["async"],
                 required=1.2,
@@ -215,16 +216,16 @@ async def sync_api(lab: Lab) -> Result:
 
 
 async def _measure_alone(lab: Lab, savers: dict[str, Saver], commits: Commits) -> Figures:
-    builder = graphs.counter(_STEPS)
+    builder = graphs.counter(STEPS)
 
     async def commit() -> float:
-        return commits(_STEPS) / _STEPS
+        return commits(STEPS) / STEPS
 
     subjects: dict[str, Subject] = {
-        name: functools.partial(_seconds_a_step, builder.compile(checkpointer=saver))
+        name: functools.partial(seconds_a_step, builder.compile(checkpointer=saver))
         for name, saver in savers.items()
     }
-    subjects[_ENGINE] = functools.partial(_seconds_a_step, builder.compile())
+    subjects[_ENGINE] = functools.partial(seconds_a_step, builder.compile())
     subjects[_COMMIT] = commit
     return await interleave(subjects, lab.rounds)
 
@@ -263,22 +264,24 @@ def _beside(
 def _both_apis(saver: Saver) -> dict[str, Subject]:
     subjects: dict[str, Subject] = {}
     for name, checkpointer in ((OURS, saver), (_ENGINE, None)):
-        by_async = graphs.counter(_STEPS).compile(checkpointer=checkpointer)
-        by_sync = graphs.sync_counter(_STEPS).compile(checkpointer=checkpointer)
-        subjects[f"{name}, async"] = functools.partial(_seconds_a_step, by_async)
+        by_async = graphs.counter(STEPS).compile(checkpointer=checkpointer)
+        by_sync = graphs.sync_counter(STEPS).compile(checkpointer=checkpointer)
+        subjects[f"{name}, async"] = functools.partial(seconds_a_step, by_async)
         subjects[f"{name}, sync"] = functools.partial(_seconds_a_sync_step, by_sync)
     return subjects
 
 
-async def _seconds_a_step(graph: Graph) -> float:
-    return await graphs.run(graph, {"count": 0}) / _STEPS
+async def seconds_a_step(graph: Graph) -> float:
+    """Run a graph of `STEPS` steps once and return the seconds that one took."""
+    return await graphs.run(graph, {"count": 0}) / STEPS
 
 
 async def _seconds_a_sync_step(graph: Graph) -> float:
-    return await graphs.run_sync(graph, {"count": 0}) / _STEPS
+    return await graphs.run_sync(graph, {"count": 0}) / STEPS
 
 
-async def _steps_per_second(graph: Graph) -> float:
+async def steps_per_second(graph: Graph) -> float:
+    """Run a graph many times at once and return how many steps were made in a second."""
     loop = asyncio.get_running_loop()
     began = loop.time()
     async with asyncio.TaskGroup() as group:

@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
-from benchmarks import effects, fingerprints, growth, retention, runtime, speed, verification
+from benchmarks import (
+    effects,
+    fingerprints,
+    growth,
+    hashing,
+    retention,
+    runtime,
+    speed,
+    verification,
+)
 from benchmarks.lab import Lab
 from benchmarks.results import Result
 
@@ -31,6 +40,7 @@ WORKLOADS: Mapping[str, Workload] = {
     "load-head": Workload(growth.load_head),
     "prune": Workload(retention.prune),
     "prune-million": Workload(retention.prune_million, is_long=True),
+    "hashing": Workload(hashing.hashing, needs_postgres=True),
     "encryption": Workload(speed.encryption, needs_postgres=True),
     "sync-api": Workload(speed.sync_api, needs_postgres=True),
     "verify": Workload(verification.verify),
