@@ -48,6 +48,7 @@ from agentflow.types import RunStatus
 
 _RUNS_AT_ONCE = 20
 _EVENTS_AT_ONCE = 500
+_CHANGED = "what stands there in clear is not what its events say"
 _MALFORMED = (TypeError, ValueError, LookupError, AttributeError)
 
 _Row = Mapping[str, Any]
@@ -191,7 +192,7 @@ class _Comparison:
         self, name: str, table: sa.Table, row: Mapping[Any, Any], where: str
     ) -> Iterator[RowDamage]:
         if not self._marks.says(name, mark(table, row)):
-            yield self._damage(where, "what stands there in clear is not what its events say")
+            yield self._damage(where, _CHANGED)
 
     def _lease(self, run: _Row) -> Iterator[RowDamage]:
         """Compare what changes without an event: tokens only grow, and who runs has a lease."""
@@ -218,19 +219,31 @@ class _Comparison:
     def _effects(self, run: _Row, found: Sequence[_Row]) -> Iterator[RowDamage]:
         for row in found:
             where = f"effects of {row['effect_id']!r}"
-            yield from self._compare(of_effect(row["effect_id"]), effects, row, where)
+            name = of_effect(row["effect_id"])
+            if not self._marks.says(name, mark(effects, row)) and not self._is_shared(run, row):
+                yield self._damage(where, _CHANGED)
             yield from self._key(row, where)
-        # Those of a run that has ended may have been pruned, and one whose key is the tenant's
-        # belongs to the last run that has called it.
-        if run["ended_at"] is None:
+        # Those of a run that has ended may have been pruned, though it was started again since, and
+        # one that another run has called since is that one's.
+        if run["ended_at"] is None and not self._marks.has_ended:
             seen = [of_effect(row["effect_id"]) for row in found]
             for name in self._marks.missing(seen, "effect:"):
                 effect_id = name.partition(":")[2]
                 query = sa.select(effects.c.scope).where(
                     effects.c.tenant == self._tenant, effects.c.effect_id == effect_id
                 )
-                if self._connection.execute(query).scalar() != GLOBAL:
+                taken = self._connection.execute(query).mappings().first()
+                if taken is None or not self._is_shared(run, taken):
                     yield self._damage(f"effects of {effect_id!r}", "it is missing")
+
+    def _is_shared(self, run: _Row, row: Mapping[Any, Any]) -> bool:
+        """Whether other runs may call under the same key; their events tell of it then."""
+        if row["scope"] == GLOBAL or run["root"] is not None:
+            return True
+        forks = sa.select(runs.c.seq).where(
+            runs.c.tenant == self._tenant, runs.c.root == run["run_id"]
+        )
+        return self._connection.execute(forks.limit(1)).first() is not None
 
     def _key(self, row: _Row, where: str) -> Iterator[RowDamage]:
         """Compare the hash by which an effect is found with the key that it was called under."""

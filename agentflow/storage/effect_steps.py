@@ -51,8 +51,8 @@ _TOLD = ("name", "node", "attempt")
 _FINISH = (
     "UPDATE agentflow_effects "  # noqa: S608 -- names of its own
     "SET status = ?, outcome = ?, ended_at = ?, ended_seq = ? "
-    "WHERE tenant = ? AND effect_id = ? AND status = 'intended' AND token = ? AND kind = 'effect' "
-    f"RETURNING {', '.join(_MARKED)}"
+    "WHERE tenant = ? AND effect_id = ? AND status = 'intended' AND run_id = ? AND token = ? "
+    f"AND kind = 'effect' RETURNING {', '.join(_MARKED)}"
 )
 _LOG = (
     "INSERT INTO agentflow_events (tenant, run_id, seq, type, at, data, prev_hash, hash) "
@@ -112,7 +112,7 @@ def finish(
     run = _held(session, lease)
     if run is None:
         return False
-    key = (lease.tenant, effect_id, lease.token)
+    key = (lease.tenant, effect_id, lease.run_id, lease.token)
     found = session.fetch(_FINISH, (status.value, sealed, run.now, run.seq + 1, *key))
     if not found:
         return False

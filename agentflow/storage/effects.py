@@ -139,7 +139,9 @@ def finish_effect(
     now = database_now(connection)
     run = get_run(connection, lease.tenant, lease.run_id, lock=True)
     row = get_effect(connection, lease.tenant, effect_id)
-    if row.status != EffectStatus.INTENDED or row.token != lease.token:
+    # Tokens are a thread's: another run that calls under the same key may have the same one.
+    is_own = row.run_id == lease.run_id and row.token == lease.token
+    if row.status != EffectStatus.INTENDED or not is_own:
         _keep_late(connection, payloads, run, row, now, plain)
         return False
     name = sealed.object

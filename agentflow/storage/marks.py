@@ -5,8 +5,9 @@ payloads. So an event that changes rows holds, sealed beside its data, the hash 
 clear in each of them afterwards, and which of its payloads are there. The newest mark of a row is
 what the row has to fit. Whoever verifies a database compares them; nobody else reads marks.
 
-A column that is empty is not in the hash, so that a new one changes no mark. A row that a program
-without marks has changed has none until it changes again.
+A mark begins with what it covers, by the names of the columns: one that covers others, since it was
+told by a program that knows others, is not compared. A row that a program without marks has changed
+has none until it changes again.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ UNMARKED: Mapping[sa.Table, frozenset[str]] = {
         {"seq", "event_seq", "event_hash", "token", "lease_expires_at", "is_isolated", "pardoned"}
         # An export leaves it out, and it says only how long a lost attempt may have lived.
         | {"claimed_at"}
+        # Programs without marks set it without an event.
+        | {"rollback"}
     ),
     # Hashes of payloads change with the key that these are sealed by.
     waits: frozenset({"seq", "proposal_hash"}),
@@ -56,7 +59,9 @@ UNMARKED: Mapping[sa.Table, frozenset[str]] = {
 }
 """The tables whose rows are marked, and those of their columns that no mark covers."""
 
-_SIZE = 16
+_SHAPE_SIZE, _SIZE = 4, 16
+_FORMAT = 1
+"""To be raised by a migration that writes what stands in marked columns anew."""
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _DAY, _SECOND = 86_400, 1_000_000
 
@@ -102,8 +107,20 @@ def mark(table: sa.Table, row: Mapping[Any, Any]) -> bytes:
             value = True
         elif kind == "time":
             value = _plain(value)
+        elif kind == "text":
+            value = str(value)
+        elif isinstance(value, bool):
+            value = int(value)
         found += (name, value)
-    return hashlib.sha256(ormsgpack.packb(found)).digest()[:_SIZE]
+    return _shape(table) + hashlib.sha256(ormsgpack.packb(found)).digest()[:_SIZE]
+
+
+def agree(told: object, found: bytes) -> bool:
+    """Whether a row whose mark is `found` may be what an event has told of it."""
+    if told == GONE or not isinstance(told, bytes):
+        return False
+    # One that covers other columns was told by a program that knows others.
+    return told == found or told[:_SHAPE_SIZE] != found[:_SHAPE_SIZE]
 
 
 def marked(event: NewEvent, name: str, table: sa.Table, row: Mapping[Any, Any]) -> NewEvent:
@@ -128,7 +145,16 @@ def _columns(table: sa.Table) -> tuple[tuple[str, str], ...]:
 def _kind(column: sa.Column[Any]) -> str:
     if isinstance(column.type, sa.LargeBinary):
         return "payload"
+    if isinstance(column.type, sa.String):
+        return "text"
     return "time" if isinstance(column.type, (Timestamp, Length)) else "plain"
+
+
+@cache
+def _shape(table: sa.Table) -> bytes:
+    """Return what tells marks apart that do not cover the same columns."""
+    names = [name for name, _ in _columns(table)]
+    return hashlib.sha256(ormsgpack.packb([_FORMAT, *names])).digest()[:_SHAPE_SIZE]
 
 
 def _plain(value: Any) -> Any:
@@ -150,6 +176,8 @@ class Marks:
         """Whether there were marks from the first event on."""
         self.token: int | None = None
         """The fencing token of the newest claim."""
+        self.has_ended = False
+        """Whether the run has ended once; it may have been started again since."""
         self._is_first = True
 
     def add(self, kind: str, data: Mapping[str, Any], marks: Mapping[str, bytes]) -> None:
@@ -162,17 +190,20 @@ class Marks:
             self.token = token if isinstance(token, int) else None
         elif kind == "run.imported":
             self.token = None
+        self.has_ended = self.has_ended or kind in _ENDS
         # What a program without marks has changed is not known any more.
         for name in _changed_by(kind, data):
             self._found[name] = None
-        if kind == "run.migrated" and not marks:
-            self._found |= dict.fromkeys(self._of("wait:"))
+        if not marks:
+            for prefix in _CHANGES_OTHERS.get(kind, ()):
+                self._found |= dict.fromkeys(self._of(prefix))
         self._found |= marks
 
     def says(self, name: str, mark: bytes) -> bool:
         """Whether a row that has this mark may be what it is."""
         if name in self._found:
-            return self._found[name] in {None, mark}
+            told = self._found[name]
+            return told is None or agree(told, mark)
         return not self.are_whole
 
     def has(self, name: str) -> bool:
@@ -187,6 +218,14 @@ class Marks:
         return [name for name in self._found if name.startswith(prefix)]
 
 
+_ENDS = frozenset({"run.succeeded", "run.failed", "run.cancelled"})
+_CHANGES_OTHERS = {
+    "run.migrated": ("wait:",),
+    "run.imported": ("wait:", "effect:"),
+    # The event of a compensation changes the effect that it has undone, too.
+    "effect.succeeded": ("effect:",),
+}
+"""Events that change more rows than they name; without marks an older program has written them."""
 _BESIDE_RUN = frozenset(
     {"effect.intended", "effect.succeeded", "effect.failed", "effect.not_called"}
 )

@@ -518,9 +518,13 @@ def _event_data(stored: Any) -> Any:
 
 def marks_of(row: Keyed, payloads: Payloads) -> tuple[Mapping[str, Any], Mapping[str, bytes]]:
     """Return what an event says, and the marks of the rows that it has changed."""
-    stored = payloads.load(events.c.data, row)
-    marks = stored[2] if isinstance(stored, list) and len(stored) > 2 else {}  # noqa: PLR2004
-    return _event_data(stored), marks
+    match payloads.load(events.c.data, row):
+        case [_, dict() as data, dict() as marks]:
+            return data, marks
+        # As agentflow stored it before there were marks, and at first without a salt.
+        case [_, dict() as data] | (dict() as data):
+            return data, {}
+    raise HashMismatchError(place_of(events.c.data, row), "it is no event")
 
 
 _CLOSE_WAITS = Prepared(

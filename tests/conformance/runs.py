@@ -10,6 +10,7 @@ from agentflow.codec import Codec
 from agentflow.config import Settings
 from agentflow.database import Database
 from agentflow.interrupts import proposal_hash
+from agentflow.keys import KeyRing
 from agentflow.storage import RunStore
 from agentflow.storage.sql import SqlRunStore
 from agentflow.types import (
@@ -39,9 +40,10 @@ REQUEST = ApprovalRequest(
 )
 
 
-def open_store(url: str, **options: Any) -> SqlRunStore:
+def open_store(url: str, *, keys: KeyRing | None = None, **options: Any) -> SqlRunStore:
     """Open a store with a writer of its own, as another process would."""
-    return SqlRunStore(Database(url, Settings()), codec=Codec(), owns_database=True, **options)
+    codec = Codec(keys=keys)
+    return SqlRunStore(Database(url, Settings()), codec=codec, owns_database=True, **options)
 
 
 def spec(run_id: str | None = None, **changes: Any) -> RunSpec:

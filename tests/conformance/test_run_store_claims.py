@@ -16,6 +16,7 @@ import sqlalchemy as sa
 from agentflow.database.engine import parse_url
 from agentflow.database.tables import runs
 from agentflow.errors import HashMismatchError, LeaseLostError, PausedError, ThreadBusyError
+from agentflow.keys import KeyRing
 from agentflow.storage import RunStore
 from agentflow.types import RunStatus
 from tests.conformance.runs import (
@@ -341,3 +342,19 @@ async def test_run_whose_chain_is_damaged_does_not_keep_deadlines_from_others(
     assert (await store.get_run("", "whole")).status is F
     change("damaged", **whole)
     assert await store.fire_due("", limit=9) == 1
+
+
+async def test_plaintext_is_left_to_workers_that_accept_it(
+    store: RunStore, database_url: str
+) -> None:
+    for number in range(2):
+        await create(store, f"r{number}")
+    strict = open_store(database_url, keys=KeyRing({"k": bytes(32)}))
+    assert await claim_all(strict) == []
+    await strict.close()
+    assert [each.run.id for each in await claim_all(store)] == ["r0", "r1"]
+
+
+async def test_value_of_another_type_than_comes_back_is_no_damage(store: RunStore) -> None:
+    await create(store, "r", priority=True)
+    assert [each.run.priority for each in await claim_all(store)] == [1]

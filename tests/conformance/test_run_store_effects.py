@@ -169,6 +169,18 @@ async def test_of_concurrent_runs_with_a_global_key_one_is_to_call(
         await other.close()
 
 
+async def test_outcome_is_that_of_the_run_that_called_last(store: RunStore) -> None:
+    zombie, owner = await running(store, "zombie"), await running(store, "owner")
+    assert zombie.token == owner.token
+    effect = (await store.begin_effect(zombie, new(GLOBAL))).effect
+    await store.extend_leases([zombie], EXPIRED)
+    assert (await store.begin_effect(owner, new(GLOBAL), retake=1)).is_due
+    late = Outcome(status=EffectStatus.SUCCEEDED, value="late")
+    assert not await store.finish_effect(zombie, effect.id, late)
+    assert await store.finish_effect(owner, effect.id, DONE)
+    assert (await store.get_effect("", effect.id)).outcome == DONE.value
+
+
 async def test_answer_about_an_effect_is_written_to_its_record(store: RunStore) -> None:
     lease = await running(store, "r")
     effect = (await store.begin_effect(lease, new())).effect
