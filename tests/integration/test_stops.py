@@ -299,7 +299,7 @@ async def test_hook_that_fails_does_not_keep_a_run_from_being_cancelled(app: Age
 async def test_drain_gives_slow_nodes_up_within_the_grace_period(
     app: AgentFlow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("AGENTFLOW_GRACE", "0.5")
+    monkeypatch.setenv("AGENTFLOW_GRACE", "2")
     async with AgentFlow(app.url) as hasty:
         stuck, waits = Stuck(times=1), Waits()
         hasty.register(chain(("a", logs("a")), ("b", stuck)), name="thread")
