@@ -112,19 +112,21 @@ Designs that were tried:
   as long as before: the statement and its commit no longer run beside the graphs.
 - **Pages of 1,024 bytes** in a new SQLite file (kept). Each table and each index has a page,
   however little is in it: 200 messages took 2.5 times their bytes instead of 3.3 times, or, in one
-  run, 2.0 times instead of 2.7 times. Steps, loads and prunes take as long as before.
+  run, 2.0 times instead of 2.7 times. What it costs lies in large values and deletions: in the runs
+  of this page before and after, a step beside a value of 1 MB took 1.06 and 1.25 times one without
+  it, and the longest transaction of the prune 17 ms and 28 ms.
 - **The synchronous API commits in LangGraph's threads, however slow that is** (kept). They would
   wait anyway; held to the limit of event loops, one slow second sent them to the writer's thread.
 - **A shorter switch interval** of the interpreter (dropped): at 1 ms the loop waited half as long,
   and what both threads did took so much more of the processor that fifty runs were slower by 5 % to
   15 %; at 0.5 ms by a quarter.
 
-With fifty runs at a time the processor is what they share, and a step of agentflow's takes half as
-much again as one with `InMemorySaver`. Little of that is its own code, which takes less than 50 µs
-of a step in a loop that does nothing else. The garbage collector takes 0.20 ms of it instead of
-0.11 ms, since what waits for a commit outlives the first collections; and two threads that take
-turns at one interpreter run with cold caches: tied to one processor, both together took a fifth
-less.
+With fifty runs at a time the processor is what they share, and a step of agentflow's takes 1.7
+times as long as one with `InMemorySaver`. Little of that is its own code, which takes less than
+50 µs of a step in a loop that does nothing else. On a busy machine the garbage collector took
+0.20 ms of it instead of 0.11 ms, probably since what waits for a commit outlives the first
+collections; and tied to one processor both threads together took a fifth less, probably since
+their caches stay warm.
 
 What is left beyond the floor is serializing, hashing and deciding, in Python, and that LangGraph's
 own code runs slower after each wait for a disk or a server: after a pause of 0.3 ms its part of a

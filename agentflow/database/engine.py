@@ -36,7 +36,7 @@ _WAL_RETRY = 0.005
 _LOCKED = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 _PAGE_SIZE = 1024
 """Bytes of a page of a new file. Most rows are small, and each table and index has a page at least,
-so that a small database is a third of what it is with SQLite's 4096, and no slower."""
+so that a small file is smaller than with SQLite's 4096; docs/benchmarks.md has what it costs."""
 _WAL_SIZE = 1000 * 4096
 _PADDING = 6_200_000
 """Bytes that overflow SQLite's page cache of 2 MB by a little more than the log's usual size."""

@@ -14,7 +14,7 @@ import pytest
 import sqlalchemy as sa
 
 from agentflow.database.engine import parse_url
-from agentflow.database.tables import runs
+from agentflow.database.tables import events, runs
 from agentflow.errors import HashMismatchError, LeaseLostError, PausedError, ThreadBusyError
 from agentflow.keys import KeyRing
 from agentflow.storage import RunStore
@@ -358,3 +358,22 @@ async def test_plaintext_is_left_to_workers_that_accept_it(
 async def test_value_of_another_type_than_comes_back_is_no_damage(store: RunStore) -> None:
     await create(store, "r", priority=True)
     assert [each.run.priority for each in await claim_all(store)] == [1]
+
+
+@pytest.mark.parametrize("body", [None, 5, [b"salt"], [b"salt", {}, 7], [b"salt", {}, {"run": 7}]])
+async def test_event_that_says_nothing_sensible_stops_its_own_run_only(
+    database_url: str, body: Any
+) -> None:
+    store = open_store(database_url)
+    await create(store, "damaged", priority=9)
+    await create(store, "whole")
+    payloads, key = store._payloads, {"tenant": "", "run_id": "damaged", "seq": 1}
+    data = payloads.seal(payloads.serialize(body, events.c.data, key), events.c.data, key)
+    engine = sa.create_engine(parse_url(database_url))
+    with engine.begin() as connection:
+        changed = sa.update(events).where(events.c.run_id == "damaged").values(data=data)
+        assert connection.execute(changed).rowcount == 1
+    engine.dispose()
+    assert [each.run.id for each in await claim_all(store)] == ["whole"]
+    assert (await store.get_run("", "damaged")).paused_at is not None
+    await store.close()
