@@ -28,6 +28,7 @@ from agentflow.drive import (
     RegisteredGraph,
     drained_by_interrupt,
     end_cancelled,
+    opening,
     store_fingerprint,
 )
 from agentflow.effect_records import EffectRecords
@@ -51,10 +52,11 @@ from agentflow.keys import KeyRing
 from agentflow.lease import LeaseKeeper
 from agentflow.listener import Listener
 from agentflow.migration import MigrationReport, Migrator
+from agentflow.offers import Offers
 from agentflow.registry import Migrate, Registry, warn_if_redefined
 from agentflow.retry import LangGraphRetryPolicy, RetryPolicy
 from agentflow.serializer import AllowList
-from agentflow.storage import OnBusy, OnExisting, RunStore
+from agentflow.storage import OnBusy, OnExisting, Opening, RunStore
 from agentflow.telemetry import traceparent
 from agentflow.threads import on_loop
 from agentflow.transfer import export_run, import_run
@@ -181,8 +183,13 @@ class AgentFlow:
         else:
             self._saver = checkpoints
         self._registry = Registry()
+        self._offers = Offers()
         self.approvals = Approvals(
-            self._store, tenant, saver=self._saver, lease=self._settings.lease
+            self._store,
+            tenant,
+            saver=self._saver,
+            lease=self._settings.lease,
+            offers=self._offers,
         )
         self.effects = EffectRecords(self._store, tenant)
         self.dead_letters = DeadLetters(self._store, self._saver, tenant)
@@ -403,9 +410,10 @@ class AgentFlow:
             fingerprint=registered.fingerprint.digest,
         )
         await store_fingerprint(self._store, self.tenant, registered)
-        run, _ = await self._store.create_run(
-            self.tenant, spec, on_existing=on_existing, on_busy=on_busy
+        create = partial(
+            self._store.create_run, self.tenant, spec, on_existing=on_existing, on_busy=on_busy
         )
+        run = (await self._offers.hand(lambda taker: create(claimant=taker))).run
         return RunHandle(self, run.id, run.thread_id)
 
     async def fork(
@@ -540,7 +548,11 @@ class AgentFlow:
                 warn_if_redefined(registered)
                 since = monotonic()
                 claimed = await self._store.claim_run(
-                    self.tenant, run_id, worker=name, lease=self._settings.lease
+                    self.tenant,
+                    run_id,
+                    worker=name,
+                    lease=self._settings.lease,
+                    opening=self._opening(),
                 )
                 if claimed is None:
                     # Not due yet, by the store's clock, or too late, or it has just ended.
@@ -553,6 +565,12 @@ class AgentFlow:
                         refused = await driver.attempt(registered, claimed, control, since=since)
                     if refused is not None:
                         raise refused
+
+    def _opening(self) -> Opening | None:
+        """Return how claims open attempts, if checkpoints are in the same database."""
+        if self._options["checkpoints"] is not None:
+            return None
+        return opening(self._saver, self._registry.graphs)
 
     async def cancel(self, run_id: str, *, reason: str | None = None, by: str | None = None) -> Run:
         """Cancel a run: at once unless a worker has it, else as soon as that worker hears of it.
@@ -690,6 +708,8 @@ class AgentFlow:
             name=name,
             sweep=self.sweep,
             sweep_every=interval,
+            opening=self._opening(),
+            offers=self._offers,
         )
 
     async def state(self, run_id: str) -> StateSnapshot:

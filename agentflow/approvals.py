@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from langgraph.checkpoint.base import BaseCheckpointSaver
@@ -16,6 +17,7 @@ from agentflow.errors import ConflictError, FencedError, InvalidInputError
 from agentflow.inputs import member
 from agentflow.interrupts import parse_decision, validate
 from agentflow.journal import safe_at_of, warn_if_early
+from agentflow.offers import Offers
 from agentflow.storage import RunStore
 from agentflow.telemetry import APPROVAL_OUTCOME, APPROVAL_WAIT, decide_span
 from agentflow.types import Approval, Decision, Page, SystemClock, WaitStatus, new_id
@@ -31,15 +33,18 @@ class Approvals:
         *,
         saver: BaseCheckpointSaver[Any],
         lease: timedelta,
+        offers: Offers,
     ) -> None:
         """Work on the waits of `tenant` in `store`, whose graphs ask under `saver`.
 
-        `lease` is for how long a run is held whose answer is taken back.
+        `lease` is for how long a run is held whose answer is taken back. What goes on after a
+        decision is offered to `offers`.
         """
         self._store = store
         self._tenant = tenant
         self._saver = saver
         self._lease = lease
+        self._offers = offers
 
     async def list(
         self,
@@ -66,7 +71,7 @@ class Approvals:
 
     async def decide(
         self,
-        approval_id: str,
+        approval: Approval | str,
         decision: Decision | Mapping[str, Any] | str,
         *,
         by: str,
@@ -80,7 +85,8 @@ class Approvals:
         only after that. About an effect in doubt a warning is logged before it is safe to answer.
 
         Args:
-            approval_id: Which request.
+            approval: Which request: its id, or the request itself as it was read and shown. The
+                latter is not read again, and decided only if it is as it was.
             decision: A `Decision`, the same as a mapping, or a bare type like `"approve"`.
             by: Who decides.
             comment: Kept with the decision; the graph does not see it.
@@ -92,17 +98,22 @@ class Approvals:
             InvalidDecisionError: The answer does not fit the request.
             AlreadyResolvedError: It was answered before; that answer stands.
             SupersededError: It is gone: the run was cancelled or moved past it.
-            VersionChangedError: It is not at `version` any more.
+            VersionChangedError: It is not at `version` any more, or not as it was read.
         """
+        approval_id = approval if isinstance(approval, str) else approval.id
         with decide_span(approval_id) as span:
-            approval = await self.get(approval_id)
+            if isinstance(approval, str) or approval.status is not WaitStatus.PENDING:
+                shown = await self.get(approval_id)
+            else:
+                shown, version = approval, version or approval.version
             parsed = parse_decision(approval_id, decision)
-            if approval.status is WaitStatus.PENDING:
-                validate(approval_id, approval.request, parsed)
-                if approval.kind == "effect" and parsed.type == "respond":
-                    asked = approval.request.proposal
+            if shown.status is WaitStatus.PENDING:
+                validate(approval_id, shown.request, parsed)
+                if shown.kind == "effect" and parsed.type == "respond":
+                    asked = shown.request.proposal
                     warn_if_early(asked["effect"], safe_at_of(asked), SystemClock().now())
-            resolved = await self._store.resolve_wait(
+            resolve = partial(
+                self._store.resolve_wait,
                 self._tenant,
                 approval_id,
                 parsed,
@@ -110,8 +121,9 @@ class Approvals:
                 comment=comment,
                 version=version,
                 idempotency_key=idempotency_key,
-                request=approval.request,
+                request=shown.request,
             )
+            resolved, _ = await self._offers.hand(lambda taker: resolve(claimant=taker))
             span.set_attribute(APPROVAL_OUTCOME, parsed.type)
             if resolved.decided_at is not None:
                 waited = resolved.decided_at - resolved.created_at

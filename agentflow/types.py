@@ -237,6 +237,20 @@ class Lease:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TakenThread:
+    """How a checkpointer found a thread that it took in the transaction of a claim."""
+
+    token: FencingToken
+    """What the thread is held under: the lease's token, or a higher one."""
+    is_new: bool
+    """Whether it has no checkpoint."""
+    checkpoint_id: str | None
+    """The head of the graph's own namespace, if it was looked for."""
+    kept: object
+    """What the checkpointer is to be given back when the claim is durable."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClaimedRun:
     """A run and the lease under which it may be driven."""
 
@@ -252,6 +266,12 @@ class ClaimedRun:
     """Cancelled runs of the thread whose checkpoints are to be deleted before the thread is read;
     then `RunStore.finish_rollback`."""
     traceparent: str | None = None
+    thread: TakenThread | None = None
+    """Set if the checkpointer has taken the thread already; see `Opening`."""
+    started: AttemptStart | None = None
+    """Set if the attempt has begun already; see `Opening`."""
+    waits: tuple[Approval, ...] | None = None
+    """All that the run has ever asked, if it was read with the claim."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -436,6 +456,17 @@ class AttemptStart:
     """Whether the isolation of the claim goes on: there was no progress before this attempt."""
     stop: StopReason | None = None
     """Set if the attempt is to stop before it drives anything."""
+
+
+def progress_of(checkpoint_id: str | None, finished: int, answered: int) -> str:
+    """Name what is durable of a run.
+
+    Args:
+        checkpoint_id: The head of its thread.
+        finished: How many tasks of the superstep after it have their results.
+        answered: How many answers those tasks have taken.
+    """
+    return f"{checkpoint_id}:{finished}:{answered}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

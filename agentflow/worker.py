@@ -7,8 +7,9 @@ import logging
 import os
 import random
 import socket
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import Context, copy_context
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -17,17 +18,18 @@ from typing import Any, Self
 
 from langgraph.checkpoint.base import BaseCheckpointSaver
 
-from agentflow.checkpoint import SweepReport
+from agentflow.checkpoint import Saver, SweepReport
 from agentflow.config import Settings
 from agentflow.control import AttemptControl, monotonic
 from agentflow.drive import Driver, RegisteredGraph
 from agentflow.errors import AgentflowError, FencedError
 from agentflow.lease import LeaseKeeper
 from agentflow.listener import Listener
+from agentflow.offers import H, Offers, Verb
 from agentflow.processes import own_mark
-from agentflow.storage import RunStore
+from agentflow.storage import Claimant, Opening, RunStore
 from agentflow.threads import NodeThreads, on_loop
-from agentflow.types import ClaimedRun, WorkerHealth, WorkerReport, new_id
+from agentflow.types import ClaimedRun, Lease, WorkerHealth, WorkerReport, new_id
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +66,16 @@ class _Active:
     task: asyncio.Task[None]
 
 
+@dataclass(frozen=True, slots=True)
+class _Here:
+    """Where a worker runs."""
+
+    loop: asyncio.AbstractEventLoop
+    context: Context
+    group: asyncio.TaskGroup
+    driver: Driver
+
+
 class Worker:
     """Drives runs of the registered graphs; made by `AgentFlow.worker`.
 
@@ -85,10 +97,14 @@ class Worker:
         name: str | None,
         sweep: Callable[[], Awaitable[SweepReport]],
         sweep_every: timedelta | None,
+        opening: Opening | None,
+        offers: Offers,
     ) -> None:
         """Drive up to `concurrency` runs of `queues` at a time, under the name `name`.
 
-        About every `sweep_every`, if that is given, `sweep` is called.
+        Claims open attempts by `opening`, if it is given, and what `offers` has is taken at once
+        while there is nothing else to do. About every `sweep_every`, if that is given, `sweep` is
+        called.
         """
         self.name = name or f"{socket.gethostname()}-{os.getpid()}-{new_id()[-6:]}"
         self._instance = f"{self.name}-{new_id()}"
@@ -103,6 +119,18 @@ class Worker:
         self._queues = tuple(queues)
         self._sweep = sweep
         self._sweep_every = sweep_every
+        self._offers = offers
+        self._claimant = Claimant(
+            worker=self.name,
+            instance=self._instance,
+            lease=settings.lease,
+            opening=opening,
+            queues=self._queues,
+            graphs=frozenset(graphs),
+        )
+        self._offered: set[asyncio.Task[Any]] = set()
+        self._has_more = True
+        """Whether there may be runs that it has not claimed yet."""
         self._active: dict[str, _Active] = {}
         self._claimed = 0
         self._answered_at = monotonic()
@@ -112,6 +140,7 @@ class Worker:
         self._is_overloaded = False
         self._threads: NodeThreads | None = None
         self._listener: Listener | None = None
+        self._here: _Here | None = None
         self._group: asyncio.TaskGroup | None = None
 
     async def run(self) -> None:
@@ -135,18 +164,29 @@ class Worker:
                 if self._sweep_every is not None:
                     aside.append(group.create_task(self._sweep_now_and_then(self._sweep_every)))
                 was_told = False
-                while not self._is_stopping:
-                    pause = await self._turn(group, driver, was_told=was_told)
-                    self._check_load(threads)
-                    if not self._is_stopping:
-                        was_told = await listener.wait(pause)
+                with self._open_to_offers(group, driver) as here:
+                    while not self._is_stopping:
+                        pause = await self._turn(here, was_told=was_told)
+                        self._check_load(threads)
+                        if not self._is_stopping:
+                            was_told = await listener.wait(pause)
                 await self._settle()
                 for task in aside:
                     task.cancel()
         with suppress(AgentflowError):
             await self._store.remove_worker(self._tenant, self._instance)
 
-    async def _turn(self, group: asyncio.TaskGroup, driver: Driver, *, was_told: bool) -> float:
+    @contextmanager
+    def _open_to_offers(self, group: asyncio.TaskGroup, driver: Driver) -> Iterator[_Here]:
+        self._here = here = _Here(asyncio.get_running_loop(), copy_context(), group, driver)
+        self._offers.join(self)
+        try:
+            yield here
+        finally:
+            self._offers.leave(self)
+            self._here = None
+
+    async def _turn(self, here: _Here, *, was_told: bool) -> float:
         """Do what there is to do, and return for how many seconds there is no more.
 
         Who was told of something claims at once. Else, and now and then in any case, the store is
@@ -155,14 +195,15 @@ class Worker:
         poll = self._settings.poll_interval.total_seconds()
         try:
             if was_told and monotonic() < self._looked_at + poll:
-                await self._claim(group, driver)
+                await self._claim(here)
                 return max(0.0, self._looked_at + poll - monotonic())
             due = await self._store.next_due(
                 self._tenant, queues=self._queues, graphs=list(self._graphs)
             )
             self._looked_at = self._answered_at = monotonic()
+            self._has_more = due.is_claimable
             if due.is_claimable:
-                await self._claim(group, driver)
+                await self._claim(here)
             if due.deadline is not None and due.deadline <= _NOW:
                 await self._store.fire_due(self._tenant, limit=_FIRED_AT_ONCE)
         except Exception as exc:  # noqa: BLE001 -- the runs that are being driven must go on
@@ -174,7 +215,38 @@ class Worker:
     def _room(self) -> int:
         """Return how many runs there is room for."""
         is_alone = any(active.control.is_isolated for active in self._active.values())
-        return 0 if is_alone else self._concurrency - len(self._active)
+        return 0 if is_alone else self._concurrency - len(self._active) - len(self._offered)
+
+    def take(self, verb: Verb[H]) -> asyncio.Future[H] | None:
+        """See `Taker`: what is offered is taken if nothing else waits for the room."""
+        here = self._here
+        if here is None or here.loop is not asyncio.get_running_loop():
+            return None
+        if self._is_stopping or self._has_more or self._room() <= 0:
+            return None
+        task = here.loop.create_task(self._take_offered(verb))
+        self._offered.add(task)
+        task.add_done_callback(self._offered.discard)
+        # Whoever offered it may not wait for it any more.
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return task
+
+    async def _take_offered(self, verb: Verb[H]) -> H:
+        since = monotonic()
+        handed = await verb(self._claimant)
+        claimed = handed.claimed
+        if claimed is not None and self._here is not None:
+            self._claimed += 1
+            self._begin(self._here, claimed, since)
+        elif claimed is not None:
+            await self._give_back(claimed.lease)  # the worker has been told to go meanwhile
+        return handed
+
+    async def _give_back(self, lease: Lease) -> None:
+        with suppress(AgentflowError):
+            if isinstance(self._saver, Saver):
+                await self._saver.release(lease)
+            await self._store.release_run(lease, reason="drain", counts=False)
 
     async def _end_isolation(self) -> None:
         """Let the worker claim again beside a suspect that has lived for long enough."""
@@ -223,6 +295,8 @@ class Worker:
 
     async def _settle(self) -> None:
         """Wait for what is still being driven, for as long as there is time."""
+        if self._offered:
+            await asyncio.wait(self._offered)  # no longer than one transaction
         grace = self._settings.grace.total_seconds()
         await self._wait_for_active(grace * _PATIENT)
         for active in self._active.values():
@@ -237,7 +311,7 @@ class Worker:
         if tasks := [active.task for active in self._active.values()]:
             await asyncio.wait(tasks, timeout=timeout)
 
-    async def _claim(self, group: asyncio.TaskGroup, driver: Driver) -> None:
+    async def _claim(self, here: _Here) -> None:
         await self._end_isolation()
         if (room := self._room()) <= 0:
             return
@@ -250,12 +324,14 @@ class Worker:
             graphs=list(self._graphs),
             limit=room,
             lease=self._settings.lease,
+            opening=self._claimant.opening,
         )
         self._claimed += len(claimed)
+        self._has_more = len(claimed) == room
         for run in claimed:
             if run.isolation is not None:
                 self._alone_until = since + run.isolation.total_seconds()
-            self._begin(group, driver, run, since)
+            self._begin(here, run, since)
 
     async def _report(self) -> None:
         """Tell the store, time and again, that this worker lives."""
@@ -291,14 +367,14 @@ class Worker:
                 counts = {"threads": report.threads, "checkpoints": report.checkpoints}
                 logger.info("swept", extra=counts)
 
-    def _begin(
-        self, group: asyncio.TaskGroup, driver: Driver, claimed: ClaimedRun, since: float
-    ) -> None:
+    def _begin(self, here: _Here, claimed: ClaimedRun, since: float) -> None:
         control = AttemptControl()
         control.is_isolated = claimed.isolation is not None
         if self._is_stopping:
             control.drain()  # claimed while the worker was being told to stop
-        task = group.create_task(self._drive(driver, claimed, control, since))
+        driving = self._drive(here.driver, claimed, control, since)
+        # Nothing of the context of whoever has offered it.
+        task = here.group.create_task(driving, context=here.context.copy())
         self._active[claimed.run.id] = _Active(control, task)
 
     async def _drive(

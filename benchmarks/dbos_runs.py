@@ -13,6 +13,8 @@ from contextlib import asynccontextmanager
 
 from dbos import DBOS, DBOSConfig, SetWorkflowID
 
+UNTIL_IDLE = 0.05
+"""Seconds after which a workflow that was started waits for its message."""
 _TOPIC = "decision"
 _received: dict[str, float] = {}
 """When each workflow got its message."""
@@ -89,7 +91,7 @@ async def send_to_recv(name: str) -> float:
     """Return the seconds from sending a message to the workflow that waits for it having it."""
     with SetWorkflowID(name):
         handle = await DBOS.start_workflow_async(_listen, name)
-    await asyncio.sleep(0.05)  # it waits by now
+    await asyncio.sleep(UNTIL_IDLE)
     began = time.perf_counter()
     await DBOS.send_async(name, "approve", _TOPIC)
     assert await handle.get_result() == "approve"

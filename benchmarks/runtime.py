@@ -38,6 +38,8 @@ _CLAIMS = 200
 _IDLE = 10.0
 """Seconds for which an idle worker is watched."""
 _LEASE = 0.5
+_UNTIL_IDLE = dbos_runs.UNTIL_IDLE
+"""Seconds after which nothing is left to do of what was before."""
 
 Subject = Callable[[], Awaitable[float]]
 
@@ -206,6 +208,7 @@ def _median_of(
 async def _submit(app: AgentFlow, watched: Watched) -> float:
     name = uuid.uuid4().hex
     entered = watched.expect(f"begin {name}")
+    await asyncio.sleep(_UNTIL_IDLE)
     began = time.perf_counter()
     handle = await app.submit("ask", {"name": name})
     seconds = await entered - began
@@ -219,8 +222,9 @@ async def _decide(app: AgentFlow, watched: Watched) -> float:
     await handle.wait(until="parked")
     (approval,) = await handle.approvals()
     entered = watched.expect(f"go on {name}")
+    await asyncio.sleep(_UNTIL_IDLE)
     began = time.perf_counter()
-    await app.approvals.decide(approval.id, "approve", by="bench")
+    await app.approvals.decide(approval, "approve", by="bench")
     seconds = await entered - began
     await handle.result()
     return seconds

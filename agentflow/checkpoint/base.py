@@ -19,7 +19,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
@@ -43,19 +43,36 @@ from agentflow.checkpoint.key_check import check_keys
 from agentflow.checkpoint.loading import Listing, Reader
 from agentflow.checkpoint.maintenance import MaintenanceVerbs
 from agentflow.checkpoint.policy import Save, SavePolicy
-from agentflow.checkpoint.recent import RecentRead
+from agentflow.checkpoint.recent import NotNotedError, RecentRead
 from agentflow.checkpoint.retention import Retention
 from agentflow.checkpoint.retraction import Retraction, retract
-from agentflow.checkpoint.rows import FoundCheckpoint, Head, HeadKey, Rows, ThreadKey, ThreadState
+from agentflow.checkpoint.rows import (
+    FoundCheckpoint,
+    FoundThread,
+    Head,
+    HeadKey,
+    Rows,
+    ThreadKey,
+    ThreadState,
+)
 from agentflow.checkpoint.runner import StepRunner
-from agentflow.checkpoint.sql import on_rows, on_snapshot
+from agentflow.checkpoint.sql import on_rows, on_snapshot, open_rows
 from agentflow.codec import Codec
 from agentflow.database import Database
 from agentflow.database.futures import Future
 from agentflow.database.session import Session
 from agentflow.errors import InvalidInputError
 from agentflow.keys import KeyRing
-from agentflow.types import FencingToken, Lease
+from agentflow.types import FencingToken, Lease, TakenThread
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """What is kept of a thread that was taken by a claim."""
+
+    state: ThreadState
+    recent: RecentRead | None
+
 
 _WIDTH = 12
 """Digits of a new thread's versions, which are compared as text."""
@@ -111,6 +128,7 @@ class Saver(MaintenanceVerbs, BaseCheckpointSaver[str]):
         self._runner = StepRunner(database, self._intake)
         self._lease: Lease | None = None
         self._check: Callable[[], None] | None = None
+        self._is_input_followed = False
         self._recent: RecentRead | None = None
         """What was read last under the lease."""
         self._use(codec)
@@ -132,16 +150,28 @@ class Saver(MaintenanceVerbs, BaseCheckpointSaver[str]):
         """The keys, if what is saved is encrypted."""
         return self._codec.keys
 
-    def with_lease(self, lease: Lease, *, check: Callable[[], None] | None = None) -> Saver:
+    def with_lease(
+        self,
+        lease: Lease,
+        *,
+        check: Callable[[], None] | None = None,
+        taken: TakenThread | None = None,
+        is_input_followed: bool = False,
+    ) -> Saver:
         """Return a copy whose writes are made under `lease`.
 
         Args:
             lease: What the database compares with the thread's.
             check: Called before anything is accepted; raises what the caller of a put is to get.
+            taken: What `take_within` found, if the thread was taken that way.
+            is_input_followed: Whether `aput` returns at once with a checkpoint of an input, which
+                LangGraph waits for only together with the one that follows: it is durable no later
+                than that. What goes wrong with it goes wrong with that, too.
         """
         clone = copy.copy(self)
         clone._lease, clone._check = lease, check
-        clone._recent = None
+        clone._is_input_followed = is_input_followed
+        clone._recent = taken.kept.recent if taken and isinstance(taken.kept, _Kept) else None
         return clone
 
     def with_allowlist(self, extra_allowlist: Collection[tuple[str, ...]]) -> Saver:
@@ -175,10 +205,49 @@ class Saver(MaintenanceVerbs, BaseCheckpointSaver[str]):
         self._intake.store_held(thread)
         taken = self._intake.set_lease(thread, lease.token, is_leased=True)
         state: ThreadState = await self._database.settled(taken)
+        self._observe_held(thread, state)
+        return FencingToken(state.token)
+
+    def _observe_held(self, thread: ThreadKey, state: ThreadState) -> None:
         # Whoever takes it is about to read it and to write it.
         heads: dict[str, Head | None] = {} if state.seq else {"": None}
         self._intake.observe(thread, replace(state, heads=heads))
-        return FencingToken(state.token)
+
+    def take_within(self, connection: Connection, lease: Lease, *, is_read: bool) -> TakenThread:
+        """Take a thread as `acquire` does, in the open transaction of a claim on this database.
+
+        A thread that has seen a higher token than the lease's is taken under a higher one still.
+        To be called by the database's writer; `observe_taken` follows when it is durable.
+
+        Args:
+            connection: The transaction's.
+            lease: The lease that is being made.
+            is_read: Whether the head is read as well, for who is about to go on from there.
+        """
+        thread = thread_key(self._tenant, lease.thread_id)
+        self._intake.states.forget(thread)
+        session = Session.inside(connection)
+        try:
+            rows = open_rows(session)
+            token = lease.token
+            while (taken := _take(rows, thread, token, is_read=is_read))[0].token > token:
+                token = FencingToken(taken[0].token + 1)
+            state, head = taken
+            recent = RecentRead.of_head(rows, (*thread, ""), head)
+        finally:
+            session.close()
+        return TakenThread(
+            token=token,
+            is_new=not state.seq,
+            checkpoint_id=None if recent is None else recent.checkpoint_id,
+            kept=_Kept(state, recent),
+        )
+
+    def observe_taken(self, lease: Lease, taken: TakenThread) -> None:
+        """Remember how a thread was found, now that it was durably taken."""
+        assert isinstance(taken.kept, _Kept)
+        thread = thread_key(self._tenant, lease.thread_id)
+        self._observe_held(thread, taken.kept.state)
 
     async def release(self, lease: Lease) -> None:
         """Give the thread back, if it is still held under the lease's token."""
@@ -228,8 +297,12 @@ class Saver(MaintenanceVerbs, BaseCheckpointSaver[str]):
         new_versions: ChannelVersions,
     ) -> RunnableConfig:
         """Store a checkpoint; see `put`."""
-        saved, future = self._accept_checkpoint(config, checkpoint, metadata, new_versions)
-        await self._database.settled(future)
+        is_followed = self._is_input_followed and metadata.get("source") == "input"
+        saved, future = self._accept_checkpoint(
+            config, checkpoint, metadata, new_versions, is_followed=is_followed
+        )
+        if not is_followed:
+            await self._database.settled(future)
         return saved
 
     def put_writes(
@@ -485,13 +558,22 @@ class Saver(MaintenanceVerbs, BaseCheckpointSaver[str]):
         checkpoint: Checkpoint,
         metadata: CheckpointMetadata,
         new_versions: ChannelVersions,
+        *,
+        is_followed: bool = False,
     ) -> tuple[RunnableConfig, Future]:
         if self._check is not None:
             self._check()
         key = head_key(self._tenant, config)
         check_ids(checkpoint_id=checkpoint["id"])
         future = self._intake.checkpoint(
-            self._encoder, key, self._lease, config, checkpoint, metadata, new_versions
+            self._encoder,
+            key,
+            self._lease,
+            config,
+            checkpoint,
+            metadata,
+            new_versions,
+            is_followed=is_followed,
         )
         configurable = {
             "thread_id": key[1],
@@ -535,10 +617,23 @@ class Saver(MaintenanceVerbs, BaseCheckpointSaver[str]):
         recent = self._recent
         if recent is None or not recent.is_of(key, checkpoint_id, state):
             return False, None
-        return True, self._reader.load(recent, key, checkpoint_id)
+        try:
+            return True, self._reader.load(recent, key, checkpoint_id)
+        except NotNotedError:
+            return False, None
 
     def _continued(self, key: HeadKey, found: CheckpointTuple | None) -> CheckpointTuple | None:
         if found is not None and self._lease is None:
             # Whoever goes on by hand from here is not the one who failed here before.
             self._intake.forget_failure(key, found.checkpoint["id"])
         return found
+
+
+def _take(
+    rows: Rows, thread: ThreadKey, token: int, *, is_read: bool
+) -> tuple[ThreadState, FoundCheckpoint | FoundThread | None]:
+    if is_read:
+        return rows.take_at_head(thread, token)
+    state = rows.set_lease(thread, token, is_leased=True)
+    assert state is not None  # only one that is given back may have none
+    return state, None

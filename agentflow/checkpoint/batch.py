@@ -119,7 +119,6 @@ class Batch:
         for put in self._puts:
             if isinstance(put, PlannedCheckpoint):
                 failpoint("checkpoint.before_insert")
-                break
         again = self._apply(self._load(self._by_thread), is_locked=False)
         if again:
             with self._rows.exclusive():

@@ -124,8 +124,10 @@ class Intake:
         checkpoint: Checkpoint,
         metadata: CheckpointMetadata,
         new_versions: ChannelVersions,
+        *,
+        is_followed: bool = False,
     ) -> Future:
-        """Accept a checkpoint."""
+        """Accept a checkpoint; `is_followed` says that nobody waits for it before the next one."""
         self.check_fork()
         attempt = str(lease.token) if lease else self._attempt(config, key)
         if self._policy.saves_all:
@@ -135,7 +137,16 @@ class Intake:
                     key, lease, attempt, config, checkpoint, metadata, new_versions
                 )
 
-            return self._store(encoder, key, lease, config, checkpoint["id"], metadata, make)
+            return self._store(
+                encoder,
+                key,
+                lease,
+                config,
+                checkpoint["id"],
+                metadata,
+                make,
+                is_followed=is_followed,
+            )
         parent = (key, lease, checkpoint_id_of(config) or "")
         spot = (key, lease, checkpoint["id"])
         with self._held.lock:
@@ -181,6 +192,8 @@ class Intake:
         checkpoint_id: str,
         metadata: CheckpointMetadata,
         make: Callable[[], PlannedCheckpoint],
+        *,
+        is_followed: bool = False,
     ) -> Future:
         span = start_checkpoint_span(
             thread_id=key[1], ns=key[2], checkpoint_id=checkpoint_id, step=metadata.get("step")
@@ -193,7 +206,7 @@ class Intake:
                 span.set_attribute(CHECKPOINT_BYTES, planned.size)
             return planned
 
-        future = self._enqueue(key, lease, config, checkpoint_id, made)
+        future = self._enqueue(key, lease, config, checkpoint_id, made, is_followed=is_followed)
         if span is not None:
             future.add_done_callback(partial(_end_span, span))
         return future
@@ -250,6 +263,8 @@ class Intake:
         config: RunnableConfig,
         checkpoint_id: str,
         make: Callable[[], Planned],
+        *,
+        is_followed: bool = False,
     ) -> Future:
         """Queue an operation behind the last one of the same invocation in this namespace.
 
@@ -272,7 +287,8 @@ class Intake:
             if seen and isinstance(planned, PlannedCheckpoint):
                 # Subgraphs know what called them by its id.
                 places.append((key, lease, checkpoint_id))
-            operation = Put(planned, self.states, size=planned.size + _ROW_SIZE)
+            size = planned.size + _ROW_SIZE
+            operation = Put(planned, self.states, size=size, is_followed=is_followed)
             with self._lock:
                 previous = self._tails.get((key, lease, after))
                 operation.previous = previous or self._caller(config, key, lease)

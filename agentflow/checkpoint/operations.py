@@ -21,13 +21,18 @@ class Put(Operation):
 
     resendable = True
 
-    def __init__(self, planned: Planned, states: ThreadStates, *, size: int) -> None:
-        """Hold what is to be written, and where the states of threads are remembered."""
+    def __init__(
+        self, planned: Planned, states: ThreadStates, *, size: int, is_followed: bool = False
+    ) -> None:
+        """Hold what is to be written, and where the states of threads are remembered.
+
+        `is_followed` says that another put is about to follow, and this one may wait for it.
+        """
         super().__init__()
         self.planned = planned
         self.states = states
         self.size = size
-        self.is_patient = not isinstance(planned, PlannedCheckpoint)
+        self.is_patient = is_followed or not isinstance(planned, PlannedCheckpoint)
         self.owner = planned.key[:2]
         self.previous: Future | None = None
         """The operation of the same invocation before this one."""

@@ -9,7 +9,7 @@ gets objects of his own.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from typing import Protocol
+from typing import Protocol, Self
 
 from agentflow.checkpoint.layout import Part
 from agentflow.checkpoint.rows import (
@@ -46,6 +46,10 @@ class CheckpointRows(Protocol):
         """See `Rows`."""
 
 
+class NotNotedError(Exception):
+    """Something is asked that was not noted."""
+
+
 class RecentRead:
     """Notes what rows answer while one checkpoint is read, and can answer the same again."""
 
@@ -54,9 +58,28 @@ class RecentRead:
         self._rows: CheckpointRows | None = rows
         self._key: HeadKey | None = None
         self._found: Found = None
-        self._values: Values = {}
+        self._values: Values | None = None
         self._writes: Writes = {}
-        self._stretches: Stretches = {}
+        self._stretches: Stretches | None = None
+
+    @classmethod
+    def of_head(cls, rows: CheckpointRows, key: HeadKey, found: Found) -> Self | None:
+        """Note the head of a namespace, which was found, and its writes; no values of other rows.
+
+        `None` if there is no head, or it is too large to be kept.
+        """
+        if not isinstance(found, FoundCheckpoint):
+            return None
+        read = cls(rows)
+        read._key, read._found = key, found
+        read.list_writes([found])
+        return read if read.end() else None
+
+    @property
+    def checkpoint_id(self) -> str | None:
+        """The id of the checkpoint that was noted."""
+        found = self._found
+        return found.row.checkpoint_id if isinstance(found, FoundCheckpoint) else None
 
     def find_checkpoint(self, key: HeadKey, checkpoint_id: str | None) -> Found:
         """See `Rows`."""
@@ -68,6 +91,8 @@ class RecentRead:
         """See `Rows`."""
         if self._rows is not None:
             self._values = self._rows.list_values(wanted)
+        if self._values is None:
+            raise NotNotedError
         return self._values
 
     def list_writes(self, rows: Sequence[FoundCheckpoint]) -> Writes:
@@ -80,6 +105,8 @@ class RecentRead:
         """See `Rows`."""
         if self._rows is not None:
             self._stretches = self._rows.list_stretches(wanted)
+        if self._stretches is None:
+            raise NotNotedError
         return self._stretches
 
     def end(self) -> bool:
@@ -88,10 +115,10 @@ class RecentRead:
         if not isinstance(self._found, FoundCheckpoint):
             return False
         row = self._found.row
-        stretches = [each for rows in self._values.values() for each in rows]
+        stretches = [each for rows in (self._values or {}).values() for each in rows]
         logged = [each for rows in self._writes.values() for each in rows]
         size = len(row.data) + len(row.parent_writes or b"") + len(row.base or b"")
-        size += sum(len(each.data) for each in (*stretches, *self._stretches.values()))
+        size += sum(len(each.data) for each in (*stretches, *(self._stretches or {}).values()))
         return size + sum(len(each.data) for each in logged) <= _MAX_BYTES
 
     def is_of(self, key: HeadKey, checkpoint_id: str | None, state: ThreadState) -> bool:

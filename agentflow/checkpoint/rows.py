@@ -497,6 +497,14 @@ class Rows(DeletionVerbs, ObjectVerbs):
         nothing happens, and nothing need be returned.
         """
 
+    def take_at_head(
+        self, thread: ThreadKey, token: int
+    ) -> tuple[ThreadState, FoundCheckpoint | FoundThread | None]:
+        """Take a thread as `set_lease` does, and find the head of its own namespace."""
+        state = self.set_lease(thread, token, is_leased=True)
+        assert state is not None  # only one that is given back may have none
+        return state, self.find_checkpoint((*thread, ""), None)
+
     @abstractmethod
     def raise_tokens(self, by: int) -> None:
         """Raise the tokens of all threads."""

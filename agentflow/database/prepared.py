@@ -79,6 +79,18 @@ class Prepared:
         return compiled
 
 
+def row_of(names: Sequence[str], values: Parameters) -> sa.Row[Any]:
+    """Return a row with these columns; those that have no value are empty."""
+    only = tuple(values.get(name) for name in names)
+    result: IteratorResult[Any] = IteratorResult(SimpleResultMetaData(names), iter([only]))
+    return result.one()
+
+
+def changed(row: sa.Row[Any], values: Parameters) -> sa.Row[Any]:
+    """Return a row as it will be when some of its columns are changed."""
+    return row_of(row._fields, {**row._mapping, **values})
+
+
 class _Compiled(NamedTuple):
     """A statement in a database's own words."""
 

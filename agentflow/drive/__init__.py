@@ -16,5 +16,6 @@ from agentflow.drive.driver import Driver as Driver
 from agentflow.drive.driver import acquire as acquire
 from agentflow.drive.driver import drained_by_interrupt as drained_by_interrupt
 from agentflow.drive.driver import end_cancelled as end_cancelled
+from agentflow.drive.driver import opening as opening
 from agentflow.drive.graph import RegisteredGraph as RegisteredGraph
 from agentflow.drive.graph import check_nodes as check_nodes

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from types import MappingProxyType
@@ -73,7 +73,14 @@ from agentflow.telemetry import (
     is_traced,
     traceparent,
 )
-from agentflow.types import FROM_START, Approval, AttemptStart, ClaimedRun, NewWait
+from agentflow.types import (
+    FROM_START,
+    Approval,
+    AttemptStart,
+    ClaimedRun,
+    NewWait,
+    progress_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +115,12 @@ class Attempt:
             self._policies = RetryPolicies(graph=RetryPolicy())
         self._control = control
         self._saver = (
-            saver.with_lease(claimed.lease, check=control.check)
+            saver.with_lease(
+                claimed.lease,
+                check=control.check,
+                taken=claimed.thread,
+                is_input_followed=True,
+            )
             if isinstance(saver, Saver)
             else saver
         )
@@ -250,6 +262,7 @@ class Attempt:
         """Park or finish a run whose graph has nothing more to do."""
         _show(span, after)
         questions = await open_questions(self._saver, after, await self._waits(after))
+        progress = _progress(after, questions)
         if self._stops():
             # A node that has its answer, and an effect in doubt after that, still shows the
             # question.
@@ -257,7 +270,7 @@ class Attempt:
         if any(question.key in self._answered for question in questions):
             raise RunError("the graph asks again what was answered; it did not take the answer")
         if questions or self._stops():
-            await self._park(after, questions, span)
+            await self._park(after, questions, span, progress)
         elif after.next:
             raise RunError(f"graph stopped before {', '.join(after.next)} without an interrupt")
         else:
@@ -346,9 +359,9 @@ class Attempt:
 
     async def _start(self, state: StateSnapshot, questions: list[Question]) -> AttemptStart:
         self._begun_at = checkpoint_id = state.config["configurable"].get("checkpoint_id")
-        finished = sum(1 for task in state.tasks if task.result is not None)
-        answered = sum(question.answers_recorded for question in questions)
-        progress = f"{checkpoint_id}:{finished}:{answered}"
+        if self._claimed.started is not None:
+            return self._claimed.started
+        progress = _progress(state, questions)
         if self._run.saga_cause is not None:
             progress += f":{await count_undone(self._store, self._run)}"
         await store_fingerprint(self._store, self._run.tenant, self._registered)
@@ -366,6 +379,9 @@ class Attempt:
 
     async def _waits(self, state: StateSnapshot) -> Waits:
         """Read what the run has asked so far, if its thread has work left."""
+        if self._claimed.waits is not None and self._started is None:
+            found = self._claimed.waits
+            return {(each.ns, each.interrupt_id, each.checkpoint_id): each for each in found}
         waits: dict[Key, Approval] = {}
         cursor: str | None = None
         while state.tasks:
@@ -385,12 +401,18 @@ class Attempt:
 
     # The outcome.
 
-    async def _park(self, state: StateSnapshot, questions: list[Question], span: Span) -> None:
+    async def _park(
+        self,
+        state: StateSnapshot,
+        questions: list[Question],
+        span: Span,
+        progress: str | None = None,
+    ) -> None:
         waits = [question.to_wait() for question in questions]
         about = self._journal.doubts.values()
         tenant = self._run.tenant
         workers = await doubts.look_for_workers(self._store, tenant, about) if about else {}
-        await self._settlement.park(state, [*waits, *self._stops(workers)], span)
+        await self._settlement.park(state, [*waits, *self._stops(workers)], span, progress)
 
     def _stops(self, workers: Mapping[str, doubts.Worker] = MappingProxyType({})) -> list[NewWait]:
         """Return what stopped the attempt in the middle of a node, and waits for somebody."""
@@ -469,6 +491,12 @@ def _output(graph: Pregel[Any, Any, Any, Any], values: Any) -> Any:
     if not isinstance(values, Mapping):
         return values
     return {channel: values[channel] for channel in channels if channel in values}
+
+
+def _progress(state: StateSnapshot, questions: Sequence[Question]) -> str:
+    finished = sum(1 for task in state.tasks if task.result is not None)
+    answered = sum(question.answers_recorded for question in questions)
+    return progress_of(state.config["configurable"].get("checkpoint_id"), finished, answered)
 
 
 def _show(span: Span, state: StateSnapshot) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from types import FrameType
@@ -25,8 +25,8 @@ from agentflow.errors import (
     UnknownVersionError,
 )
 from agentflow.lease import LeaseKeeper
-from agentflow.storage import RunStore
-from agentflow.telemetry import fail_span, segment_span
+from agentflow.storage import Opening, RunStore
+from agentflow.telemetry import fail_span, is_traced, segment_span
 from agentflow.threads import NodeThreads
 from agentflow.types import ClaimedRun, Lease
 
@@ -82,12 +82,16 @@ class Driver:
         with segment_span(claimed) as span, entered(control):
             try:
                 self._keeper.hold(lease, control, since=since)
-                acquired = await acquire(self._store, self._saver, lease)
-                if acquired != lease:
-                    self._keeper.drop(lease)
-                    lease = acquired
-                    self._keeper.hold(lease, control, since=since)
-                held = replace(claimed, lease=lease)
+                held = claimed
+                if claimed.thread is None:
+                    acquired = await acquire(self._store, self._saver, lease)
+                    if acquired != lease:
+                        self._keeper.drop(lease)
+                        lease = acquired
+                        self._keeper.hold(lease, control, since=since)
+                    held = replace(claimed, lease=lease)
+                elif isinstance(self._saver, Saver):
+                    self._saver.observe_taken(lease, claimed.thread)
                 attempt = Attempt(self._store, self._saver, registered, held, control)
                 await attempt.run(span)
                 return attempt.refused
@@ -140,6 +144,17 @@ async def end_cancelled(
     if isinstance(saver, Saver):
         await saver.release(lease)
     await store.finish_cancel(lease)
+
+
+def opening(
+    saver: BaseCheckpointSaver[Any], graphs: Mapping[tuple[str, str], RegisteredGraph]
+) -> Opening | None:
+    """Return how a claim opens an attempt, if runs are in the database of their checkpoints."""
+    if not isinstance(saver, Saver):
+        return None
+    # What traces an attempt is known only when that has begun.
+    fingerprints = {key: each.fingerprint.digest for key, each in graphs.items()}
+    return Opening(take_thread=saver.take_within, fingerprints={} if is_traced() else fingerprints)
 
 
 async def acquire(store: RunStore, saver: BaseCheckpointSaver[Any], lease: Lease) -> Lease:

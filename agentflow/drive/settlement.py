@@ -74,10 +74,13 @@ class Settlement:
         self._control.is_settling = True
         return self.held()
 
-    async def park(self, state: StateSnapshot, waits: Sequence[NewWait], span: Span) -> None:
-        """Leave the run waiting for answers."""
+    async def park(
+        self, state: StateSnapshot, waits: Sequence[NewWait], span: Span, progress: str | None
+    ) -> None:
+        """Leave the run waiting for answers; `progress` names what is durable, if it is known."""
         await self.release_thread()
-        await self._store.park_run(self._held_to_the_end(), waits, **_place(state))
+        held = self._held_to_the_end()
+        await self._store.park_run(held, waits, progress=progress, **_place(state))
         span.set_attribute(RUN_STATUS, "waiting")
 
     async def finish(self, state: StateSnapshot, output: Any, span: Span) -> None:

@@ -11,6 +11,7 @@ from sqlalchemy.engine import Connection
 
 from agentflow.database.tables import runs, waits
 from agentflow.errors import IllegalTransitionError
+from agentflow.storage.beginning import begin_event
 from agentflow.storage.endings import (
     cancel,
     cancel_or_ask,
@@ -75,11 +76,9 @@ def start_attempt(
     failures: dict[str, int] = payloads.load(runs.c.failures, row) or {}
     if row.checkpoint_id != checkpoint_id:
         failures = {}
-    facts = {"attempt": attempt, "checkpoint": checkpoint_id, "step": step, "worker": lease.worker}
-    if reason == "start":
-        event = NewEvent(type="run.started", data=facts)
-    else:
-        event = NewEvent(type="run.resumed", data={**facts, "reason": reason})
+    event = begin_event(
+        reason, attempt=attempt, checkpoint_id=checkpoint_id, step=step, worker=lease.worker
+    )
     log = [event]
     if graph_changed is not None:
         log.insert(0, NewEvent(type="run.graph_changed", data=graph_changed))
@@ -149,6 +148,7 @@ def park_run(
     *,
     checkpoint_id: str | None,
     step: int | None,
+    progress: str | None,
 ) -> bool:
     """See `RunStore.park_run`; say whether the run waits."""
     row = get_held_run(connection, lease)
@@ -176,6 +176,8 @@ def park_run(
     is_answered = any(known[key].status == WaitStatus.RESOLVED for key in asked if key in known)
     log.append(NewEvent(type="run.parked", data={"waits": len(asked), "checkpoint": checkpoint_id}))
     changes = {**RELEASED, **CLEARED, "checkpoint_id": checkpoint_id, "step": step}
+    if progress is not None:
+        changes["progress"] = progress
     if is_answered:
         changes |= {"wake_reason": "approval", "available_at": payloads.time(now)}
     change_run(

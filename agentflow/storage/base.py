@@ -19,6 +19,7 @@ from agentflow.codec import Codec
 from agentflow.journal import Begun, Effect, EffectStatus, NewEffect, Outcome, Resolution
 from agentflow.storage.evolution import VersionVerbs
 from agentflow.storage.integrity import IntegrityVerbs
+from agentflow.storage.opening import Claimant, Created, Opening, Resolved
 from agentflow.types import (
     Approval,
     ApprovalRequest,
@@ -73,7 +74,8 @@ class RunStore(VersionVerbs, IntegrityVerbs, ABC):
         *,
         on_existing: OnExisting,
         on_busy: OnBusy = "enqueue",
-    ) -> tuple[Run, bool]:
+        claimant: Claimant | None = None,
+    ) -> Created:
         """Store a new run as `queued`; it is durable on return.
 
         The same id with the same graph and input gives the stored run and `False` (`return`), is
@@ -86,6 +88,9 @@ class RunStore(VersionVerbs, IntegrityVerbs, ABC):
         `cancel_run`, in the same transaction (`interrupt`, `rollback`), and the new one follows
         when the last of them has ended. After `rollback`, claims of the thread say whose
         checkpoints to delete first, for each of those runs that did end as `cancelled`.
+
+        A new run that is due by the rules of `claim_runs` may be claimed for `claimant`, who has
+        room for it, in the same transaction.
         """
 
     @abstractmethod
@@ -128,6 +133,7 @@ class RunStore(VersionVerbs, IntegrityVerbs, ABC):
         graphs: Collection[tuple[str, str]],
         limit: int,
         lease: timedelta,
+        opening: Opening | None = None,
     ) -> list[ClaimedRun]:
         """Take up to `limit` runs that are due: higher priority first, then the older.
 
@@ -149,6 +155,10 @@ class RunStore(VersionVerbs, IntegrityVerbs, ABC):
         lost attempt is counted in `losses` alone. A run that lost two attempts or more since its
         last progress is a suspect: it is claimed alone, in isolation, for as long as the lost
         attempt may have lived.
+
+        `opening` lets the attempt be opened in the same transaction, with the events of
+        `start_attempt`, which is not called for it then; `ClaimedRun` says what was. A store that
+        shares no database with the checkpointer is given none.
         """
 
     @abstractmethod
@@ -161,6 +171,7 @@ class RunStore(VersionVerbs, IntegrityVerbs, ABC):
         instance: str | None = None,
         lease: timedelta,
         although_paused: bool = False,
+        opening: Opening | None = None,
     ) -> ClaimedRun | None:
         """Take one run if it is due by the rules of `claim_runs`.
 
@@ -230,13 +241,20 @@ class RunStore(VersionVerbs, IntegrityVerbs, ABC):
 
     @abstractmethod
     async def park_run(
-        self, lease: Lease, waits: Sequence[NewWait], *, checkpoint_id: str | None, step: int | None
+        self,
+        lease: Lease,
+        waits: Sequence[NewWait],
+        *,
+        checkpoint_id: str | None,
+        step: int | None,
+        progress: str | None = None,
     ) -> None:
         """Give the run up until one of its waits is resolved.
 
         A wait that exists for the same question is kept; a pending one that is not asked any more
         becomes `superseded`. The run becomes `waiting`, or `queued` if a wait was resolved
-        meanwhile and not delivered. The lease ends; attempts and losses are cleared.
+        meanwhile and not delivered. The lease ends; attempts and losses are cleared. `progress`
+        says what is durable, as in `start_attempt`.
         Events: `approval.requested` for each new wait, before it `effect.in_doubt` if it is about
         an effect, `run.parked`.
         """
@@ -449,7 +467,8 @@ class RunStore(VersionVerbs, IntegrityVerbs, ABC):
         version: int | None,
         idempotency_key: str | None,
         request: ApprovalRequest,
-    ) -> Approval:
+        claimant: Claimant | None = None,
+    ) -> Resolved:
         """Record the decision on a pending wait, once, and queue its run if it waits.
 
         `request` is what the decision was checked against; a wait that asks something else by now
@@ -460,6 +479,8 @@ class RunStore(VersionVerbs, IntegrityVerbs, ABC):
 
         What is said of an effect in doubt is written to its record together with that, as by
         `resolve_effect`; a `reject` cancels the run instead, as by `cancel_run`.
+
+        A run that is queued by it may be claimed for `claimant`, as by `create_run`.
         """
 
     @abstractmethod

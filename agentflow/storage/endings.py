@@ -50,8 +50,8 @@ def fail(
     """End a locked run as `failed`, with a dead letter; its pending waits become `waits`."""
     failure = clipped(failure)
     log = withdraw_waits(connection, row, now, status=waits)
-    changes = {"error": payloads.dump(failure, runs.c.error, row)}
-    place = {"checkpoint_id": checkpoint_id, "step": step}
+    changes: dict[str, Any] = {"error": payloads.dump(failure, runs.c.error, row)}
+    place: dict[str, Any] = {"checkpoint_id": checkpoint_id, "step": step}
     cause = {"kind": "failed", "failure": failure, "reason": reason, **place}
     if _begin_saga(connection, payloads, row, now, log, cause, **changes, **place):
         return
@@ -120,7 +120,7 @@ def _begin_saga(
     return True
 
 
-def _end_of_saga(connection: Connection, row: sa.Row[Any]) -> dict[str, str]:
+def _end_of_saga(connection: Connection, row: sa.Row[Any]) -> dict[str, Any]:
     if row.saga != COMPENSATING:
         return {}
     is_whole = is_all_undone(connection, row)

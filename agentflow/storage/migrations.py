@@ -14,8 +14,9 @@ from agentflow.database.statements import insert_new, replace
 from agentflow.database.tables import fingerprints, routes, waits
 from agentflow.errors import InvalidInputError, ThreadBusyError
 from agentflow.storage.attempts import supersede
-from agentflow.storage.claims import Claimant, lock_thread, take
+from agentflow.storage.claims import take
 from agentflow.storage.marks import GONE, mark, of_route, of_wait
+from agentflow.storage.opening import Claimant
 from agentflow.storage.rows import (
     CLEARED,
     INCOMPATIBLE,
@@ -28,6 +29,7 @@ from agentflow.storage.rows import (
     lock_log,
     to_run,
 )
+from agentflow.storage.tokens import lock_thread
 from agentflow.types import (
     ClaimedRun,
     Lease,
@@ -143,7 +145,14 @@ def claim_migration(
     if status is RunStatus.WAITING:
         change_run(connection, row, payloads, now, status=RunStatus.QUEUED)
         row = get_run(connection, tenant, run_id, lock=True)
-    claimed = take(connection, payloads, row, now, Claimant(worker, worker, lease), is_changed=True)
+    claimed = take(
+        connection,
+        payloads,
+        row,
+        now,
+        Claimant(worker=worker, instance=None, lease=lease),
+        is_changed=True,
+    )
     if claimed is None:
         raise ThreadBusyError(row.thread_id, None)
     return claimed

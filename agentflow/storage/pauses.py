@@ -70,6 +70,19 @@ def concerns(tenant: Any) -> sa.ColumnElement[bool]:
     return sa.or_(pauses.c.tenant == tenant, pauses.c.scope == STORE)
 
 
+def is_paused(tenant: Any, graph: Any, queue: Any) -> sa.ColumnElement[bool]:
+    """Whether a pause keeps runs of a graph and a queue from being driven."""
+    scope, name = pauses.c.scope, pauses.c.name
+    is_everything = scope.in_([sa.literal_column(f"'{each}'") for each in sorted(_EVERYTHING)])
+    is_of_graph = sa.and_(scope == sa.literal_column("'graph'"), name == graph)
+    is_of_queue = sa.and_(scope == sa.literal_column("'queue'"), name == queue)
+    return sa.exists(
+        sa.select(sa.literal_column("1"))
+        .select_from(pauses)
+        .where(concerns(tenant), sa.or_(is_everything, is_of_graph, is_of_queue))
+    )
+
+
 _FIND_PAUSED = Prepared(
     sa.select(pauses.c.scope, pauses.c.name).where(concerns(sa.bindparam("tenant")))
 )

@@ -16,9 +16,10 @@ from sqlalchemy.engine import Connection
 from agentflow.database.engine import now as database_now
 from agentflow.database.tables import waits
 from agentflow.errors import ConflictError, ThreadBusyError
-from agentflow.storage.claims import Claimant, lock_thread, take
+from agentflow.storage.claims import take
 from agentflow.storage.letters import requeue
 from agentflow.storage.marks import wait_event
+from agentflow.storage.opening import Claimant
 from agentflow.storage.questions import to_approval
 from agentflow.storage.rows import (
     CLEARED,
@@ -28,6 +29,7 @@ from agentflow.storage.rows import (
     get_held_run,
     get_run,
 )
+from agentflow.storage.tokens import lock_thread
 from agentflow.storage.waits import get_wait
 from agentflow.types import Approval, ClaimedRun, Lease, NewEvent, RunStatus, WaitStatus
 
@@ -73,7 +75,14 @@ def claim_reopening(
         row = get_run(connection, tenant, run_id, lock=True)
     # It is not driven: whoever takes it need not know the classes of its input.
     lenient = replace(payloads, strict=payloads.lenient)
-    claimed = take(connection, lenient, row, now, Claimant(worker, worker, lease), is_changed=True)
+    claimed = take(
+        connection,
+        lenient,
+        row,
+        now,
+        Claimant(worker=worker, instance=None, lease=lease),
+        is_changed=True,
+    )
     if claimed is None:
         raise ThreadBusyError(row.thread_id, None)
     return claimed

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from functools import cache
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -21,7 +21,7 @@ from sqlalchemy.engine import Connection
 from agentflow.codec import Codec, context_of, envelope_of_version_1
 from agentflow.database.engine import StoreNow
 from agentflow.database.prepared import On, Prepared
-from agentflow.database.statements import insert_new
+from agentflow.database.statements import insert_new, insert_of
 from agentflow.database.tables import (
     dead_letters,
     effects,
@@ -325,11 +325,20 @@ CLEARED: Mapping[str, Any] = {
 """What counts attempts, of a run with a new budget."""
 
 
+class Beside(NamedTuple):
+    """Another change, made in the same statement as that of a run where there is one for both."""
+
+    change: sa.Update
+    parameters: Mapping[str, Any]
+    """Named differently from the columns of runs."""
+
+
 @cache
-def _update_run(columns: tuple[str, ...], events_before: int = 0) -> Prepared:
+def _update_run(columns: tuple[str, ...], events_before: int = 0, *beside: sa.Update) -> Prepared:
     """Return the statement that sets these columns of a run; verbs have few such sets.
 
-    On PostgreSQL it may insert events as well, whose parameters are numbered.
+    On PostgreSQL it may insert events as well, whose parameters are numbered, and make other
+    changes beside that.
     """
     statement = (
         sa.update(runs)
@@ -340,7 +349,14 @@ def _update_run(columns: tuple[str, ...], events_before: int = 0) -> Prepared:
     )
     if events_before:
         statement = statement.add_cte(_insert(events_before).cte("log"))
+    for i, change in enumerate(beside):
+        statement = statement.add_cte(change.returning(sa.literal_column("1")).cte(f"beside_{i}"))
     return Prepared(statement)
+
+
+@cache
+def _prepared(change: sa.Update) -> Prepared:
+    return Prepared(change)
 
 
 @cache
@@ -367,9 +383,10 @@ def change_run(
     *,
     status: RunStatus | None = None,
     log: Sequence[NewEvent] = (),
+    beside: Sequence[Beside] = (),
     **values: Any,
 ) -> None:
-    """Update a locked run and append its audit events.
+    """Update a locked run and append its audit events, with what is to be changed beside it.
 
     What changes without one, of columns that are marked, is to be followed by one in the same
     transaction.
@@ -393,10 +410,63 @@ def change_run(
     named = {"of_tenant": row.tenant, "of_run_id": row.run_id, **changed}
     if connection.dialect.name == "postgresql" and 0 < len(entries) <= _EVENTS_AT_ONCE:
         # Each statement is a round trip.
-        _update_run(columns, len(entries)).run(connection, {**named, **_numbered(entries)})
+        update = _update_run(columns, len(entries), *(each.change for each in beside))
+        named |= _numbered(entries)
+        for each in beside:
+            named |= each.parameters
+        update.run(connection, named)
         return
+    for each in beside:
+        _prepared(each.change).run(connection, each.parameters)
     insert_events(connection, entries)
     _update_run(columns).run(connection, named)
+
+
+@cache
+def _insert_run(dialect: str, columns: tuple[str, ...], events_behind: int = 0) -> Prepared:
+    """Return the statement that inserts a run with these columns, unless its id is known.
+
+    On PostgreSQL it may insert events as well, whose parameters are numbered.
+    """
+    made = (
+        insert_of(dialect, runs)
+        .values({name: sa.bindparam(name, type_=runs.c[name].type) for name in columns})
+        .on_conflict_do_nothing(index_elements=["tenant", "run_id"])
+        .returning(runs.c.run_id)
+    )
+    if not events_behind:
+        return Prepared(made)
+    names = [column.name for column in events.c]
+    row = made.cte("made")
+    entries = [
+        sa.select(
+            *(sa.bindparam(f"{name}_{i}", type_=events.c[name].type).label(name) for name in names)
+        ).select_from(row)
+        for i in range(events_behind)
+    ]
+    return Prepared(sa.insert(events).from_select(names, sa.union_all(*entries)))
+
+
+def insert_run(
+    connection: Connection,
+    payloads: Payloads,
+    row: Mapping[str, Any],
+    now: datetime,
+    log: Sequence[NewEvent],
+) -> bool:
+    """Insert a run that has no events yet, with its first ones; say whether its id was new."""
+    log = [*log[:-1], marked(log[-1], RUN, runs, row)]
+    entries, end = chain_events(payloads, row, row["run_id"], log, now)
+    new, dialect = {**row, **end}, connection.dialect.name
+    columns = tuple(sorted(new))
+    if dialect == "postgresql" and len(entries) <= _EVENTS_AT_ONCE:
+        # Each statement is a round trip.
+        insert = _insert_run(dialect, columns, len(entries))
+        return insert.run(connection, {**new, **_numbered(entries)}) > 0
+    is_new = _insert_run(dialect, columns).first(connection, new) is not None
+    if is_new:
+        insert_events(connection, entries)
+    return is_new
 
 
 def append_to_log(

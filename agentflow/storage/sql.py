@@ -21,6 +21,7 @@ from agentflow.journal import Begun, Effect, EffectStatus, NewEffect, Outcome, R
 from agentflow.storage import (
     attempts,
     claims,
+    due,
     effect_objects,
     effect_queries,
     effect_rows,
@@ -36,6 +37,7 @@ from agentflow.storage.base import ChangeKind, OnBusy, OnExisting, RunStore
 from agentflow.storage.effect_keys import EffectKeys
 from agentflow.storage.integrity import Verified
 from agentflow.storage.key_check import check_keys
+from agentflow.storage.opening import Claimant, Created, Opening, Resolved
 from agentflow.storage.pages import to_page
 from agentflow.storage.questions import to_approval
 from agentflow.storage.rotation import rotate_payloads
@@ -119,14 +121,23 @@ class SqlRunStore(SqlVersionVerbs, RunStore):
         *,
         on_existing: OnExisting,
         on_busy: OnBusy = "enqueue",
-    ) -> tuple[Run, bool]:
+        claimant: Claimant | None = None,
+    ) -> Created:
         # Encoded before the writer is asked, so that an unstorable input costs the batch nothing.
         row = submission.new_run(self._payloads, tenant, spec)
         create = partial(
-            submission.create_run, self._payloads, tenant, spec, row, on_existing, on_busy
+            submission.create_run,
+            self._payloads,
+            tenant,
+            spec,
+            row,
+            on_existing,
+            on_busy,
+            claimant,
         )
         created = await self._database.write(create)
-        self._tell("due")
+        if created.claimed is None:
+            self._tell("due")
         if on_busy in {"interrupt", "rollback"}:
             self._tell("stop", "settled")
         return created
@@ -187,6 +198,7 @@ class SqlRunStore(SqlVersionVerbs, RunStore):
         graphs: Collection[tuple[str, str]],
         limit: int,
         lease: timedelta,
+        opening: Opening | None = None,
     ) -> list[ClaimedRun]:
         if limit <= 0 or not queues or not graphs:
             return []
@@ -199,6 +211,7 @@ class SqlRunStore(SqlVersionVerbs, RunStore):
             graphs=graphs,
             limit=limit,
             lease=lease,
+            opening=opening,
         )
 
     async def claim_run(
@@ -210,6 +223,7 @@ class SqlRunStore(SqlVersionVerbs, RunStore):
         instance: str | None = None,
         lease: timedelta,
         although_paused: bool = False,
+        opening: Opening | None = None,
     ) -> ClaimedRun | None:
         return await self._write(
             claims.claim_run,
@@ -219,6 +233,7 @@ class SqlRunStore(SqlVersionVerbs, RunStore):
             instance=instance,
             lease=lease,
             although_paused=although_paused,
+            opening=opening,
         )
 
     async def raise_token(self, lease: Lease, *, above: FencingToken) -> Lease:
@@ -262,10 +277,21 @@ class SqlRunStore(SqlVersionVerbs, RunStore):
         )
 
     async def park_run(
-        self, lease: Lease, waits: Sequence[NewWait], *, checkpoint_id: str | None, step: int | None
+        self,
+        lease: Lease,
+        waits: Sequence[NewWait],
+        *,
+        checkpoint_id: str | None,
+        step: int | None,
+        progress: str | None = None,
     ) -> None:
         is_waiting: bool = await self._write(
-            attempts.park_run, lease, waits, checkpoint_id=checkpoint_id, step=step
+            attempts.park_run,
+            lease,
+            waits,
+            checkpoint_id=checkpoint_id,
+            step=step,
+            progress=progress,
         )
         if is_waiting:
             # While it waits no other run of its thread is due.
@@ -402,8 +428,9 @@ class SqlRunStore(SqlVersionVerbs, RunStore):
         version: int | None,
         idempotency_key: str | None,
         request: ApprovalRequest,
-    ) -> Approval:
-        resolved: Approval = await self._write(
+        claimant: Claimant | None = None,
+    ) -> Resolved:
+        resolved: Resolved = await self._write(
             resolve_wait,
             tenant,
             wait_id,
@@ -413,8 +440,10 @@ class SqlRunStore(SqlVersionVerbs, RunStore):
             version=version,
             idempotency_key=idempotency_key,
             request=request,
+            claimant=claimant,
         )
-        self._tell("due")
+        if resolved.claimed is None:
+            self._tell("due")
         return resolved
 
     async def claim_reopening(
@@ -535,7 +564,7 @@ class SqlRunStore(SqlVersionVerbs, RunStore):
         self, tenant: str, *, queues: Collection[str], graphs: Collection[tuple[str, str]]
     ) -> NextDue:
         return await self._database.query(
-            lambda session: claims.next_due(session, self._payloads, tenant, queues, graphs)
+            lambda session: due.next_due(session, self._payloads, tenant, queues, graphs)
         )
 
     async def list_dead_letters(

@@ -4,32 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import datetime
-from functools import cache
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from agentflow.database.prepared import Prepared
-from agentflow.database.statements import insert_of
+from agentflow.database.prepared import row_of
 from agentflow.database.tables import runs
 from agentflow.errors import IdempotencyConflictError, ThreadBusyError
 from agentflow.storage.base import OnBusy, OnExisting
-from agentflow.storage.claims import lock_thread
+from agentflow.storage.claims import offer
+from agentflow.storage.due import OFFERED_NEW
 from agentflow.storage.endings import cancel_or_ask
+from agentflow.storage.holding import Hold
 from agentflow.storage.letters import requeue
-from agentflow.storage.marks import RUN, marked
+from agentflow.storage.opening import Claimant, Created
 from agentflow.storage.rows import (
     GENESIS,
     UNFINISHED,
     Payloads,
-    chain_events,
     find_run,
     get_run,
-    insert_events,
+    insert_run,
     to_run,
 )
-from agentflow.types import NewEvent, Run, RunSpec, RunStatus
+from agentflow.storage.tokens import lock_thread, take_and_look
+from agentflow.types import FencingToken, NewEvent, RunSpec, RunStatus
+
+_COLUMNS = tuple(column.name for column in runs.c)
 
 
 def new_run(payloads: Payloads, tenant: str, spec: RunSpec) -> dict[str, Any]:
@@ -66,17 +68,6 @@ def new_run(payloads: Payloads, tenant: str, spec: RunSpec) -> dict[str, Any]:
     return row
 
 
-@cache
-def _insert_run(dialect: str, columns: tuple[str, ...]) -> Prepared:
-    """Return the statement that inserts a run with these columns, unless its id is known."""
-    return Prepared(
-        insert_of(dialect, runs)
-        .values({name: sa.bindparam(name, type_=runs.c[name].type) for name in columns})
-        .on_conflict_do_nothing(index_elements=["tenant", "run_id"])
-        .returning(runs)
-    )
-
-
 def create_run(
     payloads: Payloads,
     tenant: str,
@@ -84,12 +75,13 @@ def create_run(
     row: dict[str, Any],
     on_existing: OnExisting,
     on_busy: OnBusy,
+    claimant: Claimant | None,
     connection: Connection,
-) -> tuple[Run, bool]:
+) -> Created:
     """See `RunStore.create_run`; `row` is the encoded submission."""
-    made = _insert(payloads, tenant, spec, row, on_busy, connection)
-    if made is not None:
-        return to_run(made, payloads), True
+    created = _create(payloads, tenant, spec, row, on_busy, claimant, connection)
+    if created is not None:
+        return created
     stored = get_run(connection, tenant, spec.run_id, lock=True)
     _check_same(payloads, stored, row)
     if on_existing == "reject":
@@ -98,42 +90,60 @@ def create_run(
         by = spec.submitted_by
         requeue(connection, payloads, stored, stored.now, checkpoint_id=None, by=by)
         stored = get_run(connection, tenant, spec.run_id, lock=False)
-    return to_run(stored, payloads), False
+    return Created(to_run(stored, payloads), is_new=False)
 
 
-def _insert(
+def _create(
     payloads: Payloads,
     tenant: str,
     spec: RunSpec,
     row: dict[str, Any],
     on_busy: OnBusy,
+    claimant: Claimant | None,
     connection: Connection,
-) -> sa.Row[Any] | None:
-    """Insert a run and return its row; `None` if there is one of this id."""
+) -> Created | None:
+    """Insert a run, claimed if it can be; `None` if there is one of this id."""
     # Under the lock the runs of a thread are numbered in the order in which they are committed.
-    now = lock_thread(connection, tenant, spec.thread_id).now
+    is_offered = claimant is not None and on_busy == "enqueue"
+    thread = _look(connection, tenant, spec) if is_offered else None
+    now = (thread or lock_thread(connection, tenant, spec.thread_id)).now
     if on_busy != "enqueue":
         if find_run(connection, tenant, spec.run_id, lock=False) is not None:
             return None
         _clear_thread(connection, payloads, tenant, spec, now, on_busy)
-    submitted = NewEvent(
-        type="run.submitted",
-        data={
-            "graph": spec.graph,
-            "version": spec.version,
-            "by": spec.submitted_by,
-            **({} if spec.forked_from is None else {"forked_from": spec.forked_from}),
-        },
-    )
-    made_of = {**row, "created_at": now, **_times(payloads.time(now), spec)}
-    submitted = marked(submitted, RUN, runs, made_of)
-    entries, end = chain_events(payloads, row, spec.run_id, [submitted], now)
-    new = {**made_of, **end}
-    insert = _insert_run(connection.dialect.name, tuple(sorted(new)))
-    made = insert.first(connection, new)
-    if made is not None:
-        insert_events(connection, entries)
-    return made
+    new = {**row, "created_at": now, **_times(payloads.time(now), spec)}
+    made, log = row_of(_COLUMNS, new), [_submitted(spec)]
+    held: Hold | None = None
+    if thread is not None and claimant is not None:
+        token = FencingToken(thread.token)
+        held = offer(connection, payloads, made, thread, now, claimant, token)
+    if held is None:
+        is_new = insert_run(connection, payloads, new, now, log)
+        return Created(to_run(made, payloads), is_new=True) if is_new else None
+    new |= {"status": RunStatus.RUNNING.value, **held.changes}
+    if not insert_run(connection, payloads, new, now, [*log, *held.log]):
+        # Stored meanwhile, on another thread: on this one it would have been seen.
+        raise IdempotencyConflictError(spec.run_id, "thread")
+    return Created(held.claimed.run, is_new=True, claimed=held.claimed)
+
+
+def _look(connection: Connection, tenant: str, spec: RunSpec) -> sa.Row[Any]:
+    """Lock the thread, give it the next token, and look whether a run of it can be claimed."""
+    named = {
+        "of_tenant": tenant,
+        "of_thread": spec.thread_id,
+        "run_id": spec.run_id,
+        "graph": spec.graph,
+        "queue": spec.queue,
+    }
+    return take_and_look(connection, OFFERED_NEW, named)
+
+
+def _submitted(spec: RunSpec) -> NewEvent:
+    data = {"graph": spec.graph, "version": spec.version, "by": spec.submitted_by}
+    if spec.forked_from is not None:
+        data["forked_from"] = spec.forked_from
+    return NewEvent(type="run.submitted", data=data)
 
 
 def _times(at: datetime, spec: RunSpec) -> dict[str, datetime | None]:

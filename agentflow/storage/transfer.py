@@ -36,7 +36,6 @@ from agentflow.errors import (
     InvalidInputError,
 )
 from agentflow.journal import GLOBAL
-from agentflow.storage.claims import lock_thread
 from agentflow.storage.effect_objects import open_apart
 from agentflow.storage.effect_rows import effect_marks, key_hashes, repack_request, to_effect
 from agentflow.storage.questions import to_approval
@@ -51,6 +50,7 @@ from agentflow.storage.rows import (
     hash_event,
     to_run,
 )
+from agentflow.storage.tokens import lock_thread
 from agentflow.types import NewEvent, Run, RunStatus, WaitStatus
 from agentflow.versions import Fingerprint
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
@@ -10,51 +12,60 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from agentflow.database.engine import StoreNow
-from agentflow.database.prepared import On, Prepared
+from agentflow.database.prepared import On, Prepared, changed
 from agentflow.database.tables import runs, waits
 from agentflow.errors import (
     AlreadyResolvedError,
+    CodecError,
     IdempotencyConflictError,
     NotFoundError,
     SupersededError,
     VersionChangedError,
 )
 from agentflow.journal import Resolution
+from agentflow.storage.claims import offer
+from agentflow.storage.due import OFFERED
 from agentflow.storage.effect_rows import get_effect
 from agentflow.storage.effects import give_up, resolve
 from agentflow.storage.endings import COMPENSATING, cancel_or_ask
+from agentflow.storage.holding import Hold
 from agentflow.storage.marks import wait_event
+from agentflow.storage.opening import Claimant, Resolved
 from agentflow.storage.questions import to_approval
-from agentflow.storage.rows import Payloads, change_run, get_run
+from agentflow.storage.rows import Beside, Payloads, change_run, get_run
+from agentflow.storage.tokens import lockable_token, set_beside
 from agentflow.types import (
     Approval,
     ApprovalRequest,
+    ClaimedRun,
     Decision,
+    FencingToken,
+    NewEvent,
     RunStatus,
     WaitStatus,
 )
 
+_FEW = 20
+"""How many waits of its run a decision hands on at most to who goes on with it."""
 _OF_WAIT = (waits.c.tenant == sa.bindparam("of_tenant"), waits.c.wait_id == sa.bindparam("of_id"))
 _FIND_WAIT = Prepared(sa.select(waits).where(*_OF_WAIT))
 _LOCK_WAIT = Prepared(sa.select(waits).where(*_OF_WAIT).with_for_update())
-_RESOLVE = Prepared(
+_ANSWERED = (
+    "status",
+    "decision",
+    "decision_type",
+    "decided_by",
+    "decided_at",
+    "comment",
+    "idempotency_key",
+)
+"""The columns of a wait that a decision sets."""
+_RESOLVE = (
     sa.update(waits)
-    .where(*_OF_WAIT)
-    .values(
-        {
-            name: sa.bindparam(name, type_=waits.c[name].type)
-            for name in (
-                "status",
-                "decision",
-                "decision_type",
-                "decided_by",
-                "decided_at",
-                "comment",
-                "idempotency_key",
-            )
-        }
+    .where(
+        waits.c.tenant == sa.bindparam("wait_tenant"), waits.c.wait_id == sa.bindparam("wait_id")
     )
-    .returning(waits)
+    .values({name: sa.bindparam(f"wait_{name}", type_=waits.c[name].type) for name in _ANSWERED})
 )
 
 
@@ -68,13 +79,16 @@ _LIST_OF_RUN = Prepared(
     .order_by(waits.c.seq)
     .limit(sa.bindparam("count", type_=sa.Integer))
 )
-_LOCK_RUN_OF_WAIT = Prepared(
-    sa.select(runs, StoreNow().label("now"))
-    .where(
-        runs.c.tenant == sa.bindparam("of_tenant"),
-        runs.c.run_id == sa.select(waits.c.run_id).where(*_OF_WAIT).scalar_subquery(),
+_LOCK_RUN_OF_WAIT, _LOCK_RUN_TO_OFFER = (
+    Prepared(
+        sa.select(runs, StoreNow().label("now"), *beside)
+        .where(
+            runs.c.tenant == sa.bindparam("of_tenant"),
+            runs.c.run_id == sa.select(waits.c.run_id).where(*_OF_WAIT).scalar_subquery(),
+        )
+        .with_for_update(of=runs)
     )
-    .with_for_update(of=runs)
+    for beside in ((), (*OFFERED, lockable_token(runs)))
 )
 
 
@@ -107,56 +121,115 @@ def resolve_wait(
     version: int | None,
     idempotency_key: str | None,
     request: ApprovalRequest,
-) -> Approval:
+    claimant: Claimant | None,
+) -> Resolved:
     """See `RunStore.resolve_wait`."""
     # The run first, then its waits: the order in which every verb locks them.
-    run = _LOCK_RUN_OF_WAIT.first(connection, {"of_tenant": tenant, "of_id": wait_id})
+    lock = _LOCK_RUN_OF_WAIT if claimant is None else _LOCK_RUN_TO_OFFER
+    run = lock.first(connection, {"of_tenant": tenant, "of_id": wait_id})
     if run is None:
         raise NotFoundError("approval", wait_id)
     now = run.now
-    row = get_wait(connection, tenant, wait_id, lock=True)
+    few: Sequence[sa.Row[Any]] = []
+    if claimant is not None:
+        # Waits change only with their run locked.
+        few = list_of_run(connection, tenant, run.run_id, after=0, count=_FEW + 1)
+    row = next((each for each in few if each.wait_id == wait_id), None)
+    if row is None:
+        row = get_wait(connection, tenant, wait_id, lock=True)
     stored = to_approval(row, payloads)
     is_known = bool(idempotency_key) and idempotency_key == row.idempotency_key
     if is_known and stored.status is WaitStatus.RESOLVED:
         if stored.decision == payloads.redacted(decision, waits.c.decision):
-            return stored
+            return Resolved(stored)
         raise IdempotencyConflictError(run.run_id, "decision under this idempotency key")
     _check_is_open(row, stored, request, version)
-    comment_data = None if comment is None else payloads.dump(comment, waits.c.comment, row)
-    changed = _RESOLVE.one(
-        connection,
-        {
-            "of_tenant": tenant,
-            "of_id": wait_id,
-            "status": WaitStatus.RESOLVED.value,
-            "decision": payloads.dump(decision, waits.c.decision, row),
-            "decision_type": decision.type,
-            "decided_by": by,
-            "decided_at": now,
-            "comment": comment_data,
-            "idempotency_key": idempotency_key,
-        },
+    answer = {
+        "status": WaitStatus.RESOLVED.value,
+        "decision": payloads.dump(decision, waits.c.decision, row),
+        "decision_type": decision.type,
+        "decided_by": by,
+        "decided_at": now,
+        "comment": None if comment is None else payloads.dump(comment, waits.c.comment, row),
+        "idempotency_key": idempotency_key,
+    }
+    answered = changed(row, answer)
+    resolve = Beside(
+        _RESOLVE,
+        {"wait_tenant": tenant, "wait_id": wait_id}
+        | {f"wait_{name}": value for name, value in answer.items()},
     )
     resolved = wait_event(
         "resolved",
-        changed._mapping,
+        answered._mapping,
         decision=decision.type,
         by=by,
         proposal_hash=stored.proposal_hash,
     )
-    wake: dict[str, Any] = {}
-    if run.status == RunStatus.WAITING:
-        wake = {
-            "status": RunStatus.QUEUED,
-            "wake_reason": "approval",
-            "available_at": payloads.time(now),
-        }
-    change_run(connection, run, payloads, now, log=[resolved], **wake)
     if row.kind == "effect":
+        _wake(connection, payloads, run, resolved, resolve, None)
         run = get_run(connection, tenant, run.run_id, lock=True)
         _answer_doubt(connection, payloads, run, row, decision, now, by=by, comment=comment)
-        changed = get_wait(connection, tenant, wait_id)
-    return to_approval(changed, payloads)
+        return Resolved(to_approval(get_wait(connection, tenant, wait_id), payloads))
+    approval = to_approval(answered, payloads)
+    claimed = _wake(connection, payloads, run, resolved, resolve, claimant)
+    if claimed is not None and len(few) <= _FEW:
+        claimed = replace(claimed, waits=_with_others(approval, few, payloads))
+    return Resolved(approval, claimed)
+
+
+def _wake(
+    connection: Connection,
+    payloads: Payloads,
+    run: sa.Row[Any],
+    resolved: NewEvent,
+    resolve: Beside,
+    claimant: Claimant | None,
+) -> ClaimedRun | None:
+    """Store a decision, and queue the run if it waits, or give it to `claimant` at once."""
+    if run.status != RunStatus.WAITING:
+        change_run(connection, run, payloads, run.now, log=[resolved], beside=[resolve])
+        return None
+    wake = {"wake_reason": "approval", "available_at": payloads.time(run.now)}
+    queued = changed(run, {**wake, "status": RunStatus.QUEUED.value})
+    held: Hold | None = None
+    if claimant is not None and run.thread_token is not None:
+        token = FencingToken(run.thread_token + 1)
+        held = offer(connection, payloads, queued, run, run.now, claimant, token)
+    if held is None:
+        change_run(
+            connection,
+            run,
+            payloads,
+            run.now,
+            status=RunStatus.QUEUED,
+            log=[resolved],
+            beside=[resolve],
+            **wake,
+        )
+        return None
+    change_run(
+        connection,
+        queued,
+        payloads,
+        run.now,
+        status=RunStatus.RUNNING,
+        log=[resolved, *held.log],
+        beside=[resolve, set_beside(held.claimed.lease)],
+        **{**wake, **held.changes},
+    )
+    return held.claimed
+
+
+def _with_others(
+    approval: Approval, rows: Sequence[sa.Row[Any]], payloads: Payloads
+) -> tuple[Approval, ...] | None:
+    """Return all waits of a run, of which one was answered just now, if they can be read."""
+    with suppress(CodecError):
+        return tuple(
+            approval if row.wait_id == approval.id else to_approval(row, payloads) for row in rows
+        )
+    return None
 
 
 def _check_is_open(

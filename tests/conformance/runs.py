@@ -64,7 +64,7 @@ def spec(run_id: str | None = None, **changes: Any) -> RunSpec:
 
 async def create(store: RunStore, run_id: str | None = None, **changes: Any) -> Run:
     """Store a run."""
-    run, _ = await store.create_run("", spec(run_id, **changes), on_existing="return")
+    run, *_ = await store.create_run("", spec(run_id, **changes), on_existing="return")
     return run
 
 
@@ -122,7 +122,7 @@ async def resolve(
         "idempotency_key": None,
         "request": REQUEST,
     }
-    return await store.resolve_wait("", wait_id, parsed, **(options | changes))
+    return (await store.resolve_wait("", wait_id, parsed, **(options | changes))).approval
 
 
 async def finish(store: RunStore, lease: Lease, output: Any = None) -> None:

@@ -144,7 +144,7 @@ async def test_each_verb_changes_a_run_only_as_the_table_allows(store: RunStore,
 async def test_created_run_is_there_for_another_process_at_once(
     store: RunStore, database_url: str
 ) -> None:
-    made, is_new = await store.create_run(
+    made, is_new, _ = await store.create_run(
         "",
         spec(
             "r", input={"a": (1, 2)}, metadata={"m": 1}, config={"tags": ["t"]}, submitted_by="ada"
@@ -163,8 +163,8 @@ async def test_created_run_is_there_for_another_process_at_once(
 
 
 async def test_same_submission_again_gives_the_stored_run(store: RunStore) -> None:
-    made, _ = await store.create_run("", spec("r", input={"a": 1, "b": 2}), on_existing="return")
-    again, is_new = await store.create_run(
+    made, *_ = await store.create_run("", spec("r", input={"a": 1, "b": 2}), on_existing="return")
+    again, is_new, _ = await store.create_run(
         "", spec("r", input={"b": 2, "a": 1}), on_existing="return"
     )
     assert (again, is_new) == (made, False)
@@ -191,7 +191,7 @@ async def test_known_id_with_other_content_is_a_conflict(store: RunStore, on_exi
 async def test_requeued_run_has_a_new_budget_and_no_dead_letter(store: RunStore) -> None:
     lease = await running(store, "r")
     await store.fail_run(lease, FAILURE, reason="exhausted", checkpoint_id=None, step=None)
-    run, is_new = await store.create_run("", spec("r"), on_existing="restart_if_failed")
+    run, is_new, _ = await store.create_run("", spec("r"), on_existing="restart_if_failed")
     assert not is_new
     assert (run.status, run.attempt, run.dead_letter, run.ended_at) == (Q, 0, False, None)
     assert await store.find_dead_letter("", "r") is None
@@ -211,7 +211,7 @@ async def test_concurrent_submissions_of_one_id_make_one_run(
             for _ in range(5)
         )
     )
-    assert sorted(is_new for _, is_new in made) == [False] * 19 + [True]
+    assert sorted(is_new for _, is_new, _ in made) == [False] * 19 + [True]
     assert await types_of_events(store, "r") == ["run.submitted"]
     for other in others:
         await other.close()

@@ -146,5 +146,5 @@ async def test_discarded_run_stays_failed(store: RunStore) -> None:
         "dead_letter.discarded",
         {"reason": "a test", "by": "ada"},
     )
-    again, _ = await store.create_run("", spec("r"), on_existing="restart_if_failed")
+    again, *_ = await store.create_run("", spec("r"), on_existing="restart_if_failed")
     assert again.status is Q

@@ -5,6 +5,7 @@ Each call may be made again by whoever does not know what became of the first on
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from datetime import timedelta
@@ -29,6 +30,27 @@ INPUTS: dict[str, dict[str, Any]] = {
 async def submit(app: AgentFlow, run_id: str) -> None:
     """Submit a run that nobody has submitted."""
     await app.submit("single", INPUTS["single"], run_id=run_id, queue=run_id)
+
+
+async def submit_beside(app: AgentFlow, run_id: str) -> None:
+    """Submit a run beside an idle worker, which takes it in the same transaction."""
+    await _beside_worker(app, run_id, submit)
+
+
+async def decide_beside(app: AgentFlow, run_id: str) -> None:
+    """Approve what a run asks beside an idle worker, which goes on with it."""
+    await _beside_worker(app, run_id, decide)
+
+
+async def _beside_worker(
+    app: AgentFlow, run_id: str, call: Callable[[AgentFlow, str], Awaitable[None]]
+) -> None:
+    worker = app.worker(queues=[run_id])
+    async with worker:
+        while worker._has_more:  # noqa: ASYNC110 -- it tells nobody
+            await asyncio.sleep(0)
+        await call(app, run_id)
+        await app.wait(run_id, until="parked")
 
 
 async def drive(app: AgentFlow, run_id: str) -> None:
@@ -129,6 +151,7 @@ CALLS: Mapping[str, Callable[[AgentFlow, str], Awaitable[None]]] = {
     call.__name__: call
     for call in (
         *(submit, drive, cancel, decide, reopen),
+        *(submit_beside, decide_beside),
         *(resolve_effect, prune_effects),
         *(pause_run, resume_run, pause_queue, resume_queue),
         *(fire_due, requeue, discard, restore, route),

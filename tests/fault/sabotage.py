@@ -126,6 +126,7 @@ class Sabotage:
         self._passed: Counter[tuple[str, str]] = Counter()
         self._writer = 0
         self._changed: Counter[str] = Counter()
+        self._inserted = 0
         self._kinds: tuple[Kind, ...] = ()
         self._verb: ContextVar[Kind | None] = ContextVar("verb", default=None)
         self._verbs: weakref.WeakKeyDictionary[Operation, Kind] = weakref.WeakKeyDictionary()
@@ -147,7 +148,7 @@ class Sabotage:
         arm("database.before_commit", self._before_commit)
         arm("database.after_commit", self._after_commit)
         arm("checkpoint.before_insert", lambda: self.meet("insert", "before"))
-        arm("checkpoint.after_insert", lambda: self.meet("insert", "after"))
+        arm("checkpoint.after_insert", self._after_inserts)
         self._arm_port(SqlRunStore, RunStore, VERBS)
         self._arm_port(Saver, Saver, SAVER_VERBS)
         for rows in (SqliteRows, PostgresRows):
@@ -197,6 +198,7 @@ class Sabotage:
         # One who is alone writes in the thread that submits.
         self._writer = threading.get_ident()
         self._changed.clear()
+        self._inserted = 0
         self._committing = [self._verbs[each] for each in batch if each in self._verbs]
 
     def _execute(
@@ -227,7 +229,14 @@ class Sabotage:
         # Where one statement is the whole commit, it has no middle, and so no failpoint there.
         assert session._is_open
         if "checkpoints" in _CHANGE.findall(sql):
+            self._after_inserts()
+
+    def _after_inserts(self) -> None:
+        # Each checkpoint counts for itself, as before the statement.
+        planned = self._changed["planned"]
+        for _number in range(self._inserted, planned):
             self.meet("insert", "after")
+        self._inserted = planned
 
     def _before_commit(self) -> None:
         self._kinds = _kinds(self._changed)

@@ -73,13 +73,23 @@ async def held(scene: Scene, scenario: Scenario, name: str) -> None:
 
 
 async def behind(scene: Scene, scenario: Scenario, name: str) -> None:
-    """A run on a thread of which the checkpointer knows a later claim than the run store does."""
+    """A lost run on a thread of which the checkpointer knows a later claim than the run store."""
     saver = scene.app._saver
     assert isinstance(saver, Saver)
+    await lost(scene, scenario, name)
     lease = Lease(tenant="", run_id=name, thread_id=name, worker="restored", token=FencingToken(50))
     await saver.acquire(lease)
     await saver.release(lease)
+
+
+async def lost(scene: Scene, scenario: Scenario, name: str) -> None:
+    """A run whose worker is gone, and its lease over."""
     await submitted(scene, scenario, name)
+    claimed = await scene.app._store.claim_run(
+        "", name, worker="lost", lease=timedelta(seconds=LONG)
+    )
+    assert claimed is not None
+    scene.expire([name])
 
 
 async def paused(scene: Scene, scenario: Scenario, name: str) -> None:
@@ -96,13 +106,12 @@ async def in_paused_queue(scene: Scene, scenario: Scenario, name: str) -> None:
 
 async def suspected(scene: Scene, scenario: Scenario, name: str) -> None:
     """A run that has lost two workers, and is driven in isolation from now on."""
-    await submitted(scene, scenario, name)
-    for _ in range(2):
-        lost = await scene.app._store.claim_run(
-            "", name, worker="lost", lease=timedelta(seconds=LONG)
-        )
-        assert lost is not None
-        scene.expire([name])
+    await lost(scene, scenario, name)
+    claimed = await scene.app._store.claim_run(
+        "", name, worker="lost", lease=timedelta(seconds=LONG)
+    )
+    assert claimed is not None
+    scene.expire([name])
 
 
 async def rolling_back(scene: Scene, scenario: Scenario, name: str) -> None:
@@ -191,14 +200,15 @@ def _call(name: str) -> Callable[[Scene, str], Awaitable[None]]:
 
 
 SCENARIOS: dict[str, Scenario] = {
+    # By verb; what stands behind a plus is done in the same transaction.
     "create_fingerprint": Scenario(graph="single", call="submit", prepare=nothing),
     "route_graph": Scenario(call="route"),
     "create_run": Scenario(graph="single", call="submit", prepare=nothing),
     "claim_runs": Scenario(),
     "claim_run": Scenario(call="drive"),
-    "raise_token": Scenario(prepare=behind),
+    "raise_token": Scenario(call="cancel", prepare=behind, status=RunStatus.CANCELLED),
     "extend_leases": Scenario(prepare=held, lease=SHORT),
-    "start_attempt": Scenario(),
+    "start_attempt": Scenario(graph="flaky"),
     "park_run": Scenario(graph="questions"),
     "finish_run": Scenario(),
     "retry_run": Scenario(graph="flaky"),
@@ -207,6 +217,8 @@ SCENARIOS: dict[str, Scenario] = {
     "finish_cancel": Scenario(prepare=held, during=cancel, status=RunStatus.CANCELLED, lease=SHORT),
     "cancel_run": Scenario(call="cancel", status=RunStatus.CANCELLED),
     "resolve_wait": Scenario(graph="questions", call="decide", prepare=driven),
+    "resolve_wait+claim": Scenario(graph="questions", call="decide_beside", prepare=driven),
+    "create_run+claim": Scenario(graph="single", call="submit_beside", prepare=nothing),
     "pause_run": Scenario(call="pause_run", after=_call("resume_run")),
     "resume_run": Scenario(call="resume_run", prepare=paused),
     "pause": Scenario(call="pause_queue", after=_call("resume_queue")),
@@ -227,6 +239,7 @@ SCENARIOS: dict[str, Scenario] = {
     "finish_rollback": Scenario(prepare=rolling_back),
 }
 ROW_SCENARIOS: dict[str, Scenario] = {
+    # By verb; what stands behind a plus is done in the same transaction.
     "apply": Scenario(),
     "set_lease": Scenario(),
     "remove": Scenario(call="prune", prepare=driven),
@@ -270,6 +283,10 @@ def test_every_transition_of_both_ports_has_a_process_that_is_killed_there() -> 
     assert all("SIGKILL" in (tests / name).read_text() for name in ELSEWHERE.values())
 
 
+def _place(verb: str, moment: Moment) -> Place:
+    return Place(f"RunStore.{verb.partition('+')[0]}", 1, moment)
+
+
 async def test_process_killed_at_each_transition_leaves_nothing_undone(
     scene: Scene, sampler: Sampler, tally: Tally
 ) -> None:
@@ -283,7 +300,7 @@ async def test_process_killed_at_each_transition_leaves_nothing_undone(
         verb, moment = tried[name]
         scenario = SCENARIOS[verb]
         await scenario.prepare(scene, scenario, name)
-        victim = scenario.start(scene, name, Place(f"RunStore.{verb}", 1, moment))
+        victim = scenario.start(scene, name, _place(verb, moment))
         if scenario.during is not None:
             await scenario.during(scene, victim, name)
         await scene.died(victim)
@@ -311,7 +328,7 @@ async def test_connection_lost_at_each_transition_leaves_nothing_undone(
             tried[name] = (verb, "uncommitted" if harm == "cut" else "committed")
             await scenario.prepare(scene, scenario, name)
             proxy = stack.enter_context(Proxy(postgres_server.port))
-            place = Place(f"RunStore.{verb}", 1, "uncommitted")
+            place = _place(verb, "uncommitted")
             victim = scenario.start(scene, name, place, proxy.harm(harm), proxy.url(scene.url))
             if scenario.during is not None:
                 await scenario.during(scene, victim, name)

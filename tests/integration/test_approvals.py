@@ -14,7 +14,12 @@ from langchain_core.tools import tool
 from langgraph.types import interrupt
 
 from agentflow import AgentFlow, request_approval
-from agentflow.errors import AlreadyResolvedError, InvalidDecisionError, SupersededError
+from agentflow.errors import (
+    AlreadyResolvedError,
+    InvalidDecisionError,
+    SupersededError,
+    VersionChangedError,
+)
 from agentflow.nodes import approval_node
 from agentflow.testing import ScriptedChatModel
 from agentflow.types import Approval
@@ -140,6 +145,25 @@ async def test_decision_of_a_kind_that_is_not_allowed_is_refused(app: AgentFlow)
         with pytest.raises(InvalidDecisionError, match="nothing was recorded"):
             await app.approvals.decide(asked.id, decision, by="ada")
     assert (await app.approvals.get(asked.id)) == asked
+
+
+async def test_decision_about_what_was_shown_is_refused_when_it_has_changed(
+    app: AgentFlow,
+) -> None:
+    """The request itself is given, and not its id: it is not read again."""
+    (shown,) = await park(app, chain(("ask", asks("refund $10?"))))
+    with pytest.raises(InvalidDecisionError):
+        await app.approvals.decide(shown, "edit", by="ann")
+    decided = await app.approvals.decide(shown, {"type": "respond", "value": "yes"}, by="ann")
+    with pytest.raises(AlreadyResolvedError):
+        await app.approvals.decide(shown, {"type": "respond", "value": "no"}, by="bob")
+    again = await app.approvals.reopen(shown.id, by="bob")
+    with pytest.raises(VersionChangedError):
+        await app.approvals.decide(shown, {"type": "respond", "value": "no"}, by="bob")
+    # As it was when it had been decided: so it is read, and was asked again since.
+    await app.approvals.decide(decided, {"type": "respond", "value": "no"}, by="bob")
+    assert again.version == shown.version + 1
+    assert (await app.drive("r")).output == {"log": [("refund $10?", "no")]}
 
 
 async def test_cancelled_run_withdraws_its_question(app: AgentFlow) -> None:

@@ -17,8 +17,9 @@ from agentflow.database import migrate
 from agentflow.database.engine import make_engine, parse_url
 from agentflow.database.prepared import Prepared
 from agentflow.database.session import Session
-from agentflow.storage import claims, endings
+from agentflow.storage import claims, due, endings
 from agentflow.storage.rows import Payloads
+from agentflow.storage.tokens import take_and_look
 
 WAITING = 20_000
 SMALL = (
@@ -27,13 +28,18 @@ SMALL = (
     "agentflow_runs_deadline",
     "agentflow_runs_start_deadline",
     "agentflow_runs_thread",
+    "agentflow_runs_id",
+    "sqlite_autoindex_agentflow_runs_1 (tenant=? AND run_id=?)",
+    "agentflow_runs_rollback",
     "agentflow_events_pkey",
     "sqlite_autoindex_agentflow_events_1 (tenant=? AND run_id=? AND seq=?)",
 )
-"""Indexes that do not hold the runs that wait, and those that lead to the runs of one thread, or to
-one event."""
-_NO_TABLE = r"(?: \d+)? CONSTANT| \(subquery| anon_1|(?: on)? agentflow_pauses"
-"""What else they go through: what SQLite makes up, and the few rows of what is paused."""
+"""Indexes that do not hold the runs that wait, and those that lead to the runs of one thread, to
+one run or to one event."""
+_NO_TABLE = (
+    r"(?: \d+)? CONSTANT| \(subquery| anon_1|(?: on)? agentflow_pauses|(?: on)? agentflow_epochs"
+)
+"""What else they go through: what SQLite makes up, and the few rows of pauses and of epochs."""
 _COLUMNS = (
     "tenant, run_id, thread_id, graph, version, queue, status, priority, available_at, "
     "wake_reason, attempt, claims, is_dead_letter, created_at, event_seq, event_hash, "
@@ -96,17 +102,21 @@ def test_what_workers_ask_again_and_again_is_found_by_an_index(
     wanted: dict[str, Any] = {"queues": ["default", "mail"], "graphs": [("g", "1"), ("h", "2")]}
     lease = timedelta(seconds=10)
     assert not endings.has_due(crowded, payloads, "")
-    assert not claims.next_due(crowded, payloads, "", **wanted).is_claimable
+    assert not due.next_due(crowded, payloads, "", **wanted).is_claimable
     limit: dict[str, Any] = {"limit": 10, "lease": lease}
     assert not claims.claim_runs(
-        crowded, payloads, "", worker="w", instance=None, **limit, **wanted
+        crowded, payloads, "", worker="w", instance=None, opening=None, **limit, **wanted
     )
+    asked_for = {"run_id": "new", "graph": "g", "queue": "default"}
+    thread = {"of_tenant": "", "of_thread": "t5"}
+    look = take_and_look(crowded, due.OFFERED_NEW, {**thread, **asked_for})
+    assert look.is_behind, "a run of the thread waits"
     sa.event.remove(crowded, "before_cursor_execute", _note)
     monkeypatch.undo()
     plans = {
         sql: _plan(crowded, sql, values) for sql, values in asked if "FROM agentflow_runs" in sql
     }
-    assert len(plans) == 6, "two claims, two looks ahead, two kinds of deadlines"
+    assert len(plans) == 7, "two claims, two looks ahead, two kinds of deadlines, a submission"
     for sql, plan in plans.items():
         used = re.findall(rf"(?:SCAN|SEARCH|Scan)(?!{_NO_TABLE}).*", "\n".join(plan))
         assert used, plan

@@ -7,8 +7,15 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from agentflow.checkpoint.rows import ThreadChange
-from agentflow.checkpoint.sql.rows import SqlRows
+from agentflow.checkpoint.rows import (
+    CheckpointRow,
+    FoundCheckpoint,
+    FoundThread,
+    ThreadChange,
+    ThreadKey,
+    ThreadState,
+)
+from agentflow.checkpoint.sql.rows import TAKE_THREAD, THREAD_WIDTH, C, SqlRows, thread_state
 from agentflow.checkpoint.sql.statements import (
     CHECKPOINTS,
     MAX_PARAMETERS,
@@ -28,6 +35,15 @@ _TYPES = {
 _THREAD_COLUMNS = ("after", "id", "token", "is_leased", "seq")
 _INSERTS = (CHECKPOINTS, VALUES, WRITES)
 _WIDTHS = (len(_THREAD_COLUMNS), *(len(insert.columns) for insert in _INSERTS))
+
+
+_TAKE_AT_HEAD = (
+    f"WITH taken AS ({TAKE_THREAD}) "
+    f"SELECT taken.id, taken.token, taken.is_leased, taken.seq, seen.seq, c.seq, {C} FROM taken "
+    "LEFT JOIN agentflow_threads seen ON seen.id = taken.id "
+    "LEFT JOIN agentflow_checkpoints c ON c.thread = taken.id AND c.ns = '' AND c.seq = "
+    "(SELECT max(h.seq) FROM agentflow_checkpoints h WHERE h.thread = taken.id AND h.ns = '')"
+)
 
 
 class PostgresRows(SqlRows):
@@ -56,6 +72,21 @@ class PostgresRows(SqlRows):
             parameters += [None] * ((size - len(rows)) * width)
         rows_of_held = self._session.commit_by(_apply_sql(*sizes), parameters)
         return {number for (number,) in rows_of_held}
+
+    def take_at_head(
+        self, thread: ThreadKey, token: int
+    ) -> tuple[ThreadState, FoundCheckpoint | FoundThread | None]:
+        rows = self._session.commit_by(_TAKE_AT_HEAD, (*thread, token))
+        if not rows:
+            return super().take_at_head(thread, token)
+        state = thread_state(rows[0][:THREAD_WIDTH])
+        seen, head_seq, *columns = rows[0][THREAD_WIDTH:]
+        if seen != state.seq and state.seq:
+            # Somebody wrote it while the statement waited for its row: of that it sees nothing.
+            return state, self.find_checkpoint((*thread, ""), None)
+        if columns[0] is None:
+            return state, FoundThread(state)
+        return state, FoundCheckpoint(*thread, state, CheckpointRow(*columns), head_seq)
 
 
 @cache

@@ -45,10 +45,10 @@ from agentflow.checkpoint.sql.statements import (
 from agentflow.database.session import Session
 from agentflow.failpoints import failpoint
 
-_C = ", ".join(f"c.{name}" for name in CheckpointRow._fields)
+C = ", ".join(f"c.{name}" for name in CheckpointRow._fields)
 _THREAD = "t.id, t.token, t.is_leased, t.seq"
-_THREAD_WIDTH = 4
-_TAKE_THREAD = (
+THREAD_WIDTH = 4
+TAKE_THREAD = (
     "INSERT INTO agentflow_threads AS t (tenant, thread_id, token, is_leased, seq) "
     "VALUES (?, ?, ?, TRUE, 0) ON CONFLICT (tenant, thread_id) DO UPDATE "
     "SET token = excluded.token, is_leased = TRUE WHERE t.token <= excluded.token "
@@ -99,7 +99,7 @@ class SqlRows(SqlDeletionVerbs, SqlObjectVerbs, Rows):
             "JOIN agentflow_threads t ON t.tenant = w.tenant AND t.thread_id = w.thread_id "
             f"ORDER BY t.id {self._lock_clause if lock else ''}",
         )
-        return {(row[0], row[1]): _thread_state(row[2:]) for row in rows}
+        return {(row[0], row[1]): thread_state(row[2:]) for row in rows}
 
     def _insert_threads(self, keys: Sequence[ThreadKey]) -> None:
         with self._session.transaction():
@@ -114,7 +114,7 @@ class SqlRows(SqlDeletionVerbs, SqlObjectVerbs, Rows):
             self._session,
             places,
             ("thread bigint", "ns text"),
-            f"SELECT {_C} FROM {{given}} JOIN agentflow_checkpoints c "
+            f"SELECT {C} FROM {{given}} JOIN agentflow_checkpoints c "
             "ON c.thread = w.thread AND c.ns = w.ns AND c.seq = (SELECT max(h.seq) "
             "FROM agentflow_checkpoints h WHERE h.thread = w.thread AND h.ns = w.ns)",
         )
@@ -190,8 +190,8 @@ class SqlRows(SqlDeletionVerbs, SqlObjectVerbs, Rows):
             rows = self._session.fetch(_FIND_BY_ID, (ns, checkpoint_id, ns, tenant, thread_id))
         if not rows:
             return None
-        thread = _thread_state(rows[0][:_THREAD_WIDTH])
-        head_seq, *columns = rows[0][_THREAD_WIDTH:]
+        thread = thread_state(rows[0][:THREAD_WIDTH])
+        head_seq, *columns = rows[0][THREAD_WIDTH:]
         if columns[0] is None:
             return FoundThread(thread)
         return FoundCheckpoint(tenant, thread_id, thread, CheckpointRow(*columns), head_seq)
@@ -223,7 +223,7 @@ class SqlRows(SqlDeletionVerbs, SqlObjectVerbs, Rows):
             narrow("c.seq < ?", query.after)
         # The page is chosen from the indexes before any row is read.
         rows = self._session.fetch(
-            f"SELECT t.thread_id, {_THREAD}, {_C}, (SELECT max(h.seq) FROM agentflow_checkpoints h "
+            f"SELECT t.thread_id, {_THREAD}, {C}, (SELECT max(h.seq) FROM agentflow_checkpoints h "
             "WHERE h.thread = c.thread AND h.ns = c.ns) FROM (SELECT c.thread, c.ns, c.seq "
             "FROM agentflow_threads t JOIN agentflow_checkpoints c ON c.thread = t.id "
             f"WHERE {' AND '.join(conditions)} ORDER BY {order} LIMIT ?) p "
@@ -235,8 +235,8 @@ class SqlRows(SqlDeletionVerbs, SqlObjectVerbs, Rows):
             FoundCheckpoint(
                 query.tenant,
                 row[0],
-                _thread_state(row[1 : 1 + _THREAD_WIDTH]),
-                CheckpointRow(*row[1 + _THREAD_WIDTH : -1]),
+                thread_state(row[1 : 1 + THREAD_WIDTH]),
+                CheckpointRow(*row[1 + THREAD_WIDTH : -1]),
                 row[-1],
             )
             for row in rows
@@ -339,7 +339,7 @@ class SqlRows(SqlDeletionVerbs, SqlObjectVerbs, Rows):
             f"WHERE {narrowed} AND t.id > ? ORDER BY t.id LIMIT ?",
             [*parameters, after, limit],
         )
-        return [((row[0], row[1]), _thread_state(row[2:])) for row in rows]
+        return [((row[0], row[1]), thread_state(row[2:])) for row in rows]
 
     def count_checkpoints(self, tenant: str | None, thread_id: str | None) -> int:
         sql = "SELECT count(*) FROM agentflow_checkpoints"
@@ -384,8 +384,8 @@ class SqlRows(SqlDeletionVerbs, SqlObjectVerbs, Rows):
             FoundCheckpoint(
                 tenant,
                 thread_id,
-                _thread_state(row[:_THREAD_WIDTH]),
-                CheckpointRow(*row[_THREAD_WIDTH:-1]),
+                thread_state(row[:THREAD_WIDTH]),
+                CheckpointRow(*row[THREAD_WIDTH:-1]),
                 row[-1],
             )
             for row in rows
@@ -418,10 +418,10 @@ class SqlRows(SqlDeletionVerbs, SqlObjectVerbs, Rows):
         )
 
     def set_lease(self, thread: ThreadKey, token: int, *, is_leased: bool) -> ThreadState | None:
-        sql = _TAKE_THREAD if is_leased else _GIVE_THREAD_BACK
+        sql = TAKE_THREAD if is_leased else _GIVE_THREAD_BACK
         rows = self._session.commit_by(sql, (*thread, token))
         if rows:
-            return _thread_state(rows[0])
+            return thread_state(rows[0])
         return self.load_states({thread: ()})[thread][0] if is_leased else None
 
     def raise_tokens(self, by: int) -> None:
@@ -438,7 +438,8 @@ def _replacement(row: ValueRow) -> tuple[bytes, int, int, int]:
     return (row.data, row.thread, row.series, row.start)
 
 
-def _thread_state(row: Sequence[Any]) -> ThreadState:
+def thread_state(row: Sequence[Any]) -> ThreadState:
+    """Return the state of a thread by the columns of `_THREAD`."""
     number, token, is_leased, seq = row
     return ThreadState(number, token, bool(is_leased), seq)
 
@@ -457,12 +458,12 @@ _REPLACE_VALUE = (
 )
 _HEAD_SEQ = "(SELECT max(h.seq) FROM agentflow_checkpoints h WHERE h.thread = t.id AND h.ns = ?)"
 _FIND_HEAD = (
-    f"SELECT {_THREAD}, c.seq, {_C} FROM agentflow_threads t LEFT JOIN agentflow_checkpoints c "
+    f"SELECT {_THREAD}, c.seq, {C} FROM agentflow_threads t LEFT JOIN agentflow_checkpoints c "
     f"ON c.thread = t.id AND c.ns = ? AND c.seq = {_HEAD_SEQ} "
     "WHERE t.tenant = ? AND t.thread_id = ?"
 )
 _FIND_BY_ID = (
-    f"SELECT {_THREAD}, {_HEAD_SEQ}, {_C} FROM agentflow_threads t "
+    f"SELECT {_THREAD}, {_HEAD_SEQ}, {C} FROM agentflow_threads t "
     "LEFT JOIN agentflow_checkpoints c ON c.thread = t.id AND c.checkpoint_id = ? AND c.ns = ? "
     "WHERE t.tenant = ? AND t.thread_id = ?"
 )
@@ -473,7 +474,7 @@ _LINE = (
     "UNION ALL SELECT c.thread, c.ns, c.seq, c.parent_id, l.depth + 1 "
     "FROM line l JOIN agentflow_checkpoints c "
     "ON c.thread = l.thread AND c.ns = l.ns AND c.checkpoint_id = l.parent_id WHERE l.depth < ?) "
-    f"SELECT {_THREAD}, {_C}, (SELECT max(h.seq) FROM agentflow_checkpoints h "
+    f"SELECT {_THREAD}, {C}, (SELECT max(h.seq) FROM agentflow_checkpoints h "
     "WHERE h.thread = c.thread AND h.ns = c.ns) FROM line l JOIN agentflow_checkpoints c "
     "ON c.thread = l.thread AND c.ns = l.ns AND c.seq = l.seq "
     "JOIN agentflow_threads t ON t.id = l.thread ORDER BY l.depth"

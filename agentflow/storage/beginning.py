@@ -1,0 +1,87 @@
+"""Attempts that begin with their claim, where there is no doubt of where they go on.
+
+Any other one begins with `start_attempt`, after its driver has read the thread and brought it to
+where the run is to go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy as sa
+
+from agentflow.database.tables import runs
+from agentflow.storage.opening import Opening
+from agentflow.storage.pauses import reason_to_stop
+from agentflow.storage.rows import Payloads
+from agentflow.types import AttemptStart, NewEvent, RunStatus, TakenThread, progress_of
+
+
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """What noting that an attempt begins does to its run."""
+
+    event: NewEvent
+    changes: Mapping[str, Any]
+    started: AttemptStart
+
+
+def begin_event(
+    reason: str, *, attempt: int, checkpoint_id: str | None, step: int | None, worker: str
+) -> NewEvent:
+    """Return the event of an attempt that begins."""
+    facts = {"attempt": attempt, "checkpoint": checkpoint_id, "step": step, "worker": worker}
+    if reason == "start":
+        return NewEvent(type="run.started", data=facts)
+    return NewEvent(type="run.resumed", data={**facts, "reason": reason})
+
+
+def beginning(
+    opening: Opening,
+    payloads: Payloads,
+    row: sa.Row[Any],
+    thread: TakenThread,
+    now: datetime,
+    *,
+    worker: str,
+    attempt: int,
+    losses: int,
+) -> Beginning | None:
+    """Return how an attempt begins whose run is being claimed; `None` if it does so by itself.
+
+    Args:
+        opening: What the claim is to open.
+        payloads: How the store encodes.
+        row: The run as it was, locked, neither damaged nor to be rolled back.
+        thread: Its thread, which was taken.
+        now: The database's time.
+        worker: Who claims it.
+        attempt: Counted with this one.
+        losses: Counted with the last attempt.
+    """
+    fingerprint = opening.fingerprints.get((row.graph, row.version))
+    is_as_it_was = fingerprint is not None and fingerprint == row.fingerprint
+    if not is_as_it_was or not _is_plain(row, thread) or reason_to_stop(row, payloads.time(now)):
+        return None
+    place = {"checkpoint_id": row.checkpoint_id, "step": row.step}
+    is_first = row.wake_reason == "start"
+    return Beginning(
+        begin_event(row.wake_reason, attempt=attempt, worker=worker, **place),
+        {"progress": progress_of(None, 0, 0)} if is_first else {},
+        AttemptStart(
+            attempt=attempt, failures=payloads.load(runs.c.failures, row) or {}, losses=losses
+        ),
+    )
+
+
+def _is_plain(row: sa.Row[Any], thread: TakenThread) -> bool:
+    """Whether it goes on where the run's row says, and nothing has to be done before."""
+    if row.status == RunStatus.RUNNING or row.resume_from is not None or row.saga is not None:
+        return False
+    if row.wake_reason == "start":
+        return thread.is_new and row.checkpoint_id is None and row.forked_from is None
+    is_there = row.checkpoint_id is not None and row.checkpoint_id == thread.checkpoint_id
+    return is_there and row.wake_reason == "approval"
