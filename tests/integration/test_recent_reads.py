@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+from functools import partial
+
+import psycopg
 import pytest
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import Checkpoint, CheckpointTuple, empty_checkpoint
 
 from agentflow.checkpoint import Saver
+from agentflow.checkpoint.base import _Kept
+from agentflow.checkpoint.rows import CheckpointRow, FoundCheckpoint
 from agentflow.checkpoint.sql.rows import SqlRows
+from agentflow.codec import Codec
+from agentflow.config import Settings
+from agentflow.database import Database
 from agentflow.types import FencingToken, Lease, new_id
 
 AT: RunnableConfig = {"configurable": {"thread_id": "t", "checkpoint_ns": ""}}
@@ -80,3 +89,37 @@ async def test_what_the_next_holder_wrote_is_read(saver: Saver) -> None:
     await saver.release(lease(2))
     await put(saver, (await read(saver)).config, "three")
     assert (await read(second)).checkpoint["channel_values"]["x"] == ["three"]
+
+
+@pytest.mark.postgres
+async def test_what_was_written_while_a_claim_waited_for_the_thread_is_read(
+    postgres_url: str,
+) -> None:
+    """One statement takes the thread and finds its head, and sees nothing of what it waits for."""
+    codec, database = Codec(), Database(postgres_url, Settings())
+    saver = Saver(database, codec=codec, owns_database=True)
+    async with saver:
+        await saver.acquire(lease(1))
+        await put(saver.with_lease(lease(1)), AT, "one")
+        changed = {"seq", "checkpoint_id", "run_id"}
+        columns = ", ".join(name for name in CheckpointRow._fields if name not in changed)
+        with psycopg.connect(postgres_url) as other:
+            other.execute("UPDATE agentflow_threads SET seq = seq + 1")
+            other.execute(
+                f"INSERT INTO agentflow_checkpoints (seq, checkpoint_id, run_id, {columns}) "
+                f"SELECT seq + 1, 'c2', 'late', {columns} FROM agentflow_checkpoints"
+            )
+            taking = asyncio.create_task(
+                database.write(partial(saver.take_within, lease=lease(2), is_read=True))
+            )
+            with psycopg.connect(postgres_url, autocommit=True) as watch:
+                waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
+                while watch.execute(waiting).fetchone() == (0,):  # noqa: ASYNC110 -- it tells nobody
+                    await asyncio.sleep(0)
+            other.commit()
+        taken = await taking
+    assert isinstance(taken.kept, _Kept)
+    assert taken.kept.recent is not None
+    found = taken.kept.recent.find_checkpoint(("", "t", ""), None)
+    assert isinstance(found, FoundCheckpoint)
+    assert found.row.run_id == "late"
