@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from datetime import datetime, timedelta
+from functools import lru_cache
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -30,6 +31,8 @@ _QUALIFIERS = {
 _MAX_PRIORITY = 2**31 - 1
 _MAX_LENGTH = timedelta(days=365_000)
 _LENGTH = "must be a timedelta or seconds, above 0 and within a thousand years"
+_SCHEMAS = 256
+"""How many types it is remembered of how they are checked: to find out takes most of a check."""
 _CONFIG_KEYS = {"configurable", "recursion_limit", "tags"}
 
 
@@ -263,7 +266,7 @@ def _check_keys(schema: Any, value: Mapping[str, Any], subject: str) -> None:
 
     A key with a reducer takes whatever its reducer takes, so its type is not checked.
     """
-    hints = get_type_hints(schema, include_extras=True)
+    hints = _hints(schema)
     if not hints:
         return
     unknown = sorted(str(key) for key in value if key not in hints)
@@ -282,8 +285,7 @@ def _check_keys(schema: Any, value: Mapping[str, Any], subject: str) -> None:
 
 def _check_type(schema: Any, value: Any, subject: str, prefix: str = "") -> None:
     try:
-        config = None if _has_own_config(schema) else ConfigDict(arbitrary_types_allowed=True)
-        adapter: TypeAdapter[Any] = TypeAdapter(_checkable(schema), config=config)
+        adapter = _adapter(schema) if _is_hashable(schema) else _make_adapter(schema)
         adapter.validate_python(value)
     except ValidationError as exc:
         problems = tuple(
@@ -295,6 +297,30 @@ def _check_type(schema: Any, value: Any, subject: str, prefix: str = "") -> None
     except (PydanticUserError, TypeError, NameError):
         # The annotation is not one that can be checked; the graph will judge the value itself.
         return
+
+
+@lru_cache(maxsize=_SCHEMAS)
+def _hints(schema: type[Any]) -> Mapping[str, Any]:
+    return get_type_hints(schema, include_extras=True)
+
+
+@lru_cache(maxsize=_SCHEMAS)
+def _adapter(schema: Any) -> TypeAdapter[Any]:
+    return _make_adapter(schema)
+
+
+def _make_adapter(schema: Any) -> TypeAdapter[Any]:
+    config = None if _has_own_config(schema) else ConfigDict(arbitrary_types_allowed=True)
+    return TypeAdapter(_checkable(schema), config=config)
+
+
+def _is_hashable(schema: Any) -> bool:
+    """Whether a type can be looked up; `Annotated` with a dictionary cannot."""
+    try:
+        hash(schema)
+    except TypeError:
+        return False
+    return True
 
 
 def _unqualified(hint: Any) -> Any:

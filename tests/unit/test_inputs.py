@@ -108,6 +108,15 @@ def test_input_that_does_not_fit_is_refused_by_place(schema: Any, value: Any, pr
     assert refused.value.subject == "input for graph 'g'"
 
 
+def test_type_that_cannot_be_looked_up_is_checked_too() -> None:
+    schema = Annotated[int, {"unit": "dollars"}]
+    with pytest.raises(TypeError):
+        hash(schema)
+    for _ in range(2):
+        with pytest.raises(InvalidInputError, match="valid integer"):
+            check_input(registered(Typed, input_schema=schema), "many")
+
+
 def test_all_problems_are_told_at_once_and_without_the_values() -> None:
     with pytest.raises(InvalidInputError) as refused:
         check_input(registered(Typed), {"text": 1, "count": "hunter2", "other": 1})
