@@ -413,7 +413,12 @@ class AgentFlow:
         create = partial(
             self._store.create_run, self.tenant, spec, on_existing=on_existing, on_busy=on_busy
         )
-        run = (await self._offers.hand(lambda taker: create(claimant=taker))).run
+        graph = (registered.name, registered.version)
+        created = await self._offers.hand(
+            lambda claimant: create(claimant=claimant),
+            lambda claimant: claimant.wants(spec.queue, graph),
+        )
+        run = created.run
         return RunHandle(self, run.id, run.thread_id)
 
     async def fork(

@@ -123,7 +123,11 @@ class Approvals:
                 idempotency_key=idempotency_key,
                 request=shown.request,
             )
-            resolved, _ = await self._offers.hand(lambda taker: resolve(claimant=taker))
+            resolved, _ = await self._offers.hand(
+                lambda claimant: resolve(claimant=claimant),
+                # Of which version it is, and in which queue, is seen when it is locked.
+                lambda claimant: any(name == shown.graph for name, _ in claimant.graphs),
+            )
             span.set_attribute(APPROVAL_OUTCOME, parsed.type)
             if resolved.decided_at is not None:
                 waited = resolved.decided_at - resolved.created_at

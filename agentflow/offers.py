@@ -30,6 +30,10 @@ Verb = Callable[[Claimant | None], Awaitable[H]]
 class Taker(Protocol):
     """Who takes runs at once if it can."""
 
+    @property
+    def claimant(self) -> Claimant:
+        """As whom it claims, and what."""
+
     def take(self, verb: Verb[H]) -> asyncio.Future[H] | None:
         """Run a verb and drive what it claims; `None` if this is no time for it, or no place.
 
@@ -52,9 +56,13 @@ class Offers:
         """Ask it no more."""
         self._takers.remove(taker)
 
-    async def hand(self, verb: Verb[H]) -> H:
-        """Run a verb that makes a run due, for a worker if there is one that can take it."""
+    async def hand(self, verb: Verb[H], wants: Callable[[Claimant], bool]) -> H:
+        """Run a verb that makes a run due, for a worker if there is one that can take it.
+
+        The first that `wants` says it of, and that has room; what it does not take after all is
+        queued.
+        """
         for taker in self._takers:
-            if (taken := taker.take(verb)) is not None:
+            if wants(taker.claimant) and (taken := taker.take(verb)) is not None:
                 return await asyncio.shield(taken)
         return await verb(None)

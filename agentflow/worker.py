@@ -120,7 +120,7 @@ class Worker:
         self._sweep = sweep
         self._sweep_every = sweep_every
         self._offers = offers
-        self._claimant = Claimant(
+        self._claims_as = Claimant(
             worker=self.name,
             instance=self._instance,
             lease=settings.lease,
@@ -131,7 +131,8 @@ class Worker:
         self._offered: set[asyncio.Task[Any]] = set()
         self._has_more = True
         """Whether there may be runs that it has not claimed yet."""
-        self._active: dict[str, _Active] = {}
+        self._active: dict[Lease, _Active] = {}
+        """A run may begin anew while its last attempt is still ending."""
         self._claimed = 0
         self._answered_at = monotonic()
         self._alone_until = 0.0
@@ -217,6 +218,11 @@ class Worker:
         is_alone = any(active.control.is_isolated for active in self._active.values())
         return 0 if is_alone else self._concurrency - len(self._active) - len(self._offered)
 
+    @property
+    def claimant(self) -> Claimant:
+        """As whom it claims, and what."""
+        return self._claims_as
+
     def take(self, verb: Verb[H]) -> asyncio.Future[H] | None:
         """See `Taker`: what is offered is taken if nothing else waits for the room."""
         here = self._here
@@ -233,7 +239,7 @@ class Worker:
 
     async def _take_offered(self, verb: Verb[H]) -> H:
         since = monotonic()
-        handed = await verb(self._claimant)
+        handed = await verb(self._claims_as)
         claimed = handed.claimed
         if claimed is not None and self._here is not None:
             self._claimed += 1
@@ -295,10 +301,11 @@ class Worker:
 
     async def _settle(self) -> None:
         """Wait for what is still being driven, for as long as there is time."""
-        if self._offered:
-            await asyncio.wait(self._offered)  # no longer than one transaction
         grace = self._settings.grace.total_seconds()
-        await self._wait_for_active(grace * _PATIENT)
+        began = monotonic()
+        if self._offered:
+            await asyncio.wait(self._offered, timeout=grace * _PATIENT)
+        await self._wait_for_active(max(0.0, began + grace * _PATIENT - monotonic()))
         for active in self._active.values():
             active.control.give_up()
         await self._wait_for_active(grace * (1 - _PATIENT))
@@ -316,6 +323,7 @@ class Worker:
         if (room := self._room()) <= 0:
             return
         since = monotonic()
+        self._has_more = True  # until it is known: what is offered meanwhile waits its turn
         claimed = await self._store.claim_runs(
             self._tenant,
             worker=self.name,
@@ -324,7 +332,7 @@ class Worker:
             graphs=list(self._graphs),
             limit=room,
             lease=self._settings.lease,
-            opening=self._claimant.opening,
+            opening=self._claims_as.opening,
         )
         self._claimed += len(claimed)
         self._has_more = len(claimed) == room
@@ -375,7 +383,7 @@ class Worker:
         driving = self._drive(here.driver, claimed, control, since)
         # Nothing of the context of whoever has offered it.
         task = here.group.create_task(driving, context=here.context.copy())
-        self._active[claimed.run.id] = _Active(control, task)
+        self._active[claimed.lease] = _Active(control, task)
 
     async def _drive(
         self, driver: Driver, claimed: ClaimedRun, control: AttemptControl, since: float
@@ -389,7 +397,7 @@ class Worker:
             logger.exception("attempt ended unexpectedly", extra={"run_id": run.id})
         finally:
             had_room = self._room() > 0
-            del self._active[run.id]
+            del self._active[claimed.lease]
             if not had_room and self._listener is not None:
                 self._listener.wake()
 

@@ -164,9 +164,9 @@ class Saver(MaintenanceVerbs, BaseCheckpointSaver[str]):
             lease: What the database compares with the thread's.
             check: Called before anything is accepted; raises what the caller of a put is to get.
             taken: What `take_within` found, if the thread was taken that way.
-            is_input_followed: Whether `aput` returns at once with a checkpoint of an input, which
-                LangGraph waits for only together with the one that follows: it is durable no later
-                than that. What goes wrong with it goes wrong with that, too.
+            is_input_followed: Whether `aput` returns at once with a checkpoint of an input, for
+                which LangGraph waits only before the one that follows: it is durable no later than
+                that. What goes wrong with it goes wrong with that, too.
         """
         clone = copy.copy(self)
         clone._lease, clone._check = lease, check

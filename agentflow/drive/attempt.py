@@ -20,6 +20,7 @@ from typing import Any
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import BaseCheckpointSaver
+from langgraph.constants import START
 from langgraph.errors import GraphDrained, NodeTimeoutError
 from langgraph.pregel import Pregel
 from langgraph.types import Command, StateSnapshot
@@ -119,7 +120,8 @@ class Attempt:
                 claimed.lease,
                 check=control.check,
                 taken=claimed.thread,
-                is_input_followed=True,
+                # Nodes that the input itself triggers run beside its checkpoint.
+                is_input_followed=START in registered.graph.nodes,
             )
             if isinstance(saver, Saver)
             else saver

@@ -26,7 +26,7 @@ from agentflow.errors import (
 )
 from agentflow.lease import LeaseKeeper
 from agentflow.storage import Opening, RunStore
-from agentflow.telemetry import fail_span, is_traced, segment_span
+from agentflow.telemetry import fail_span, segment_span
 from agentflow.threads import NodeThreads
 from agentflow.types import ClaimedRun, Lease
 
@@ -152,9 +152,8 @@ def opening(
     """Return how a claim opens an attempt, if runs are in the database of their checkpoints."""
     if not isinstance(saver, Saver):
         return None
-    # What traces an attempt is known only when that has begun.
     fingerprints = {key: each.fingerprint.digest for key, each in graphs.items()}
-    return Opening(take_thread=saver.take_within, fingerprints={} if is_traced() else fingerprints)
+    return Opening(take_thread=saver.take_within, fingerprints=fingerprints)
 
 
 async def acquire(store: RunStore, saver: BaseCheckpointSaver[Any], lease: Lease) -> Lease:

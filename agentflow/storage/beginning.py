@@ -14,9 +14,11 @@ from typing import Any
 import sqlalchemy as sa
 
 from agentflow.database.tables import runs
+from agentflow.errors import CodecError
 from agentflow.storage.opening import Opening
 from agentflow.storage.pauses import reason_to_stop
 from agentflow.storage.rows import Payloads
+from agentflow.telemetry import is_traced
 from agentflow.types import AttemptStart, NewEvent, RunStatus, TakenThread, progress_of
 
 
@@ -63,17 +65,20 @@ def beginning(
         losses: Counted with the last attempt.
     """
     fingerprint = opening.fingerprints.get((row.graph, row.version))
-    is_as_it_was = fingerprint is not None and fingerprint == row.fingerprint
+    # What traces an attempt is known only when that has begun.
+    is_as_it_was = fingerprint is not None and fingerprint == row.fingerprint and not is_traced()
     if not is_as_it_was or not _is_plain(row, thread) or reason_to_stop(row, payloads.time(now)):
         return None
+    try:
+        failures = payloads.load(runs.c.failures, row) or {}
+    except CodecError:
+        return None  # its own attempt fails at that, and not the claim of all others
     place = {"checkpoint_id": row.checkpoint_id, "step": row.step}
     is_first = row.wake_reason == "start"
     return Beginning(
         begin_event(row.wake_reason, attempt=attempt, worker=worker, **place),
         {"progress": progress_of(None, 0, 0)} if is_first else {},
-        AttemptStart(
-            attempt=attempt, failures=payloads.load(runs.c.failures, row) or {}, losses=losses
-        ),
+        AttemptStart(attempt=attempt, failures=failures, losses=losses),
     )
 
 

@@ -139,7 +139,8 @@ def offer(
 ) -> Hold | None:
     """Give a run to whom it is offered, in the one change that makes it due.
 
-    Its thread is locked. Nobody else can have it, since a run that waits keeps it to itself.
+    Its thread is locked, and was before it was looked at, or else it is held by the run, which
+    waits: no other run of it can have been claimed in between.
 
     Args:
         connection: The transaction's.

@@ -38,7 +38,7 @@ class Opening:
 
     take_thread: TakeThread
     fingerprints: Mapping[Graph, str]
-    """Of the graphs as they are registered. Where one is missing attempts are not noted."""
+    """Of the graphs as they are registered."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

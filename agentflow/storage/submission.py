@@ -14,7 +14,7 @@ from agentflow.database.tables import runs
 from agentflow.errors import IdempotencyConflictError, ThreadBusyError
 from agentflow.storage.base import OnBusy, OnExisting
 from agentflow.storage.claims import offer
-from agentflow.storage.due import OFFERED_NEW
+from agentflow.storage.due import LOOK_AT_NEW
 from agentflow.storage.endings import cancel_or_ask
 from agentflow.storage.holding import Hold
 from agentflow.storage.letters import requeue
@@ -28,7 +28,7 @@ from agentflow.storage.rows import (
     insert_run,
     to_run,
 )
-from agentflow.storage.tokens import lock_thread, take_and_look
+from agentflow.storage.tokens import lock_thread
 from agentflow.types import FencingToken, NewEvent, RunSpec, RunStatus
 
 _COLUMNS = tuple(column.name for column in runs.c)
@@ -103,10 +103,10 @@ def _create(
     connection: Connection,
 ) -> Created | None:
     """Insert a run, claimed if it can be; `None` if there is one of this id."""
-    # Under the lock the runs of a thread are numbered in the order in which they are committed.
     is_offered = claimant is not None and on_busy == "enqueue"
-    thread = _look(connection, tenant, spec) if is_offered else None
-    now = (thread or lock_thread(connection, tenant, spec.thread_id)).now
+    # Under the lock the runs of a thread are numbered in the order in which they are committed.
+    thread = lock_thread(connection, tenant, spec.thread_id, is_taken=is_offered)
+    now = thread.now
     if on_busy != "enqueue":
         if find_run(connection, tenant, spec.run_id, lock=False) is not None:
             return None
@@ -114,21 +114,22 @@ def _create(
     new = {**row, "created_at": now, **_times(payloads.time(now), spec)}
     made, log = row_of(_COLUMNS, new), [_submitted(spec)]
     held: Hold | None = None
-    if thread is not None and claimant is not None:
+    if is_offered and claimant is not None:
         token = FencingToken(thread.token)
-        held = offer(connection, payloads, made, thread, now, claimant, token)
+        look = _look(connection, tenant, spec)
+        held = offer(connection, payloads, made, look, now, claimant, token)
     if held is None:
         is_new = insert_run(connection, payloads, new, now, log)
         return Created(to_run(made, payloads), is_new=True) if is_new else None
     new |= {"status": RunStatus.RUNNING.value, **held.changes}
     if not insert_run(connection, payloads, new, now, [*log, *held.log]):
-        # Stored meanwhile, on another thread: on this one it would have been seen.
+        # Stored meanwhile, on another thread: on this one, which is locked, it would be known.
         raise IdempotencyConflictError(spec.run_id, "thread")
     return Created(held.claimed.run, is_new=True, claimed=held.claimed)
 
 
 def _look(connection: Connection, tenant: str, spec: RunSpec) -> sa.Row[Any]:
-    """Lock the thread, give it the next token, and look whether a run of it can be claimed."""
+    """Look whether a run can be claimed whose thread is locked."""
     named = {
         "of_tenant": tenant,
         "of_thread": spec.thread_id,
@@ -136,7 +137,7 @@ def _look(connection: Connection, tenant: str, spec: RunSpec) -> sa.Row[Any]:
         "graph": spec.graph,
         "queue": spec.queue,
     }
-    return take_and_look(connection, OFFERED_NEW, named)
+    return LOOK_AT_NEW.one(connection, named)
 
 
 def _submitted(spec: RunSpec) -> NewEvent:

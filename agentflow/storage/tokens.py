@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -63,7 +62,7 @@ _LEAST_TOKEN = sa.select(sa.func.coalesce(sa.func.max(epochs.c.token), 0)).scala
 
 
 @cache
-def _lock_thread(dialect: str, step: int, *asked: sa.Label[Any]) -> Prepared:
+def _lock_thread(dialect: str, step: int) -> Prepared:
     """Return the statement that makes or locks the row of a thread, and raises its token."""
     new: dict[str, Any] = {
         "tenant": sa.bindparam("of_tenant"),
@@ -76,24 +75,19 @@ def _lock_thread(dialect: str, step: int, *asked: sa.Label[Any]) -> Prepared:
         insert_of(dialect, leases)
         .values(new)
         .on_conflict_do_update(index_elements=["tenant", "thread_id"], set_={"token": known})
-        .returning(leases.c.token, StoreNow().label("now"), *asked)
+        .returning(leases.c.token, StoreNow().label("now"))
     )
 
 
-def lock_thread(connection: Connection, tenant: str, thread_id: str) -> sa.Row[Any]:
-    """Lock a thread against claims and submissions; return its `token`, and what time it is."""
-    named: dict[str, Any] = {"of_tenant": tenant, "of_thread": thread_id}
-    return _lock_thread(connection.dialect.name, 0).one(connection, named)
-
-
-def take_and_look(
-    connection: Connection, asked: Sequence[sa.Label[Any]], named: Mapping[str, Any]
+def lock_thread(
+    connection: Connection, tenant: str, thread_id: str, *, is_taken: bool = False
 ) -> sa.Row[Any]:
-    """Lock a thread as `lock_thread` does, give it the next token, and ask something beside that.
+    """Lock a thread against claims and submissions; return its `token`, and what time it is.
 
-    `named` has the thread (`of_tenant`, `of_thread`), and the parameters of what is asked.
+    `is_taken` gives it the next token first.
     """
-    return _lock_thread(connection.dialect.name, 1, *asked).one(connection, named)
+    named: dict[str, Any] = {"of_tenant": tenant, "of_thread": thread_id}
+    return _lock_thread(connection.dialect.name, int(is_taken)).one(connection, named)
 
 
 def take_thread(connection: Connection, row: sa.Row[Any]) -> FencingToken | None:

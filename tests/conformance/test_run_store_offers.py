@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -20,6 +21,7 @@ from tests.conformance.runs import (
     claim_all,
     create,
     finish,
+    open_store,
     park,
     question,
     running,
@@ -185,6 +187,32 @@ async def test_offer_of_a_run_that_is_known_changes_nothing(store: RunStore) -> 
     with pytest.raises(IdempotencyConflictError):
         await offer(store, thread_id="another")
     assert await types_of_events(store, "r") == ["run.submitted", "run.claimed", "run.succeeded"]
+
+
+async def test_of_two_runs_offered_for_one_thread_at_once_one_is_claimed(
+    store: RunStore, database_url: str
+) -> None:
+    """By stores that each have a writer of their own, as two processes have."""
+    other = open_store(database_url)
+    for i in range(20):
+        both = [
+            offer(each, f"{i}{name}", thread_id=f"t{i}")
+            for each, name in zip([store, other], "ab", strict=True)
+        ]
+        created = await asyncio.gather(*both)
+        assert sorted(each.claimed is not None for each in created) == [False, True]
+    await other.close()
+
+
+async def test_one_run_offered_by_two_at_once_is_stored_and_claimed_once(
+    store: RunStore, database_url: str
+) -> None:
+    other = open_store(database_url)
+    for i in range(20):
+        created = await asyncio.gather(offer(store, f"r{i}"), offer(other, f"r{i}"))
+        assert sorted(each.is_new for each in created) == [False, True]
+        assert all(each.is_new == (each.claimed is not None) for each in created)
+    await other.close()
 
 
 @pytest.mark.parametrize("on_busy", ["interrupt", "rollback", "reject"])

@@ -19,7 +19,6 @@ from agentflow.database.prepared import Prepared
 from agentflow.database.session import Session
 from agentflow.storage import claims, due, endings
 from agentflow.storage.rows import Payloads
-from agentflow.storage.tokens import take_and_look
 
 WAITING = 20_000
 SMALL = (
@@ -36,10 +35,8 @@ SMALL = (
 )
 """Indexes that do not hold the runs that wait, and those that lead to the runs of one thread, to
 one run or to one event."""
-_NO_TABLE = (
-    r"(?: \d+)? CONSTANT| \(subquery| anon_1|(?: on)? agentflow_pauses|(?: on)? agentflow_epochs"
-)
-"""What else they go through: what SQLite makes up, and the few rows of pauses and of epochs."""
+_NO_TABLE = r"(?: \d+)? CONSTANT| \(subquery| anon_1|(?: on)? agentflow_pauses"
+"""What else they go through: what SQLite makes up, and the few rows of what is paused."""
 _COLUMNS = (
     "tenant, run_id, thread_id, graph, version, queue, status, priority, available_at, "
     "wake_reason, attempt, claims, is_dead_letter, created_at, event_seq, event_hash, "
@@ -109,7 +106,7 @@ def test_what_workers_ask_again_and_again_is_found_by_an_index(
     )
     asked_for = {"run_id": "new", "graph": "g", "queue": "default"}
     thread = {"of_tenant": "", "of_thread": "t5"}
-    look = take_and_look(crowded, due.OFFERED_NEW, {**thread, **asked_for})
+    look = due.LOOK_AT_NEW.one(crowded, {**thread, **asked_for})
     assert look.is_behind, "a run of the thread waits"
     sa.event.remove(crowded, "before_cursor_execute", _note)
     monkeypatch.undo()

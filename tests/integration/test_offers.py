@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections.abc import AsyncIterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +16,7 @@ from agentflow import AgentFlow, request_approval
 from agentflow.checkpoint import Saver
 from agentflow.control import AttemptControl, current_attempt
 from agentflow.errors import FencedError, NotFoundError
-from agentflow.types import AuditEvent, FencingToken, Lease, RunStatus
+from agentflow.types import AuditEvent, ClaimedRun, FencingToken, Lease, RunStatus
 from agentflow.worker import Worker
 from tests.integration.graphs import State, chain
 
@@ -146,6 +149,7 @@ async def test_large_state_is_read_whole_after_a_decision(app: AgentFlow) -> Non
         (approval,) = await handle.approvals()
         await app.approvals.decide(approval, "approve", by="ada")
         assert await handle.result() == {"log": [*text, "approve"]}
+        assert together(await app.list_events(handle.id), GONE_ON)
 
 
 async def test_full_worker_leaves_a_submission_in_the_queue(app: AgentFlow) -> None:
@@ -178,21 +182,123 @@ async def test_worker_that_drains_takes_nothing_more(app: AgentFlow) -> None:
 
 
 async def test_submission_during_which_the_worker_is_told_to_go_is_given_back(
-    app: AgentFlow,
+    tmp_path: Path,
 ) -> None:
+    path = tmp_path / "runs.db"
+    async with AgentFlow(f"sqlite:///{path}") as app:
+        app.register(chain(("ask", ask)), name="g")
+        worker = app.worker()
+        async with worker:
+            await idle(app)
+            with closing(sqlite3.connect(path, isolation_level=None)) as other:
+                other.execute("BEGIN IMMEDIATE")
+                submitting = asyncio.create_task(_submit(app))
+                while not worker._offered:  # noqa: ASYNC110 -- it tells nobody
+                    await asyncio.sleep(0)
+                worker.stop()
+                while worker._here is not None:  # noqa: ASYNC110 -- nor of that
+                    await asyncio.sleep(0)
+                other.execute("ROLLBACK")
+                await submitting
+        run = await app.get_run("r")
+        assert (run.status, run.attempt) == (RunStatus.QUEUED, 0)
+        kinds = [event.type for event in await app.list_events("r")]
+        assert kinds == [*BEGUN, "run.released"]
+        async with app.worker():
+            await app.wait("r", until="parked")
+
+
+async def test_worker_goes_in_time_although_what_it_was_offered_is_stuck(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AGENTFLOW_GRACE", "0.5")
+    path = tmp_path / "runs.db"
+    async with AgentFlow(f"sqlite:///{path}") as app:
+        app.register(chain(("ask", ask)), name="g")
+        worker = app.worker()
+        async with worker:
+            await idle(app)
+            other = sqlite3.connect(path, isolation_level=None)
+            other.execute("BEGIN IMMEDIATE")
+            submitting = asyncio.create_task(_submit(app))
+            while not worker._offered:  # noqa: ASYNC110 -- it tells nobody
+                await asyncio.sleep(0)
+            worker.stop()
+            async with asyncio.timeout(10):
+                await worker._settle()
+            assert worker._offered, "it has not waited for that"
+            other.execute("ROLLBACK")
+            other.close()
+            await submitting
+
+
+async def test_decision_at_the_moment_of_the_park_leaves_the_worker_alive(app: AgentFlow) -> None:
+    """The next attempt begins while the last one is still ending."""
+
+    async def ask_again(state: State) -> State:
+        return {"log": [request_approval({"number": number}).type for number in range(8)]}
+
+    app.register(chain(("ask", ask_again)), name="g")
+    async with app.worker() as worker:
+        handles = [await app.submit("g", {}) for _ in range(4)]
+
+        async def approve(run_id: str) -> None:
+            for _ in range(8):
+                await app.wait(run_id, until="parked")
+                (approval,) = (await app.approvals.list(run_id=run_id)).items
+                await app.approvals.decide(approval, "approve", by="ada")
+                while (await app.approvals.get(approval.id)).status == "pending":
+                    pytest.fail("it was decided")
+
+        await asyncio.gather(*(approve(handle.id) for handle in handles))
+        for handle in handles:
+            assert await handle.result() == {"log": ["approve"] * 8}
+        assert worker.stats().health == "ok"
+
+
+async def test_claim_under_way_leaves_no_room_for_offers(
+    app: AgentFlow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it is going to find may fill the worker."""
+    claiming, go_on = asyncio.Event(), asyncio.Event()
+    claim_runs = app._store.claim_runs
+
+    async def slowly(*args: Any, **named: Any) -> list[ClaimedRun]:
+        claiming.set()
+        await go_on.wait()
+        return await claim_runs(*args, **named)
+
     app.register(chain(("ask", ask)), name="g")
-    worker = app.worker()
-    async with worker:
+    async with app.worker() as worker:
         await idle(app)
-        submitting = asyncio.create_task(_submit(app))
-        while not worker._offered:  # noqa: ASYNC110 -- it tells nobody
-            await asyncio.sleep(0)
-        worker.stop()
-        await submitting
-    run = await app.get_run("r")
-    assert (run.status, run.attempt) in {(RunStatus.QUEUED, 0), (RunStatus.QUEUED, 1)}
-    async with app.worker():
-        await app.wait("r", until="parked")
+        monkeypatch.setattr(app._store, "claim_runs", slowly)
+        assert worker._listener is not None
+        worker._listener.wake()
+        await claiming.wait()
+        handle = await app.submit("g", {})
+        status = (await app.get_run(handle.id)).status
+        go_on.set()
+        await handle.wait(until="parked")
+    assert status is RunStatus.QUEUED
+
+
+async def test_damaged_count_of_failures_keeps_no_other_run_from_being_claimed(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "runs.db"
+    async with AgentFlow(f"sqlite:///{path}") as app:
+        app.register(chain(("ask", ask)), name="g")
+        await app.submit("g", {}, run_id="bad")
+        await app.drive("bad")
+        with closing(sqlite3.connect(path)) as other:
+            other.execute("UPDATE agentflow_runs SET failures = x'00' WHERE run_id = 'bad'")
+            other.commit()
+        async with app.worker():
+            await idle(app)
+            (approval,) = (await app.approvals.list(run_id="bad")).items
+            await app.approvals.decide(approval, "approve", by="ada")
+            good = await app.submit("g", {})
+            await good.wait(until="parked")
 
 
 async def test_submission_whose_caller_is_gone_is_driven_all_the_same(app: AgentFlow) -> None:
