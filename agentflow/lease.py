@@ -53,6 +53,8 @@ class LeaseKeeper:
         self._is_urgent = threading.Event()
         """Somebody wants an attempt to stop, perhaps one of these."""
         self._changed = threading.Condition()
+        self._looks_at = 0.0
+        """When the guard looks again, unless it is woken."""
         self._threads = [
             threading.Thread(target=target, name=f"agentflow-{name}", daemon=True)
             for name, target in (("heartbeat", self._serve), ("guard", self._guard))
@@ -92,7 +94,8 @@ class LeaseKeeper:
                 self._is_started = True
                 for thread in self._threads:
                     thread.start()
-            self._changed.notify()
+            if control.next_look < self._looks_at:
+                self._changed.notify()
 
     def drop(self, lease: Lease) -> None:
         """Stop keeping a lease."""
@@ -111,10 +114,12 @@ class LeaseKeeper:
         while not self._stopped.is_set():
             with self._changed:
                 held = list(self._held.values())
-                soonest = min((entry.control.next_look for entry in held), default=None)
-                pause = None if soonest is None else soonest - monotonic()
-                if pause is None or pause > 0:
-                    self._changed.wait(None if pause is None else min(pause, TIMEOUT_MAX))
+                # Without a lease as if one were held from now on: one that is needs not wake it.
+                idle = self._safe_until(monotonic())
+                self._looks_at = min((entry.control.next_look for entry in held), default=idle)
+                pause = self._looks_at - monotonic()
+                if pause > 0:
+                    self._changed.wait(min(pause, TIMEOUT_MAX))
                     continue
             for entry in held:
                 self._look(entry)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping, Sequence
+from copy import copy
 from datetime import timedelta
 from functools import partial
 from types import MappingProxyType
@@ -126,14 +127,11 @@ class Attempt:
             if isinstance(saver, Saver)
             else saver
         )
-        self._graph = registered.graph.copy(
-            update={
-                "checkpointer": self._saver,
-                # Breakpoints are for debugging by hand; a run that stopped at one waits for nobody.
-                "interrupt_before_nodes": [],
-                "interrupt_after_nodes": [],
-            }
-        )
+        # Not by its own `copy`, which checks again what was checked when it was registered.
+        self._graph = copy(registered.graph)
+        self._graph.checkpointer = self._saver
+        # Breakpoints are for debugging by hand; a run that stopped at one waits for nobody.
+        self._graph.interrupt_before_nodes = self._graph.interrupt_after_nodes = []
         self._settlement = Settlement(store, self._saver, registered, claimed, control)
         self._journal = Journal(
             store,

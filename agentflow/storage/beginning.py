@@ -74,10 +74,13 @@ def beginning(
     except CodecError:
         return None  # its own attempt fails at that, and not the claim of all others
     place = {"checkpoint_id": row.checkpoint_id, "step": row.step}
-    is_first = row.wake_reason == "start"
+    changes: dict[str, Any] = {}
+    if row.wake_reason == "start":
+        changes["progress"] = progress_of(None, 0, 0)
+        changes["failures"] = payloads.dump(failures, runs.c.failures, row)
     return Beginning(
         begin_event(row.wake_reason, attempt=attempt, worker=worker, **place),
-        {"progress": progress_of(None, 0, 0)} if is_first else {},
+        changes,
         AttemptStart(attempt=attempt, failures=failures, losses=losses),
     )
 

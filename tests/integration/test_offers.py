@@ -16,12 +16,19 @@ from agentflow import AgentFlow, request_approval
 from agentflow.checkpoint import Saver
 from agentflow.control import AttemptControl, current_attempt
 from agentflow.errors import FencedError, NotFoundError
+from agentflow.storage import beginning
 from agentflow.types import AuditEvent, ClaimedRun, FencingToken, Lease, RunStatus
 from agentflow.worker import Worker
 from tests.integration.graphs import State, chain
 
 BEGUN = ["run.submitted", "run.claimed", "run.started"]
 GONE_ON = ["approval.resolved", "run.claimed", "run.resumed"]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_traces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attempts that are traced begin by themselves, and other tests leave a tracer behind."""
+    monkeypatch.setattr(beginning, "is_traced", lambda: False)
 
 
 @pytest.fixture
