@@ -158,13 +158,13 @@ each part that asks the database has two changes of threads, of 0.2 ms each:
 | part | ms | round trips, with the commit | at first |
 |---|---|---|---|
 | what is submitted is checked and encoded | 0.7 | | |
-| stored, claimed, its thread taken, its start noted: one transaction | 4.8 | 5 | 33 |
+| stored, claimed, its thread taken, its start noted: one transaction | 4.8 | 6 | 33 |
 | the attempt reads the new thread, LangGraph does again and prepares | 2.5 | 0 | 4 |
 | two checkpoints, that of the input and the first | 1.6 | 1 | 3 |
 | the node is called | 0.5 | | |
 
 A decision is the same way, without the checkpoints: the wait is resolved in the transaction, which
-reads the thread's head and what the run has asked as well (8 round trips, 6 ms), and the attempt
+reads the thread's head and what the run has asked as well (7 round trips, 6 ms), and the attempt
 reads both (2 ms) before LangGraph does (2 ms). DBOS's `send` and `recv` are two commits.
 
 Designs that were tried:
