@@ -20,7 +20,7 @@ from agentflow.checkpoint.records import Place, unpack_record
 from agentflow.checkpoint.rows import CheckpointRow
 from agentflow.codec import Codec
 from agentflow.database.engine import parse_url
-from agentflow.database.tables import anchors, checkpoints, events, runs, threads
+from agentflow.database.tables import anchors, checkpoints, events, pauses, runs, threads
 from agentflow.errors import (
     HashMismatchError,
     InvalidInputError,
@@ -257,24 +257,21 @@ def test_pruning_between_a_new_key_and_its_rotation_damages_nothing(
 
 
 async def test_value_that_changes_meanwhile_is_not_overwritten(database_url: str) -> None:
-    """Between reading and writing; a decision takes the place of what was read."""
+    """Between reading and writing; here a queue is paused again, for another reason."""
     async with open_app(database_url, ring("old")) as app:
         await fill(app)
     async with open_app(database_url, ring("new", "old")) as app:
         store = app._store
         assert isinstance(store, SqlRunStore)
-        page = await store._database.read(partial(rotation._read, runs, None))
+        page = await store._database.read(partial(rotation._read, pauses, None))
         changes = [
-            change for row in page for change in rotation._changes(store._payloads, runs, row)
+            change for row in page for change in rotation._changes(store._payloads, pauses, row)
         ]
-        (asked,) = (await app.approvals.list()).items
-        await app.approvals.decide(asked.id, "approve", by="ann")
-        run = await app.drive("waiting")
-        late = {change.column.name for change in changes if change.row["run_id"] == "waiting"}
-        assert "failures" in late
-        sealed = await store._database.write(partial(rotation._apply, changes))
-        assert sealed < len(changes)
-        assert await app.get_run("waiting") == run
+        assert [change.row["name"] for change in changes] == ["unused"]
+        await app.resume(queue="unused")
+        again = await app.pause(queue="unused", reason="another")
+        assert await store._database.write(partial(rotation._apply, changes)) == 0
+        assert await app.list_pauses() == (again,)
         assert (await app.rotate_keys()).is_complete
     assert sealed_by(database_url, "new") == {True}
 
