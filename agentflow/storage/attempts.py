@@ -22,12 +22,12 @@ from agentflow.storage.endings import (
 )
 from agentflow.storage.marks import wait_event
 from agentflow.storage.pauses import reason_to_stop
+from agentflow.storage.payloads import Payloads
 from agentflow.storage.questions import pack_question, redacted_question
 from agentflow.storage.rows import (
     CLEARED,
     INCOMPATIBLE,
     RELEASED,
-    Payloads,
     change_run,
     get_held_run,
     get_run,

@@ -17,7 +17,7 @@ from agentflow.database.tables import runs
 from agentflow.errors import CodecError
 from agentflow.storage.opening import Opening
 from agentflow.storage.pauses import reason_to_stop
-from agentflow.storage.rows import Payloads
+from agentflow.storage.payloads import Payloads
 from agentflow.telemetry import is_traced
 from agentflow.types import AttemptStart, NewEvent, RunStatus, TakenThread, progress_of
 

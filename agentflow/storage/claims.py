@@ -24,14 +24,8 @@ from agentflow.storage.holding import Hold, hold
 from agentflow.storage.losses import is_suspect
 from agentflow.storage.opening import Claimant, Opening
 from agentflow.storage.pauses import check_not_paused, paused, paused_of, reason_to_stop
-from agentflow.storage.rows import (
-    Payloads,
-    change_run,
-    get_held_run,
-    get_run,
-    is_held,
-    to_run,
-)
+from agentflow.storage.payloads import Payloads
+from agentflow.storage.rows import change_run, get_held_run, get_run, is_held, to_run
 from agentflow.storage.soundness import fits, newest_event, read_to_drive
 from agentflow.storage.tokens import lock_thread, set_token, take_thread
 from agentflow.types import ClaimedRun, FencingToken, Heartbeat, Lease, RunStatus

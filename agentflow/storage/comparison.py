@@ -30,6 +30,7 @@ from agentflow.database.tables import (
 from agentflow.errors import CodecError, HashMismatchError
 from agentflow.journal import GLOBAL
 from agentflow.storage.effect_rows import key_hashes
+from agentflow.storage.events import LOG, marks_of
 from agentflow.storage.integrity import RowDamage, Verified
 from agentflow.storage.marks import (
     LETTER,
@@ -43,7 +44,7 @@ from agentflow.storage.marks import (
     of_route,
     of_wait,
 )
-from agentflow.storage.rows import LOG, Payloads, marks_of
+from agentflow.storage.payloads import Payloads
 from agentflow.types import RunStatus
 
 _RUNS_AT_ONCE = 20

@@ -12,7 +12,8 @@ from agentflow.database.engine import StoreNow
 from agentflow.database.prepared import On, Prepared
 from agentflow.database.tables import Timestamp, pauses, runs
 from agentflow.storage.pauses import concerns, is_paused, paused_of
-from agentflow.storage.rows import UNFINISHED, Payloads
+from agentflow.storage.payloads import Payloads
+from agentflow.storage.rows import UNFINISHED
 from agentflow.types import NextDue
 
 

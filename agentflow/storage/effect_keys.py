@@ -17,7 +17,7 @@ from agentflow.database.tables import effects
 from agentflow.errors import HashMismatchError
 from agentflow.journal import GLOBAL, NewEffect
 from agentflow.keys import MAX_NAME
-from agentflow.storage.rows import Payloads, place_of
+from agentflow.storage.payloads import Payloads, place_of
 from agentflow.types import Lease
 
 _AT_ONCE = 1000

@@ -23,7 +23,7 @@ from agentflow.database.session import Session
 from agentflow.database.tables import effects, objects
 from agentflow.errors import ObjectStoreError
 from agentflow.objects import ObjectTier
-from agentflow.storage.rows import Keyed, Payloads, context_in, place_of
+from agentflow.storage.payloads import Keyed, Payloads, context_in, place_of
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from agentflow.database.engine import StoreNow
 from agentflow.database.tables import effects, runs
 from agentflow.journal import GLOBAL, EffectStatus
 from agentflow.storage.effect_objects import release
-from agentflow.storage.rows import Payloads
+from agentflow.storage.payloads import Payloads
 from agentflow.types import RunStatus
 
 _UNDOABLE = {EffectStatus.SUCCEEDED.value, EffectStatus.INTENDED.value}

@@ -20,7 +20,7 @@ from agentflow.errors import NotFoundError
 from agentflow.journal import Effect, EffectFailure, EffectStatus, NewEffect, Outcome
 from agentflow.storage.effect_objects import open_apart
 from agentflow.storage.marks import mark, of_effect, of_redacted_key
-from agentflow.storage.rows import Keyed, Payloads, member_of, place_of
+from agentflow.storage.payloads import Keyed, Payloads, member_of, place_of
 
 _FIND = sa.select(effects).where(
     effects.c.tenant == sa.bindparam("of_tenant"),

@@ -17,8 +17,9 @@ from agentflow.database.session import Session
 from agentflow.database.tables import effects
 from agentflow.journal import EffectStatus
 from agentflow.storage.effect_rows import effect_marks
+from agentflow.storage.events import chain_events
 from agentflow.storage.marks import UNMARKED
-from agentflow.storage.rows import Payloads, chain_events
+from agentflow.storage.payloads import Payloads
 from agentflow.types import Lease, NewEvent, RunStatus
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)

@@ -35,16 +35,11 @@ from agentflow.storage.effect_rows import (
     update_effect,
 )
 from agentflow.storage.endings import COMPENSATED, PARTIALLY_COMPENSATED
+from agentflow.storage.events import lock_log
 from agentflow.storage.letters import undo_again
 from agentflow.storage.marks import wait_event
-from agentflow.storage.rows import (
-    Payloads,
-    change_run,
-    get_held_run,
-    get_run,
-    is_held,
-    lock_log,
-)
+from agentflow.storage.payloads import Payloads
+from agentflow.storage.rows import change_run, get_held_run, get_run, is_held
 from agentflow.types import Lease, NewEvent, RunStatus, WaitStatus
 
 _SHOWN = 5

@@ -16,14 +16,8 @@ from agentflow.database.tables import dead_letters, runs
 from agentflow.errors import DeadlineExceededError
 from agentflow.storage.effect_queries import has_any_to_undo, is_all_undone
 from agentflow.storage.marks import LETTER, marked
-from agentflow.storage.rows import (
-    CLEARED,
-    RELEASED,
-    Payloads,
-    change_run,
-    get_run,
-    withdraw_waits,
-)
+from agentflow.storage.payloads import Payloads
+from agentflow.storage.rows import CLEARED, RELEASED, change_run, get_run, withdraw_waits
 from agentflow.storage.soundness import is_sound
 from agentflow.types import NewEvent, RunFailure, RunStatus, WaitStatus
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from agentflow.database.tables import runs
 from agentflow.storage.beginning import Beginning, beginning
 from agentflow.storage.losses import has_counted, is_suspect, isolation_of, losses_of
 from agentflow.storage.opening import Claimant, Opening
-from agentflow.storage.rows import Payloads
+from agentflow.storage.payloads import Payloads
 from agentflow.storage.tokens import set_token
 from agentflow.types import (
     ClaimedRun,
@@ -61,12 +62,7 @@ def hold(
     is_recovery = row.status == RunStatus.RUNNING
     reason = "recovery" if is_recovery else row.wake_reason
     counted = has_counted(connection, row, now) if is_recovery else None
-    counts = {
-        # The attempt that begins always counts; so the one that was lost is taken back or not.
-        "attempt": max(row.attempt, 1) if counted is False else row.attempt + 1,
-        "claims": row.claims + 1,
-        "losses": losses_of(row),
-    }
+    counts = _counts(row, has_loss_counted=counted)
     isolation = isolation_of(row, claimant.lease) if is_suspect(row) else None
     lease = Lease(
         tenant=row.tenant,
@@ -91,35 +87,24 @@ def hold(
                 attempt=counts["attempt"],
                 losses=counts["losses"],
             )
-    instance = claimant.instance or claimant.worker
-    claim = {"worker": claimant.worker, "token": lease.token, "instance": instance}
-    log = [NewEvent(type="run.claimed", data=claim)]
-    if is_recovery:
-        lost = {"worker": row.worker, "counts": counted}
-        log.insert(0, NewEvent(type="run.recovered", data=lost))
-    if begun is not None:
-        log.append(begun.event)
+    started: dict[str, Any] = {
+        "started_at": row.started_at or now,
+        "start_deadline_at": None,
+        **counts,
+    }
     changes = {
         "worker": claimant.worker,
-        "instance": instance,
+        "instance": claimant.instance or claimant.worker,
         "token": lease.token,
         "lease_expires_at": now + claimant.lease,
         "claimed_at": now,
-        "started_at": row.started_at or now,
-        "start_deadline_at": None,
         "has_loss_counted": counted,
         "is_isolated": isolation is not None,
-        **counts,
+        **started,
         **({} if begun is None else begun.changes),
     }
     claimed = ClaimedRun(
-        run=replace(
-            run,
-            status=RunStatus.RUNNING,
-            started_at=changes["started_at"],
-            start_deadline_at=None,
-            **counts,
-        ),
+        run=replace(run, status=RunStatus.RUNNING, **started),
         lease=lease,
         reason=reason,
         isolation=isolation,
@@ -128,7 +113,27 @@ def hold(
         thread=thread,
         started=None if begun is None else begun.started,
     )
-    return Hold(changes, log, claimed)
+    return Hold(changes, _log(row, changes, begun), claimed)
+
+
+def _counts(row: sa.Row[Any], *, has_loss_counted: bool | None) -> dict[str, int]:
+    """Count this claim, and the attempt that begins with it.
+
+    That attempt always counts; so the one that was lost is taken back, or not.
+    """
+    attempt = max(row.attempt, 1) if has_loss_counted is False else row.attempt + 1
+    return {"attempt": attempt, "claims": row.claims + 1, "losses": losses_of(row)}
+
+
+def _log(row: sa.Row[Any], changes: Mapping[str, Any], begun: Beginning | None) -> list[NewEvent]:
+    claim = {name: changes[name] for name in ("worker", "token", "instance")}
+    log = [NewEvent(type="run.claimed", data=claim)]
+    if row.status == RunStatus.RUNNING:
+        lost = {"worker": row.worker, "counts": changes["has_loss_counted"]}
+        log.insert(0, NewEvent(type="run.recovered", data=lost))
+    if begun is not None:
+        log.append(begun.event)
+    return log
 
 
 def _open(

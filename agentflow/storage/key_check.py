@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from agentflow.database.tables import runs
-from agentflow.storage.rows import Payloads, context_in, place_of
+from agentflow.storage.payloads import Payloads, context_in, place_of
 
 _LOOKED_AT = 20
 """How many of the newest runs."""

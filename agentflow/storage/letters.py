@@ -13,14 +13,8 @@ from agentflow.database.tables import dead_letters, runs
 from agentflow.errors import InvalidInputError, NotDeadLetterError
 from agentflow.storage.endings import COMPENSATING
 from agentflow.storage.pages import to_page
-from agentflow.storage.rows import (
-    CLEARED,
-    Payloads,
-    change_run,
-    get_run,
-    to_dead_letter,
-    to_run,
-)
+from agentflow.storage.payloads import Payloads
+from agentflow.storage.rows import CLEARED, change_run, get_run, to_dead_letter, to_run
 from agentflow.types import FROM_START, DeadLetter, NewEvent, Page, Run, RunStatus
 
 

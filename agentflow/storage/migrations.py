@@ -15,18 +15,17 @@ from agentflow.database.tables import fingerprints, routes, waits
 from agentflow.errors import InvalidInputError, ThreadBusyError
 from agentflow.storage.attempts import supersede
 from agentflow.storage.claims import take
+from agentflow.storage.events import append_to_log, lock_log
 from agentflow.storage.marks import GONE, mark, of_route, of_wait
 from agentflow.storage.opening import Claimant
+from agentflow.storage.payloads import Payloads
 from agentflow.storage.rows import (
     CLEARED,
     INCOMPATIBLE,
     RELEASED,
-    Payloads,
-    append_to_log,
     change_run,
     get_held_run,
     get_run,
-    lock_log,
     to_run,
 )
 from agentflow.storage.tokens import lock_thread

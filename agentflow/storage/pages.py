@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import sqlalchemy as sa
 
 from agentflow.errors import CodecError
-from agentflow.storage.rows import Payloads
+from agentflow.storage.payloads import Payloads
 from agentflow.types import Page, Unreadable
 
 logger = logging.getLogger(__name__)

@@ -14,16 +14,10 @@ from agentflow.database.engine import now as database_now
 from agentflow.database.prepared import Prepared
 from agentflow.database.tables import pauses
 from agentflow.errors import CodecError, IllegalTransitionError, PausedError
+from agentflow.storage.events import append_to_log, lock_log
 from agentflow.storage.marks import GONE, marked, of_pause
-from agentflow.storage.rows import (
-    CLEARED,
-    Payloads,
-    append_to_log,
-    change_run,
-    get_run,
-    lock_log,
-    to_run,
-)
+from agentflow.storage.payloads import Payloads
+from agentflow.storage.rows import CLEARED, change_run, get_run, to_run
 from agentflow.types import NewEvent, Pause, PauseScope, Run, RunStatus, StopReason
 
 STORE: PauseScope = "store"

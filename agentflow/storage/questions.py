@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from agentflow.codec import digest_of
 from agentflow.database.tables import waits
 from agentflow.errors import HashMismatchError
-from agentflow.storage.rows import Keyed, Payloads, member_of, place_of
+from agentflow.storage.payloads import Keyed, Payloads, member_of, place_of
 from agentflow.types import Approval, ApprovalRequest, NewWait, WaitStatus
 
 _VERSION: Final = "2:"

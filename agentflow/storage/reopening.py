@@ -20,15 +20,9 @@ from agentflow.storage.claims import take
 from agentflow.storage.letters import requeue
 from agentflow.storage.marks import wait_event
 from agentflow.storage.opening import Claimant
+from agentflow.storage.payloads import Payloads
 from agentflow.storage.questions import to_approval
-from agentflow.storage.rows import (
-    CLEARED,
-    RELEASED,
-    Payloads,
-    change_run,
-    get_held_run,
-    get_run,
-)
+from agentflow.storage.rows import CLEARED, RELEASED, change_run, get_held_run, get_run
 from agentflow.storage.tokens import lock_thread
 from agentflow.storage.waits import get_wait
 from agentflow.types import Approval, ClaimedRun, Lease, NewEvent, RunStatus, WaitStatus

@@ -16,8 +16,8 @@ from agentflow.failpoints import failpoint
 from agentflow.storage.effect_objects import hold, open_apart, put_apart, read_reference
 from agentflow.storage.effect_rows import repack_request
 from agentflow.storage.key_check import check_keys
+from agentflow.storage.payloads import KEYS, Column, Payloads
 from agentflow.storage.questions import repack_question
-from agentflow.storage.rows import KEYS, Column, Payloads
 
 _ROWS_AT_ONCE = 100
 

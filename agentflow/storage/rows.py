@@ -1,4 +1,4 @@
-"""Rows of the run store's tables as records, and the one way to change a run.
+"""Rows of runs: read, held and inserted, and the one way to change them.
 
 `change_run` is the only function that updates a run: it checks the table of statuses and appends
 the audit events in the same statement group, numbered and chained.
@@ -6,188 +6,34 @@ the audit events in the same statement group, numbered and chained.
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
-from enum import StrEnum
 from functools import cache
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from agentflow.codec import Codec, context_of, envelope_of_version_1
 from agentflow.database.engine import StoreNow
 from agentflow.database.prepared import On, Prepared
-from agentflow.database.statements import insert_new, insert_of
-from agentflow.database.tables import (
-    dead_letters,
-    effects,
-    events,
-    fingerprints,
-    logs,
-    pauses,
-    runs,
-    waits,
-)
-from agentflow.errors import (
-    CodecError,
-    HashMismatchError,
-    IllegalTransitionError,
-    LeaseLostError,
-    NotFoundError,
-    PayloadTooLargeError,
+from agentflow.database.statements import insert_of
+from agentflow.database.tables import dead_letters, events, runs, waits
+from agentflow.errors import IllegalTransitionError, LeaseLostError, NotFoundError
+from agentflow.storage.events import (
+    EVENTS_AT_ONCE,
+    chain_events,
+    insert_events,
+    insert_statement,
+    numbered,
 )
 from agentflow.storage.marks import RUN, marked, wait_event
-from agentflow.types import (
-    TRANSITIONS,
-    AuditEvent,
-    Clock,
-    DeadLetter,
-    Lease,
-    NewEvent,
-    Run,
-    RunStatus,
-    WaitStatus,
-)
-
-GENESIS = "0" * 64
-"""What the first event of a run names as the hash before it."""
-
-KEYS: Mapping[str, tuple[str, ...]] = {
-    runs.name: ("tenant", "run_id"),
-    waits.name: ("tenant", "wait_id"),
-    events.name: ("tenant", "run_id", "seq"),
-    dead_letters.name: ("tenant", "run_id"),
-    pauses.name: ("tenant", "scope", "name"),
-    effects.name: ("tenant", "effect_id"),
-    fingerprints.name: ("tenant", "digest"),
-}
-"""By table, the columns that say whose a payload is; it opens nowhere else."""
-
-_SALT_SIZE = 16
-_EVENTS_AT_ONCE = 8
-
-M = TypeVar("M", bound=StrEnum)
-Column = sa.Column[Any]
-
-Keyed = sa.Row[Any] | Mapping[str, Any]
-"""A row, or one that is being made, with at least the columns of its key."""
+from agentflow.storage.payloads import Payloads, mapping_of, member_of
+from agentflow.types import TRANSITIONS, DeadLetter, Lease, NewEvent, Run, RunStatus, WaitStatus
 
 UNFINISHED = (RunStatus.QUEUED.value, RunStatus.RUNNING.value, RunStatus.WAITING.value)
 
-
 INCOMPATIBLE = "incompatible"
 """Why a run is paused whose graph has changed, and why it is driven once it is resumed."""
-
-LOG = ""
-"""What stands for the run in audit events that concern none."""
-
-MAX_PAYLOAD = 32 * 1024 * 1024
-"""How many bytes a payload may have before it is compressed, unless a store says otherwise."""
-
-
-@dataclass(frozen=True, slots=True)
-class Payloads:
-    """How a store encodes: two codecs, one to run with and one to look with; and its clock."""
-
-    strict: Codec
-    """For what a graph gets: every class must be known here."""
-    lenient: Codec
-    """For what is shown: classes that are not known here come as typed plain data."""
-    limit: int = MAX_PAYLOAD
-    clock: Clock | None = None
-    """Judges times of starting, backoff and deadlines; by default the database's clock does."""
-
-    def time(self, now: datetime) -> datetime:
-        """Return the time that timers go by when the database's clock shows `now`."""
-        return now if self.clock is None else self.clock.now()
-
-    def dump(self, value: Any, column: Column, row: Keyed) -> bytes:
-        """Encode a payload for its column of a row."""
-        return self.seal(self.body(value, column, row), column, row)
-
-    def body(self, value: Any, column: Column, row: Keyed) -> bytes:
-        """Encode a payload that is not too large, without its envelope."""
-        body = self.serialize(self.redacted(value, column), column, row)
-        if len(body) > self.limit:
-            raise PayloadTooLargeError(len(body), self.limit, place_of(column, row))
-        return body
-
-    def load(self, column: Column, row: Keyed, *, strict: bool = False) -> Any:
-        """Decode the payload in a column of a row; `None` stays `None`."""
-        data = _mapping(row)[column.name]
-        if data is None:
-            return None
-        codec, context = self.strict if strict else self.lenient, context_in(column, row)
-        try:
-            return codec.loads(data, context=context)
-        except CodecError:
-            # To name the place takes longer than all the rest: only if there is something to say.
-            return codec.loads(data, context=context, where=place_of(column, row))
-
-    def redacted(self, value: Any, column: Column) -> Any:
-        """Return what is to be stored of a payload."""
-        redact = self.strict.redact
-        return value if redact is None else redact(_name(column), value)
-
-    def serialize(self, value: Any, column: Column, row: Keyed) -> bytes:
-        """Encode a payload without its envelope."""
-        return self.strict.serialize(value, where=place_of(column, row))
-
-    def seal(self, body: bytes, column: Column, row: Keyed) -> bytes:
-        """Put what was encoded into an envelope that opens only in this column of this row."""
-        return self.strict.seal(body, context_in(column, row))
-
-    def unseal(self, column: Column, row: Keyed) -> bytes:
-        """Open the envelope in a column of a row."""
-        data = _mapping(row)[column.name]
-        return self.strict.unseal(data, context_in(column, row), where=place_of(column, row))
-
-
-def context_in(column: Column, row: Keyed) -> bytes:
-    """Return the context of a payload: its table and column, and the key of its row."""
-    return context_of(_name(column), *_key(column, row))
-
-
-def _key(column: Column, row: Keyed) -> list[Any]:
-    found = row._mapping if isinstance(row, sa.Row) else row
-    return [found[name] for name in _columns_of_key(column)]
-
-
-def _mapping(row: Keyed) -> Mapping[str, Any]:
-    return cast("Mapping[str, Any]", row._mapping) if isinstance(row, sa.Row) else row
-
-
-@cache
-def _columns_of_key(column: Column) -> tuple[str, ...]:
-    return KEYS[column.table.name]
-
-
-@cache
-def _name(column: Column) -> str:
-    return f"{column.table.name.removeprefix('agentflow_')}.{column.name}"
-
-
-def place_of(column: Column, row: Keyed) -> str:
-    """Name a payload in messages."""
-    tenant, *names = _key(column, row)
-    of_tenant = f" of tenant {tenant!r}" if tenant else ""
-    return f"{_name(column)} of {', '.join(map(repr, names))}{of_tenant}"
-
-
-def member_of(kind: type[M], column: Column, row: Keyed) -> M:
-    """Return what stands in a column of a closed set.
-
-    Raises:
-        HashMismatchError: It is none of the set.
-    """
-    try:
-        return kind(_mapping(row)[column.name])
-    except ValueError as exc:
-        raise HashMismatchError(place_of(column, row), f"it is no {kind.__name__}") from exc
 
 
 def to_run(row: sa.Row[Any], payloads: Payloads, *, strict: bool = False) -> Run:
@@ -231,19 +77,6 @@ def to_run(row: sa.Row[Any], payloads: Payloads, *, strict: bool = False) -> Run
         saga=row.saga,
         saga_cause=payloads.load(runs.c.saga_cause, row),
         fingerprint=row.fingerprint,
-    )
-
-
-def to_event(row: sa.Row[Any], payloads: Payloads) -> AuditEvent:
-    """Build the record of an audit event."""
-    return AuditEvent(
-        run_id=row.run_id,
-        seq=row.seq,
-        type=row.type,
-        at=row.at,
-        data=_event_data(payloads.load(events.c.data, row)),
-        prev_hash=row.prev_hash,
-        hash=row.hash,
     )
 
 
@@ -348,7 +181,7 @@ def _update_run(columns: tuple[str, ...], events_before: int = 0, *beside: sa.Up
         .values({name: sa.bindparam(name, type_=runs.c[name].type) for name in columns})
     )
     if events_before:
-        statement = statement.add_cte(_insert(events_before).cte("log"))
+        statement = statement.add_cte(insert_statement(events_before).cte("log"))
     for i, change in enumerate(beside):
         statement = statement.add_cte(change.returning(sa.literal_column("1")).cte(f"beside_{i}"))
     return Prepared(statement)
@@ -357,22 +190,6 @@ def _update_run(columns: tuple[str, ...], events_before: int = 0, *beside: sa.Up
 @cache
 def _prepared(change: sa.Update) -> Prepared:
     return Prepared(change)
-
-
-@cache
-def _insert_events(count: int) -> Prepared:
-    return Prepared(_insert(count))
-
-
-def _insert(count: int) -> sa.Insert:
-    """Return the statement that inserts so many events, whose parameters are numbered."""
-    names = [column.name for column in events.c]
-    return sa.insert(events).values(
-        [
-            {name: sa.bindparam(f"{name}_{i}", type_=events.c[name].type) for name in names}
-            for i in range(count)
-        ]
-    )
 
 
 def change_run(
@@ -404,14 +221,14 @@ def change_run(
             *log[:-1],
             marked(log[-1], RUN, runs, {**dict(zip(row._fields, row, strict=True)), **values}),
         ]
-    entries, end = chain_events(payloads, _mapping(row), row.run_id, log, now)
+    entries, end = chain_events(payloads, mapping_of(row), row.run_id, log, now)
     changed = {**end, **values}
     columns = tuple(sorted(changed))
     named = {"of_tenant": row.tenant, "of_run_id": row.run_id, **changed}
-    if connection.dialect.name == "postgresql" and 0 < len(entries) <= _EVENTS_AT_ONCE:
+    if connection.dialect.name == "postgresql" and 0 < len(entries) <= EVENTS_AT_ONCE:
         # Each statement is a round trip.
         update = _update_run(columns, len(entries), *(each.change for each in beside))
-        named |= _numbered(entries)
+        named |= numbered(entries)
         for each in beside:
             named |= each.parameters
         update.run(connection, named)
@@ -459,142 +276,20 @@ def insert_run(
     entries, end = chain_events(payloads, row, row["run_id"], log, now)
     new, dialect = {**row, **end}, connection.dialect.name
     columns = tuple(sorted(new))
-    if dialect == "postgresql" and len(entries) <= _EVENTS_AT_ONCE:
+    if dialect == "postgresql" and len(entries) <= EVENTS_AT_ONCE:
         # Each statement is a round trip.
         insert = _insert_run(dialect, columns, len(entries))
-        return insert.run(connection, {**new, **_numbered(entries)}) > 0
+        return insert.run(connection, {**new, **numbered(entries)}) > 0
     is_new = _insert_run(dialect, columns).first(connection, new) is not None
     if is_new:
         insert_events(connection, entries)
     return is_new
 
 
-def append_to_log(
-    connection: Connection, payloads: Payloads, tenant: str, now: datetime, event: NewEvent
-) -> None:
-    """Append an event that concerns no run to the tenant's own log, which is locked."""
-    log = _mapping(lock_log(connection, tenant))
-    end = append_events(connection, payloads, log, LOG, [event], now)
-    connection.execute(sa.update(logs).where(logs.c.tenant == tenant).values(**end))
-
-
-def lock_log(connection: Connection, tenant: str) -> sa.Row[Any]:
-    """Lock the tenant's own log, and so all else that happens to the tenant as a whole."""
-    query = sa.select(logs).where(logs.c.tenant == tenant).with_for_update()
-    row = connection.execute(query).first()
-    if row is None:
-        first = {"tenant": tenant, "event_seq": 0, "event_hash": GENESIS}
-        insert_new(connection, logs, [first])
-        row = connection.execute(query).one()
-    return row
-
-
-def append_events(
-    connection: Connection,
-    payloads: Payloads,
-    end: Mapping[str, Any],
-    run_id: str,
-    log: Sequence[NewEvent],
-    now: datetime,
-) -> dict[str, Any]:
-    """Insert events behind the end of a chain, and return its new end.
-
-    The end has the columns `tenant`, `event_seq` and `event_hash`.
-    """
-    entries, new_end = chain_events(payloads, end, run_id, log, now)
-    insert_events(connection, entries)
-    return new_end
-
-
-def chain_events(
-    payloads: Payloads,
-    end: Mapping[str, Any],
-    run_id: str,
-    log: Sequence[NewEvent],
-    now: datetime,
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Return the rows of events behind the end of a chain, and its new end."""
-    seq, previous = end["event_seq"], end["event_hash"]
-    entries = []
-    for event in log:
-        seq += 1
-        entry = {
-            "tenant": end["tenant"],
-            "run_id": run_id,
-            "seq": seq,
-            "type": event.type,
-            "at": now,
-            "prev_hash": previous,
-        }
-        data = payloads.redacted(dict(event.data), events.c.data)
-        # The hash is there for all to see: salted, it does not tell whether a guess is right.
-        parts = [os.urandom(_SALT_SIZE), data, *([dict(event.marks)] if event.marks else ())]
-        body = payloads.serialize(parts, events.c.data, entry)
-        entry["data"] = payloads.seal(body, events.c.data, entry)
-        entry["hash"] = previous = _hash_event(entry, body)
-        entries.append(entry)
-    return entries, {"event_seq": seq, "event_hash": previous}
-
-
-def insert_events(connection: Connection, entries: Sequence[Mapping[str, Any]]) -> None:
-    """Insert rows of events."""
-    for begin in range(0, len(entries), _EVENTS_AT_ONCE):
-        some = entries[begin : begin + _EVENTS_AT_ONCE]
-        _insert_events(len(some)).run(connection, _numbered(some))
-
-
-def _numbered(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    return {f"{name}_{i}": row[name] for i, row in enumerate(entries) for name in row}
-
-
 def check_transition(run_id: str, current: RunStatus, wanted: RunStatus) -> None:
     """Raise `IllegalTransitionError` unless the table of statuses allows the change."""
     if wanted not in TRANSITIONS[current]:
         raise IllegalTransitionError(run_id, current.value, wanted.value)
-
-
-def hash_event(event: Keyed, payloads: Payloads) -> str:
-    """Return the hash that a stored event must have, over all of its columns.
-
-    It covers the data as it was before it was sealed, so that another key changes nothing.
-    """
-    body = payloads.unseal(events.c.data, event)
-    data = payloads.lenient.deserialize(body)
-    # Events of codec version 1 have no salt, and their hash covers the envelope.
-    covered = envelope_of_version_1(body) if isinstance(data, dict) else body
-    return _hash_event(_mapping(event), covered)
-
-
-def _hash_event(entry: Mapping[str, Any], covered: bytes) -> str:
-    head = "\x1f".join(
-        (
-            entry["prev_hash"],
-            entry["tenant"],
-            entry["run_id"],
-            str(entry["seq"]),
-            entry["type"],
-            entry["at"].isoformat(),
-        )
-    )
-    sha = hashlib.sha256(head.encode())
-    sha.update(covered)
-    return sha.hexdigest()
-
-
-def _event_data(stored: Any) -> Any:
-    """Take the salt off; events of codec version 1 have none."""
-    return stored if isinstance(stored, dict) else stored[1]
-
-
-def marks_of(row: Keyed, payloads: Payloads) -> tuple[Mapping[str, Any], Mapping[str, bytes]]:
-    """Return what an event says, and the marks of the rows that it has changed."""
-    match payloads.load(events.c.data, row):
-        case [_, dict() as data, dict() as marks]:
-            return data, marks
-        # As agentflow stored it before there were marks, and at first without a salt.
-        case [_, dict() as data] | (dict() as data):
-            return data, {}
-    raise HashMismatchError(place_of(events.c.data, row), "it is no event")
 
 
 _CLOSE_WAITS = Prepared(

@@ -23,8 +23,10 @@ from agentflow.errors import (
     UnknownKeyError,
     UnknownVersionError,
 )
+from agentflow.storage.events import marks_of
 from agentflow.storage.marks import RUN, agree, mark
-from agentflow.storage.rows import Payloads, change_run, marks_of, place_of, to_run
+from agentflow.storage.payloads import Payloads, place_of
+from agentflow.storage.rows import change_run, to_run
 from agentflow.types import NewEvent, Run
 
 logger = logging.getLogger(__name__)

@@ -35,20 +35,15 @@ from agentflow.storage import (
 )
 from agentflow.storage.base import ChangeKind, OnBusy, OnExisting, RunStore
 from agentflow.storage.effect_keys import EffectKeys
+from agentflow.storage.events import to_event
 from agentflow.storage.integrity import Verified
 from agentflow.storage.key_check import check_keys
 from agentflow.storage.opening import Claimant, Created, Opening, Resolved
 from agentflow.storage.pages import to_page
+from agentflow.storage.payloads import MAX_PAYLOAD, Payloads
 from agentflow.storage.questions import to_approval
 from agentflow.storage.rotation import rotate_payloads
-from agentflow.storage.rows import (
-    MAX_PAYLOAD,
-    Payloads,
-    get_run,
-    to_dead_letter,
-    to_event,
-    to_run,
-)
+from agentflow.storage.rows import get_run, to_dead_letter, to_run
 from agentflow.storage.sql_versions import SqlVersionVerbs
 from agentflow.storage.verification import find_damages
 from agentflow.storage.waits import get_wait, list_of_run, resolve_wait

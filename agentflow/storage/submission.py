@@ -16,18 +16,12 @@ from agentflow.storage.base import OnBusy, OnExisting
 from agentflow.storage.claims import offer
 from agentflow.storage.due import LOOK_AT_NEW
 from agentflow.storage.endings import cancel_or_ask
+from agentflow.storage.events import GENESIS
 from agentflow.storage.holding import Hold
 from agentflow.storage.letters import requeue
 from agentflow.storage.opening import Claimant, Created
-from agentflow.storage.rows import (
-    GENESIS,
-    UNFINISHED,
-    Payloads,
-    find_run,
-    get_run,
-    insert_run,
-    to_run,
-)
+from agentflow.storage.payloads import Payloads
+from agentflow.storage.rows import UNFINISHED, find_run, get_run, insert_run, to_run
 from agentflow.storage.tokens import lock_thread
 from agentflow.types import FencingToken, NewEvent, RunSpec, RunStatus
 

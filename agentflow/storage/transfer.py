@@ -38,18 +38,10 @@ from agentflow.errors import (
 from agentflow.journal import GLOBAL
 from agentflow.storage.effect_objects import open_apart
 from agentflow.storage.effect_rows import effect_marks, key_hashes, repack_request, to_effect
+from agentflow.storage.events import GENESIS, hash_event
+from agentflow.storage.payloads import Payloads
 from agentflow.storage.questions import to_approval
-from agentflow.storage.rows import (
-    GENESIS,
-    RELEASED,
-    UNFINISHED,
-    Payloads,
-    change_run,
-    find_run,
-    get_run,
-    hash_event,
-    to_run,
-)
+from agentflow.storage.rows import RELEASED, UNFINISHED, change_run, find_run, get_run, to_run
 from agentflow.storage.tokens import lock_thread
 from agentflow.types import NewEvent, Run, RunStatus, WaitStatus
 from agentflow.versions import Fingerprint

@@ -20,9 +20,10 @@ from agentflow.database.tables import effects, events, logs, metadata, runs, wai
 from agentflow.errors import CodecError, HashMismatchError
 from agentflow.storage.comparison import compare_rows
 from agentflow.storage.effect_objects import open_apart
+from agentflow.storage.events import GENESIS, LOG, hash_event
 from agentflow.storage.integrity import RowDamage, Verified
+from agentflow.storage.payloads import KEYS, Payloads, place_of
 from agentflow.storage.questions import unpack_question
-from agentflow.storage.rows import GENESIS, KEYS, LOG, Payloads, hash_event, place_of
 
 _ROWS_AT_ONCE = 100
 _MALFORMED = (TypeError, ValueError, LookupError, AttributeError)

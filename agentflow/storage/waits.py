@@ -31,8 +31,9 @@ from agentflow.storage.endings import COMPENSATING, cancel_or_ask
 from agentflow.storage.holding import Hold
 from agentflow.storage.marks import wait_event
 from agentflow.storage.opening import Claimant, Resolved
+from agentflow.storage.payloads import Payloads
 from agentflow.storage.questions import to_approval
-from agentflow.storage.rows import Beside, Payloads, change_run, get_run
+from agentflow.storage.rows import Beside, change_run, get_run
 from agentflow.storage.tokens import lockable_token, set_beside
 from agentflow.types import (
     Approval,

@@ -16,9 +16,11 @@ from agentflow.database.engine import now as database_now
 from agentflow.database.statements import insert_new
 from agentflow.database.tables import EPOCH, dead_letters, epochs, leases, runs, workers
 from agentflow.storage.due import is_expired
+from agentflow.storage.events import append_to_log
 from agentflow.storage.marks import marked, of_epoch
 from agentflow.storage.pauses import STORE, list_pauses, pause
-from agentflow.storage.rows import INCOMPATIBLE, UNFINISHED, Payloads, append_to_log
+from agentflow.storage.payloads import Payloads
+from agentflow.storage.rows import INCOMPATIBLE, UNFINISHED
 from agentflow.types import (
     NewEvent,
     Restored,

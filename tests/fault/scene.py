@@ -46,7 +46,8 @@ from agentflow.database.tables import (
     writes,
 )
 from agentflow.errors import AlreadyResolvedError, StoreUnavailableError, SupersededError
-from agentflow.storage.rows import GENESIS, Payloads, hash_event
+from agentflow.storage.events import GENESIS, hash_event
+from agentflow.storage.payloads import Payloads
 from agentflow.types import Run, RunStatus
 from tests.fault.forkserver import ForkServer, Victim, _is_stopped_or_ended
 from tests.fault.graphs import CALLER, REFUNDS_WORKER, WORKER, register_all

@@ -17,7 +17,7 @@ from agentflow.database.tables import effects
 from agentflow.objects import Bundle, ObjectTier
 from agentflow.storage.effect_objects import put_apart
 from agentflow.storage.effect_rows import to_effect
-from agentflow.storage.rows import Payloads
+from agentflow.storage.payloads import Payloads
 from tests.golden import effects_v1
 from tests.integration.offloaded import text
 from tests.integration.sealed import ring

@@ -21,7 +21,7 @@ from agentflow.database import Database
 from agentflow.database.tables import effects
 from agentflow.journal import EffectFailure, EffectStatus, Outcome, Resolution
 from agentflow.storage.effect_rows import to_effect
-from agentflow.storage.rows import Payloads
+from agentflow.storage.payloads import Payloads
 from agentflow.storage.sql import SqlRunStore
 from agentflow.types import Lease, plain
 from tests.conformance.runs import running

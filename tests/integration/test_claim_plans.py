@@ -18,7 +18,7 @@ from agentflow.database.engine import make_engine, parse_url
 from agentflow.database.prepared import Prepared
 from agentflow.database.session import Session
 from agentflow.storage import claims, due, endings
-from agentflow.storage.rows import Payloads
+from agentflow.storage.payloads import Payloads
 
 WAITING = 20_000
 SMALL = (

@@ -38,7 +38,7 @@ from agentflow.errors import (
 from agentflow.interrupts import proposal_hash
 from agentflow.keys import KEY_SIZE, KeyRing
 from agentflow.storage import rotation
-from agentflow.storage.rows import KEYS
+from agentflow.storage.payloads import KEYS
 from agentflow.storage.sql import SqlRunStore
 from tests.integration.sealed import (
     OF_RUNS,

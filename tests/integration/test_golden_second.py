@@ -20,7 +20,8 @@ from agentflow.codec import Codec
 from agentflow.database.engine import parse_url
 from agentflow.database.tables import events
 from agentflow.keys import KeyRing
-from agentflow.storage.rows import Payloads, hash_event
+from agentflow.storage.events import hash_event
+from agentflow.storage.payloads import Payloads
 from tests.golden import database_v2 as v2
 from tests.golden import graphs_v1 as graphs
 from tests.golden.database_v1 import on

@@ -29,7 +29,8 @@ from agentflow.errors import (
 )
 from agentflow.keys import KeyRing
 from agentflow.storage import rotation
-from agentflow.storage.rows import GENESIS, Payloads, hash_event
+from agentflow.storage.events import GENESIS, hash_event
+from agentflow.storage.payloads import Payloads
 from agentflow.storage.sql import SqlRunStore
 from agentflow.upkeep import Rotation
 from tests.golden import database_v1 as v1
