@@ -122,7 +122,7 @@ class Codec:
             redact: Changes values before they are stored; called by those who know their place.
             tier: Takes what is too large for rows; used by those who know how to refer to it.
         """
-        self._serializer = Serializer(allow=allow, unknown=unknown)
+        self.serializer = Serializer(allow=allow, unknown=unknown)
         self._compress = compress
         self._keys = keys
         self.redact = redact
@@ -135,18 +135,18 @@ class Codec:
 
     def allows(self, name: str) -> bool:
         """Whether a class, as `module:qualname`, may be built from what is stored."""
-        return self._serializer.allows(name)
+        return self.serializer.allows(name)
 
     def with_allowed(self, extra: Collection[type | str]) -> Codec:
         """Return a codec that allows `extra` as well."""
         clone = copy.copy(self)
-        clone._serializer = self._serializer.with_allowed(extra)
+        clone.serializer = self.serializer.with_allowed(extra)
         return clone
 
     def readable_anywhere(self) -> Codec:
         """Return a codec that shows classes not known here as typed plain data."""
         clone = copy.copy(self)
-        clone._serializer = Serializer(allow=self._serializer.allow, unknown="plain")
+        clone.serializer = Serializer(allow=self.serializer.allow, unknown="plain")
         return clone
 
     def dumps(self, value: Any, *, context: bytes = b"", where: str = "") -> bytes:
@@ -160,7 +160,7 @@ class Codec:
         Raises:
             SerializationError: Some part of it could not be loaded back.
         """
-        return self.seal(self._serializer.dumps(value, where=where), context)
+        return self.seal(self.serializer.dumps(value, where=where), context)
 
     def loads(self, data: bytes, *, context: bytes = b"", where: str = "") -> Any:
         """Verify an envelope and decode its value.
@@ -172,15 +172,15 @@ class Codec:
             UnencryptedValueError: It is not encrypted, and has to be.
             BlockedTypeError: It holds a class that may not be built here.
         """
-        return self._serializer.loads(self.unseal(data, context, where=where), where=where)
+        return self.serializer.loads(self.unseal(data, context, where=where), where=where)
 
     def serialize(self, value: Any, *, where: str = "") -> bytes:
         """Encode a value without an envelope, as a part of what will be sealed as a whole."""
-        return self._serializer.dumps(value, where=where)
+        return self.serializer.dumps(value, where=where)
 
     def deserialize(self, data: bytes, *, where: str = "") -> Any:
         """Decode a part of what was in an envelope."""
-        return self._serializer.loads(data, where=where)
+        return self.serializer.loads(data, where=where)
 
     def seal(self, body: bytes, context: bytes = b"") -> bytes:
         """Put serialized bytes into an envelope.
@@ -414,8 +414,6 @@ def _decompressed(stored: bytes, length: int, where: str) -> bytes:
 
 
 def _digest(header: bytes, context: bytes, body: bytes) -> bytes:
-    sha = hashlib.sha256(header)
-    sha.update(len(context).to_bytes(8, "big"))
-    sha.update(context)
+    sha = hashlib.sha256(header + len(context).to_bytes(8, "big") + context)
     sha.update(body)
     return sha.digest()

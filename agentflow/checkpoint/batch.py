@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 
 from agentflow.checkpoint.planning import ThreadPlan
@@ -44,20 +45,20 @@ class ThreadStates:
         self._lock = threading.Lock()
         self._known: OrderedDict[ThreadKey, ThreadState] = OrderedDict()
 
-    def get(self, key: ThreadKey, namespaces: Iterable[str]) -> ThreadState | None:
+    def get(self, key: ThreadKey, namespaces: AbstractSet[str]) -> ThreadState | None:
         """Return a thread's state, if it is known with the heads of these namespaces."""
         state = self._known.get(key)
-        if state is None or any(ns not in state.heads for ns in namespaces):
-            return None
-        return state
+        return state if state is not None and state.heads.keys() >= namespaces else None
 
-    def put(self, key: ThreadKey, state: ThreadState) -> None:
-        """Remember what a commit has made of a thread."""
+    def put(self, states: Mapping[ThreadKey, ThreadState]) -> None:
+        """Remember what a commit has made of threads."""
+        known = self._known
         with self._lock:
-            self._known[key] = state
-            self._known.move_to_end(key)
-            if len(self._known) > _MAX_THREADS:
-                self._known.popitem(last=False)
+            for key, state in states.items():
+                known[key] = state
+                known.move_to_end(key)
+            while len(known) > _MAX_THREADS:
+                known.popitem(last=False)
 
     def observe(self, key: ThreadKey, state: ThreadState) -> None:
         """Remember what a reader has seen, unless something newer is known."""
@@ -126,8 +127,7 @@ class Batch:
 
     def publish(self) -> None:
         """Remember what the threads have become, once it is durable."""
-        for key, state in self._after.items():
-            self._states.put(key, state)
+        self._states.put(self._after)
 
     def _load(self, keys: Iterable[ThreadKey]) -> dict[ThreadKey, ThreadState]:
         states: dict[ThreadKey, ThreadState] = {}
@@ -148,8 +148,11 @@ class Batch:
         }
 
     def _namespaces(self, key: ThreadKey) -> set[str]:
-        puts = (self._puts[place] for place in self._by_thread[key])
-        return {put.ns for put in puts if isinstance(put, PlannedCheckpoint)}
+        return {
+            put.ns
+            for place in self._by_thread[key]
+            if isinstance(put := self._puts[place], PlannedCheckpoint)
+        }
 
     def _codec(self, key: ThreadKey) -> Codec:
         return self._puts[self._by_thread[key][0]].codec

@@ -101,14 +101,15 @@ class KnownLists:
 
     def recall(self, key: HeadKey, checkpoint_id: str) -> Lists:
         """Return the lists of a checkpoint that are kept."""
-        with self._lock:
-            known = self._known.get((key, checkpoint_id))
-            return known.lists if known else {}
+        known = self._known.get((key, checkpoint_id))
+        return known.lists if known else {}
 
     def forget(self, key: HeadKey, checkpoint_id: str) -> None:
         """Drop the lists of a checkpoint."""
-        with self._lock:
-            self._drop((key, checkpoint_id))
+        place = (key, checkpoint_id)
+        if place in self._known:
+            with self._lock:
+                self._drop(place)
 
     def forget_thread(self, thread: ThreadKey) -> None:
         """Drop everything about a thread."""
@@ -142,7 +143,7 @@ class Encoder:
             is_marked: Whether a node comes next after which the state has to be stored.
         """
         self.codec = codec
-        self._serialize = codec.serialize
+        self._serialize = codec.serializer.dumps
         self._redact = codec.redact
         self._known = known
         self._verify = verify_deltas
@@ -443,8 +444,7 @@ def _looked(config: RunnableConfig) -> bool:
 
 def _column_step(step: Any) -> int | None:
     """Return a step from metadata as a column has it; what is no step is in the metadata only."""
-    is_step = isinstance(step, int) and not isinstance(step, bool) and abs(step) < _MAX_STEP
-    return step if is_step else None
+    return step if type(step) is int and -_MAX_STEP < step < _MAX_STEP else None
 
 
 def _storable(channel: str, value: Any) -> Any:

@@ -12,7 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import ChannelVersions, Checkpoint, CheckpointMetadata
@@ -24,9 +24,9 @@ from agentflow.checkpoint.holding import HeldBack, Spot
 from agentflow.checkpoint.ids import checkpoint_id_of
 from agentflow.checkpoint.operations import Put, Short, Verb
 from agentflow.checkpoint.policy import SavePolicy
-from agentflow.checkpoint.puts import Planned, PlannedCheckpoint, PlannedWrites
+from agentflow.checkpoint.puts import Planned, PlannedCheckpoint
 from agentflow.checkpoint.rows import HeadKey, Rows, ThreadKey, ThreadState
-from agentflow.checkpoint.stamps import Seen, read_seen
+from agentflow.checkpoint.stamps import read_seen
 from agentflow.database import Database
 from agentflow.database.forks import FORKS
 from agentflow.database.futures import Future
@@ -34,7 +34,6 @@ from agentflow.errors import AgentflowError
 from agentflow.telemetry import CHECKPOINT_BYTES, fail_span, start_checkpoint_span
 from agentflow.types import Lease, new_id
 
-P = TypeVar("P", bound=Planned)
 _RUNTIME = "__pregel_runtime"
 
 _Place = tuple[HeadKey, Lease | None, str | None]
@@ -94,26 +93,25 @@ class Intake:
         task_path: str,
     ) -> Future:
         """Accept the writes of one task."""
-
-        def make() -> PlannedWrites:
-            return encoder.writes(key, lease, config, writes, task_id, task_path)
-
         self.check_fork()
         checkpoint_id = config["configurable"]["checkpoint_id"]
-        if self._policy.saves_all:
-            return self._enqueue(key, lease, config, checkpoint_id, make)
-        with self._held.lock:
-            spot = (key, lease, checkpoint_id)
-            try:
-                planned = make()
-            except AgentflowError as exc:
+        spot = (key, lease, checkpoint_id)
+        try:
+            planned = encoder.writes(key, lease, config, writes, task_id, task_path)
+        except AgentflowError as exc:
+            if self._policy.saves_all:
+                return self._refuse(spot, config, exc)
+            with self._held.lock:
                 return self._refuse_held(spot, spot, config, exc)
+        if self._policy.saves_all:
+            return self._enqueue(planned, config, checkpoint_id)
+        with self._held.lock:
             if self._held.may_wait(spot, config, {channel for channel, _ in writes}):
                 self._held.hold_writes(spot, config, planned)
                 return _done()
             # The run stops here, so that what was held back is stored, and this behind it.
             self._store_held(spot)
-            return self._enqueue(key, lease, config, checkpoint_id, partial(_same, planned))
+            return self._enqueue(planned, config, checkpoint_id)
 
     def checkpoint(
         self,
@@ -131,22 +129,11 @@ class Intake:
         self.check_fork()
         attempt = str(lease.token) if lease else self._attempt(config, key)
         if self._policy.saves_all:
-
-            def make() -> PlannedCheckpoint:
-                return encoder.checkpoint(
-                    key, lease, attempt, config, checkpoint, metadata, new_versions
-                )
-
-            return self._store(
-                encoder,
-                key,
-                lease,
-                config,
-                checkpoint["id"],
-                metadata,
-                make,
-                is_followed=is_followed,
+            make = partial(
+                encoder.checkpoint, key, lease, attempt, config, checkpoint, metadata, new_versions
             )
+            spot = (key, lease, checkpoint["id"])
+            return self._store(encoder, spot, config, metadata, make, is_followed=is_followed)
         parent = (key, lease, checkpoint_id_of(config) or "")
         spot = (key, lease, checkpoint["id"])
         with self._held.lock:
@@ -161,9 +148,7 @@ class Intake:
             self._held.follow(parent)
             if is_due:
                 self._store_behind(parent)
-                return self._store(
-                    encoder, *spot[:2], config, spot[2], metadata, partial(_same, planned)
-                )
+                return self._store(encoder, spot, config, metadata, lambda: planned)
             if not self._has_writer:
                 # Starts its thread, since none can be started when the process ends.
                 self.verb(spot[0][:2], lambda _: None)
@@ -186,27 +171,26 @@ class Intake:
     def _store(
         self,
         encoder: Encoder,
-        key: HeadKey,
-        lease: Lease | None,
+        spot: Spot,
         config: RunnableConfig,
-        checkpoint_id: str,
         metadata: CheckpointMetadata,
         make: Callable[[], PlannedCheckpoint],
         *,
         is_followed: bool = False,
     ) -> Future:
+        key, _, checkpoint_id = spot
         span = start_checkpoint_span(
             thread_id=key[1], ns=key[2], checkpoint_id=checkpoint_id, step=metadata.get("step")
         )
-
-        def made() -> PlannedCheckpoint:
+        try:
             planned = make()
+        except AgentflowError as exc:
+            future = self._refuse(spot, config, exc)
+        else:
             encoder.follow(planned)
+            future = self._enqueue(planned, config, checkpoint_id, is_followed=is_followed)
             if span is not None:
                 span.set_attribute(CHECKPOINT_BYTES, planned.size)
-            return planned
-
-        future = self._enqueue(key, lease, config, checkpoint_id, made, is_followed=is_followed)
         if span is not None:
             future.add_done_callback(partial(_end_span, span))
         return future
@@ -216,11 +200,9 @@ class Intake:
         held = self._held.take(spot)
         if held is None:
             return self._store_behind(spot)
-        key, lease, checkpoint_id = spot
-        step = held.planned.step
-        metadata: CheckpointMetadata = {} if step is None else {"step": step}
-        make = partial(_same, held.planned)
-        stored = self._store(held.encoder, key, lease, held.config, checkpoint_id, metadata, make)
+        planned = held.planned
+        metadata: CheckpointMetadata = {} if planned.step is None else {"step": planned.step}
+        stored = self._store(held.encoder, spot, held.config, metadata, lambda: planned)
         return [stored, *self._store_behind(spot)]
 
     def _store_behind(self, spot: Spot) -> list[Future]:
@@ -228,9 +210,7 @@ class Intake:
         behind = self._held.take_behind(spot)
         if behind is None:
             return []
-        key, lease, checkpoint_id = spot
-        makes = (partial(_same, each) for each in behind.writes)
-        return [self._enqueue(key, lease, behind.config, checkpoint_id, make) for make in makes]
+        return [self._enqueue(each, behind.config, spot[2]) for each in behind.writes]
 
     def _refuse_held(
         self, held: Spot, spot: Spot, config: RunnableConfig, error: AgentflowError
@@ -240,7 +220,7 @@ class Intake:
         Whoever is told of the error finds it durable.
         """
         stored = self._store_held(held)
-        refused = self._enqueue(*spot[:2], config, spot[2], partial(_refuse, error))
+        refused = self._refuse(spot, config, error)
         if not stored:
             return refused
         told = Future()
@@ -258,45 +238,51 @@ class Intake:
 
     def _enqueue(
         self,
-        key: HeadKey,
-        lease: Lease | None,
+        planned: Planned,
         config: RunnableConfig,
         checkpoint_id: str,
-        make: Callable[[], Planned],
         *,
         is_followed: bool = False,
     ) -> Future:
-        """Queue an operation behind the last one of the same invocation in this namespace.
+        """Queue a put behind the last operation of the same invocation in this namespace.
 
         An invocation that loaded something is known by its load, so that of two that race the
         loser's failure is not the winner's. One that found nothing is followed from checkpoint to
         checkpoint.
         """
-        seen: Seen | None = read_seen(config, key[2])
-        after = seen.load_id if seen else checkpoint_id_of(config)
-        places: list[_Place] = [(key, lease, seen.load_id if seen else checkpoint_id)]
-        try:
-            planned = make()
-        except AgentflowError as exc:
-            # Refused at the door; what follows must fail too, as if the database had refused.
-            future = Future()
-            future.settle(error=exc)
-            with self._lock:
-                self._tails[places[0]] = future
+        key, lease = planned.key, planned.lease
+        seen = read_seen(config, key[2])
+        places: list[_Place]
+        if seen is None:
+            after, places = checkpoint_id_of(config), [(key, lease, checkpoint_id)]
         else:
-            if seen and isinstance(planned, PlannedCheckpoint):
+            after, places = seen.load_id, [(key, lease, seen.load_id)]
+            if isinstance(planned, PlannedCheckpoint):
                 # Subgraphs know what called them by its id.
                 places.append((key, lease, checkpoint_id))
-            size = planned.size + _ROW_SIZE
-            operation = Put(planned, self.states, size=size, is_followed=is_followed)
-            with self._lock:
-                previous = self._tails.get((key, lease, after))
-                operation.previous = previous or self._caller(config, key, lease)
-                future = self._database.enqueue(operation)
-                self._tails.update(dict.fromkeys(places, future))
-            # Perhaps here and now, which ends what was accepted before as well.
-            self._database.push(operation)
+        size = planned.size + _ROW_SIZE
+        operation = Put(planned, self.states, size=size, is_followed=is_followed)
+        with self._lock:
+            previous = self._tails.get((key, lease, after))
+            operation.previous = previous or self._caller(config, key, lease)
+            future = self._database.enqueue(operation)
+            for place in places:
+                self._tails[place] = future
+        # Perhaps here and now, which ends what was accepted before as well.
+        self._database.push(operation)
         future.add_done_callback(partial(self._end, places))
+        return future
+
+    def _refuse(self, spot: Spot, config: RunnableConfig, error: AgentflowError) -> Future:
+        """Refuse a put at the door; what follows must fail too, as if the database had refused."""
+        key, lease, checkpoint_id = spot
+        seen = read_seen(config, key[2])
+        place: _Place = (key, lease, seen.load_id if seen else checkpoint_id)
+        future = Future()
+        future.settle(error=error)
+        with self._lock:
+            self._tails[place] = future
+        self._end([place], future)
         return future
 
     def _caller(self, config: RunnableConfig, key: HeadKey, lease: Lease | None) -> Future | None:
@@ -423,14 +409,6 @@ def _store_at_exit(intake: weakref.ref[Intake]) -> None:
     alive = intake()
     for future in alive.store_held() if alive is not None else ():
         future.wait()
-
-
-def _same(planned: P) -> P:
-    return planned
-
-
-def _refuse(error: AgentflowError) -> Any:
-    raise error
 
 
 def _done() -> Future:

@@ -122,7 +122,8 @@ class Placement:
                 stored = self._keep(put, head, channel, value)
                 if stored is None:
                     return None
-                layout[channel] = Held(version, stored, _digest(value, stored))
+                digest = None if isinstance(stored, bytes) else _digest(value)
+                layout[channel] = Held(version, stored, digest)
             elif channel in put.changed:
                 layout[channel] = Held(version, None)
             elif (held := self._held(put, head, channel, version)) is not None:
@@ -140,18 +141,18 @@ class Placement:
     def _keep(
         self, put: PlannedCheckpoint, head: Head | None, channel: str, value: NewValue
     ) -> Stored | None:
+        if isinstance(value, bytes):
+            # An input is gone after one step, and stands best beside the writes made of it.
+            if len(value) <= INLINE or (channel == START and not is_large(put.codec, value)):
+                return value
+            series = self._next()
+            self._put_block(put, series, 0, value, WHOLE)
+            return (Part(series, WHOLE, is_open=False),)
         if isinstance(value, GrownList):
             return self._continue(put, head, channel, value)
-        if isinstance(value, WholeList):
-            series = self._next()
-            self._put_block(put, series, 0, value.block, value.length)
-            return (Part(series, value.length, is_open=True),)
-        # An input is gone after one step, and stands best beside the writes that are made of it.
-        if len(value) <= INLINE or (channel == START and not is_large(put.codec, value)):
-            return value
         series = self._next()
-        self._put_block(put, series, 0, value, WHOLE)
-        return (Part(series, WHOLE, is_open=False),)
+        self._put_block(put, series, 0, value.block, value.length)
+        return (Part(series, value.length, is_open=True),)
 
     def _put_block(
         self, put: PlannedCheckpoint, series: int, start: int, block: bytes, length: int
@@ -261,9 +262,7 @@ class Placement:
             query = replace(query, after=page[-1].row.seq)
 
 
-def _digest(value: NewValue, stored: Stored) -> bytes | None:
-    if isinstance(stored, bytes):
-        return None
+def _digest(value: NewValue) -> bytes:
     if isinstance(value, GrownList):
         return value.growth.digest
     return value.digest if isinstance(value, WholeList) else digest_of(value)

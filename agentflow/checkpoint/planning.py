@@ -70,9 +70,16 @@ class _Draft:
     base: bytes | None = None
     """What its delta channels had at its parent, if that was deleted."""
 
-    def _columns(self, thread: int = 0) -> CheckpointRow:
+    def chain(self) -> None:
+        """Compute its hash, once all that it covers is known."""
         put = self.put
-        return CheckpointRow(
+        covered = hash_of(put.codec, Place(*put.key), put, put.head, self.layout, self.parent_hash)
+        self.hash = put.codec.hash(covered)
+
+    def row(self, thread: int) -> CheckpointRow:
+        """Return its row, sealed."""
+        put = self.put
+        row = CheckpointRow(
             thread,
             put.ns,
             self.seq,
@@ -86,17 +93,6 @@ class _Draft:
             self.parent_writes,
             self.base,
         )
-
-    def chain(self) -> None:
-        """Compute its hash, once all that it covers is known."""
-        put = self.put
-        covered = hash_of(
-            put.codec, Place(*put.key), self._columns(), put.head, self.layout, self.parent_hash
-        )
-        self.hash = put.codec.hash(covered)
-
-    def row(self, thread: int) -> CheckpointRow:
-        put, row = self.put, self._columns(thread)
         data = pack_record(
             put.codec, Place(*put.key), row, put.head, self.layout, self.calls, self.parent_hash
         )

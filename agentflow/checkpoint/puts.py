@@ -42,9 +42,9 @@ NewValue = bytes | WholeList | GrownList
 
 def size_of(value: NewValue) -> int:
     """Return the bytes of a value."""
-    if isinstance(value, WholeList):
-        return len(value.block)
-    return len(value.growth.block) if isinstance(value, GrownList) else len(value)
+    if isinstance(value, bytes):
+        return len(value)
+    return len(value.growth.block if isinstance(value, GrownList) else value.block)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -13,7 +13,7 @@ Each record is sealed in the context of its place: all columns of its row are pa
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import ormsgpack
 
@@ -91,10 +91,25 @@ class Record(NamedTuple):
     parent_hash: bytes | None
 
 
+class Identity(Protocol):
+    """What a checkpoint is, and what it follows; both as it is put and as it is stored."""
+
+    @property
+    def checkpoint_id(self) -> str: ...
+    @property
+    def parent_id(self) -> str | None: ...
+    @property
+    def attempt(self) -> str: ...
+    @property
+    def run_id(self) -> str | None: ...
+    @property
+    def step(self) -> int | None: ...
+
+
 def hash_of(
     codec: Codec,
     place: Place,
-    row: CheckpointRow,
+    made: Identity,
     head: bytes,
     layout: Layout,
     parent: bytes | None,
@@ -108,7 +123,7 @@ def hash_of(
         for channel, (_, stored, digest) in sorted(layout.items())
         if stored is not None
     ]
-    columns = (row.checkpoint_id, row.parent_id, row.attempt, row.run_id, row.step)
+    columns = (made.checkpoint_id, made.parent_id, made.attempt, made.run_id, made.step)
     return _pack(codec, [*place, *columns, parent, head, values])
 
 

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -72,6 +73,7 @@ class Database:
         self._readers: ThreadPoolExecutor | None = None
         self._pace = Pace()
         self._wakers: WeakKeyDictionary[asyncio.AbstractEventLoop, _Waker] = WeakKeyDictionary()
+        self._last_waker: _Waker | None = None
         # The loops for which the writer's present batch has settled something; the writer's own.
         self._woken: deque[_Waker] = deque()
 
@@ -249,23 +251,31 @@ class Database:
         Raises:
             Exception: The error with which it ended.
         """
-        await self.ended(future)
+        if not future.done():
+            await self._end_of(future)
         return future.result()
 
     async def ended(self, future: Future) -> None:
         """Wait for the end of a writer's future, whatever it is."""
         if not future.done():
-            loop = asyncio.get_running_loop()
+            await self._end_of(future)
+
+    def _end_of(self, future: Future) -> asyncio.Future[None]:
+        loop = asyncio.get_running_loop()
+        # Nearly always the same one asks.
+        waker = self._last_waker
+        if waker is None or waker.loop() is not loop:
             waker = self._wakers.get(loop)
             if waker is None:
                 waker = self._wakers[loop] = _Waker(loop)
-            waiter: asyncio.Future[None] = loop.create_future()
-            future.add_done_callback(lambda _: self._wake_later(waker, waiter))
-            await waiter
+            self._last_waker = waker
+        waiter: asyncio.Future[None] = loop.create_future()
+        future.add_done_callback(partial(self._wake_later, waker, waiter))
+        return waiter
 
-    def _wake_later(self, waker: _Waker, waiter: asyncio.Future[None]) -> None:
+    def _wake_later(self, waker: _Waker, waiter: asyncio.Future[None], _: Future) -> None:
         """Wake a waiter at the end of the writer's batch; at once if it was settled before."""
-        waker.add(waiter)
+        waker.waiting.append(waiter)
         if not self._writer.is_writing_here():
             waker.wake()
         elif not self._woken or self._woken[-1] is not waker:
@@ -291,16 +301,12 @@ class _Waker:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         # Wakers are kept as long as their loops, and must not keep them.
-        self._loop = weakref.ref(loop)
-        self._waiting: deque[asyncio.Future[None]] = deque()
-
-    def add(self, waiter: asyncio.Future[None]) -> None:
-        """Note whom to wake."""
-        self._waiting.append(waiter)
+        self.loop = weakref.ref(loop)
+        self.waiting: deque[asyncio.Future[None]] = deque()
 
     def wake(self) -> None:
-        """Wake what has been added."""
-        loop = self._loop()
+        """Wake what is waiting."""
+        loop = self.loop()
         if loop is None:
             return
         if loop is _running_loop():
@@ -311,8 +317,8 @@ class _Waker:
                 loop.call_soon_threadsafe(self._run)
 
     def _run(self) -> None:
-        while self._waiting:
-            waiter = self._waiting.popleft()
+        while self.waiting:
+            waiter = self.waiting.popleft()
             if not waiter.done():
                 waiter.set_result(None)
 

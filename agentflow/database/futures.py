@@ -61,15 +61,15 @@ class Future:
         Raises:
             TimeoutError: It has not ended after so many seconds.
         """
-        if not self._is_done:
-            ended = threading.Event()
-            self.add_done_callback(lambda _: ended.set())
-            if not ended.wait(timeout):
-                raise TimeoutError
+        ended = threading.Event()
+        self.add_done_callback(lambda _: ended.set())
+        if not ended.wait(timeout):
+            raise TimeoutError
 
     def exception(self, timeout: float | None = None) -> Exception | None:
         """Wait for the end and return its error, if it is one; see `wait`."""
-        self.wait(timeout)
+        if not self._is_done:
+            self.wait(timeout)
         return self._error
 
     def result(self, timeout: float | None = None) -> Any:
@@ -78,7 +78,8 @@ class Future:
         Raises:
             Exception: The error with which it ended.
         """
-        self.wait(timeout)
+        if not self._is_done:
+            self.wait(timeout)
         if self._error is not None:
             raise self._error
         return self._value

@@ -166,7 +166,7 @@ class GroupCommitWriter:
             if self._closing.is_set():
                 raise StoreUnavailableError(self._connections.name, "it was closed")
             self._queue.append(operation)
-            if self._thread is None or not self._thread.is_alive():
+            if self._thread is None:
                 self._thread = threading.Thread(
                     target=self._serve, name="agentflow-writer", daemon=True
                 )
@@ -239,8 +239,9 @@ class GroupCommitWriter:
         with self._lock:
             self._closing.set()
             self._wake()
-        if self._thread is not None:
-            self._thread.join()
+            thread = self._thread
+        if thread is not None:
+            thread.join()
 
     def _wake(self) -> None:
         if not self._is_signalled:
@@ -248,14 +249,18 @@ class GroupCommitWriter:
             self._signal.put(None)
 
     def _serve(self) -> None:
-        while self._await_work():
+        try:
+            while self._await_work():
+                with self._role:
+                    self._holder = threading.get_ident()
+                    # In no variable here, which would keep what was written until there is more.
+                    self._serve_batch(self._pop())
+                    self._holder = None
             with self._role:
-                self._holder = threading.get_ident()
-                # In no variable here, which would keep what was written until there is more.
-                self._serve_batch(self._pop())
-                self._holder = None
-        with self._role:
-            self._connections.end_writing()
+                self._connections.end_writing()
+        finally:
+            # However it ends, what is queued later gets another one.
+            self._thread = None
 
     def _serve_batch(self, batch: list[Operation]) -> None:
         if not batch:

@@ -39,10 +39,9 @@ class SqliteRows(SqlRows):
         rows: list[tuple[Any, ...]] = [
             (_RAISE_KIND, c.before.number, *c.before.version, c.after.seq) for c in changes
         ]
-        for change in changes:
-            rows += [(_CHECKPOINT_KIND, *row) for row in change.checkpoints]
-            rows += [(_VALUE_KIND, *row) for row in change.values]
-            rows += [(_WRITES_KIND, *row) for row in change.writes]
+        rows += [(_CHECKPOINT_KIND, *row) for c in changes for row in c.checkpoints]
+        rows += [(_VALUE_KIND, *row) for c in changes for row in c.values]
+        rows += [(_WRITES_KIND, *row) for c in changes for row in c.writes]
         count = padded(len(rows))
         is_large = count * _SORTED_WIDTH > MAX_PARAMETERS
         if session.is_open or is_large or any(map(changes_rows, changes)):
