@@ -78,12 +78,14 @@ class NodeThreads(ThreadPoolExecutor):
                 return self._replaced.submit(fn, *args, **kwargs)
             return super().submit(fn, *args, **kwargs)
         call = _Call(control, lambda: fn(*args, **kwargs))
+        # A thread may have made the call, and given it up, before this one goes on.
+        future = call.future
         with self._changed:
             if self._is_closed:
                 raise RuntimeError("cannot run a node after its event loop was shut down")
             self._queue_of_calls.append(call)
             self._serve_more()
-        return call.future
+        return future
 
     def abandoned(self) -> int:
         """Count the threads in nodes whose attempt is over."""

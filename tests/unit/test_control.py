@@ -227,6 +227,41 @@ async def test_node_that_was_cancelled_before_its_thread_began_is_not_called() -
         assert called == []
 
 
+class _Overtaken(threading.Condition):
+    """Lets whoever submits go on only when a thread has made the call and come back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._submitter = threading.get_ident()
+        self._entries = 0
+        self._is_back = threading.Event()
+
+    def __enter__(self) -> bool:
+        is_entered = super().__enter__()
+        if threading.get_ident() != self._submitter:
+            self._entries += 1
+            if self._entries > 1:
+                self._is_back.set()
+        return is_entered
+
+    def __exit__(self, *args: object) -> None:
+        super().__exit__(*args)  # type: ignore[arg-type]  # handed on
+        if threading.get_ident() == self._submitter:
+            self._is_back.wait()
+
+
+async def test_node_that_raises_before_its_submitter_goes_on_is_heard_of() -> None:
+    """As one that asks somebody does, at once."""
+
+    def ask() -> None:
+        raise LookupError("asked")
+
+    with on_loop(1) as threads, entered(held()):
+        threads._changed = _Overtaken()
+        asked = threads.submit(ask)
+    assert isinstance(asked.exception(), LookupError)
+
+
 def test_event_loop_ends_although_a_node_never_does() -> None:
     go_on = threading.Event()
 
