@@ -125,9 +125,9 @@ Designs that were tried:
 With fifty runs at a time the processor is what they share, and a step of agentflow's takes 1.7
 times as long as one with `InMemorySaver`. Counted by the profiler, whatever the speed of the
 machine, a step with `InMemorySaver` is 1,136 calls of functions, nearly all of them LangGraph's
-own; with agentflow it is 1,383 in the event loop's thread and 271 in the writer's, and some 70 µs
+own; with agentflow it is 1,337 in the event loop's thread and 242 in the writer's, and some 70 µs
 inside of SQLite. Three quarters of the steps leave room for some 380 calls, with all that the
-database does. No function stands out: the one that calls most others makes 27 of these calls.
+database does. No function stands out: the one that calls most others makes 20 of these calls.
 
 Taken in turns in one process, with ten to twenty rounds each, none of these changed the ratio by
 more than it varies anyway (0.05): no garbage collection below 10,000 objects, and what was there
