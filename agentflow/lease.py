@@ -59,7 +59,6 @@ class LeaseKeeper:
             threading.Thread(target=target, name=f"agentflow-{name}", daemon=True)
             for name, target in (("heartbeat", self._serve), ("guard", self._guard))
         ]
-        self._is_started = False
         self._unsubscribe: Callable[[], None] | None = None
 
     def __enter__(self) -> Self:
@@ -74,8 +73,8 @@ class LeaseKeeper:
         self._stopped.set()
         self._is_urgent.set()
         self._wake_guard()
-        if self._is_started:
-            for thread in self._threads:
+        for thread in self._threads:
+            if thread.ident is not None:
                 thread.join()
 
     def hold(self, lease: Lease, control: AttemptControl, *, since: float) -> None:
@@ -89,11 +88,11 @@ class LeaseKeeper:
         control.hold(lease, until=self._safe_until(since))
         control.on_change(self._wake_guard)
         with self._changed:
-            self._held[lease.run_id] = _Held(lease, control)
-            if not self._is_started:
-                self._is_started = True
-                for thread in self._threads:
+            for thread in self._threads:
+                # If one cannot be had, nothing is held, and the next lease asks again.
+                if thread.ident is None:
                     thread.start()
+            self._held[lease.run_id] = _Held(lease, control)
             if control.next_look < self._looks_at:
                 self._changed.notify()
 

@@ -84,7 +84,13 @@ class NodeThreads(ThreadPoolExecutor):
             if self._is_closed:
                 raise RuntimeError("cannot run a node after its event loop was shut down")
             self._queue_of_calls.append(call)
-            self._serve_more()
+            try:
+                self._serve_more()
+            except RuntimeError:
+                # No more threads can be had; if there are some, one of them will come to it.
+                if self._count == 0:
+                    self._queue_of_calls.remove(call)
+                    raise
         return future
 
     def abandoned(self) -> int:
@@ -125,9 +131,9 @@ class NodeThreads(ThreadPoolExecutor):
 
     def _serve_more(self) -> None:
         while len(self._queue_of_calls) > self._idle and self._count < self._size:
+            threading.Thread(target=self._serve, name="agentflow-node", daemon=True).start()
             self._count += 1
             self._idle += 1  # until it has taken its first call
-            threading.Thread(target=self._serve, name="agentflow-node", daemon=True).start()
         self._changed.notify(len(self._queue_of_calls))
 
     def _serve(self) -> None:

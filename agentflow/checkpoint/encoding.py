@@ -444,7 +444,8 @@ def _looked(config: RunnableConfig) -> bool:
 
 def _column_step(step: Any) -> int | None:
     """Return a step from metadata as a column has it; what is no step is in the metadata only."""
-    return step if type(step) is int and -_MAX_STEP < step < _MAX_STEP else None
+    is_step = isinstance(step, int) and not isinstance(step, bool) and abs(step) < _MAX_STEP
+    return step if is_step else None
 
 
 def _storable(channel: str, value: Any) -> Any:

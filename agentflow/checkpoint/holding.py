@@ -84,10 +84,6 @@ class HeldBack:
         self._marked: OrderedDict[Spot, None] = OrderedDict()
         self._stopped: OrderedDict[Spot, None] = OrderedDict()
 
-    def is_empty(self) -> bool:
-        """Whether there is nothing to store; may be asked without the lock."""
-        return not self._held and not self._behind
-
     def may_wait(self, spot: Spot, config: RunnableConfig, channels: Collection[str]) -> bool:
         """Whether writes may be held back until it is known if the next checkpoint is due."""
         if not {ERROR, INTERRUPT}.isdisjoint(channels):

@@ -230,8 +230,9 @@ class Intake:
     def store_held(self, thread: ThreadKey | None = None) -> list[Future]:
         """Store what is held back of a thread, or of all threads."""
         self.check_fork()
-        if self._policy.saves_all or self._held.is_empty():
+        if self._policy.saves_all:
             return []
+        # Also to see that there is nothing: between two checkpoints neither of them is held.
         with self._held.lock:
             spots = self._held.spots(thread)
             return [future for spot in spots for future in self._store_held(spot)]

@@ -165,12 +165,12 @@ class GroupCommitWriter:
         with self._lock:
             if self._closing.is_set():
                 raise StoreUnavailableError(self._connections.name, "it was closed")
-            self._queue.append(operation)
             if self._thread is None:
-                self._thread = threading.Thread(
-                    target=self._serve, name="agentflow-writer", daemon=True
-                )
-                self._thread.start()
+                thread = threading.Thread(target=self._serve, name="agentflow-writer", daemon=True)
+                # If none can be had, nothing is queued, and the next operation asks again.
+                thread.start()
+                self._thread = thread
+            self._queue.append(operation)
             self._company.meet(operation)
         return operation.future
 
@@ -253,14 +253,17 @@ class GroupCommitWriter:
             while self._await_work():
                 with self._role:
                     self._holder = threading.get_ident()
-                    # In no variable here, which would keep what was written until there is more.
-                    self._serve_batch(self._pop())
-                    self._holder = None
+                    try:
+                        # In no variable, which would keep what was written until there is more.
+                        self._serve_batch(self._pop())
+                    finally:
+                        self._holder = None
             with self._role:
                 self._connections.end_writing()
         finally:
-            # However it ends, what is queued later gets another one.
-            self._thread = None
+            with self._lock:
+                # However it ends, what is queued later gets another one.
+                self._thread = None
 
     def _serve_batch(self, batch: list[Operation]) -> None:
         if not batch:

@@ -62,7 +62,8 @@ class EffectKeys:
             await self._look(tenant, new.scope, 0)
             self._attempts[attempt] = None
             if len(self._attempts) > _MAX_SCOPES:
-                del self._attempts[next(iter(self._attempts))]
+                # Of two threads that see this both may pick the same one.
+                self._attempts.pop(next(iter(tuple(self._attempts))), None)
 
     async def _look(self, tenant: str, scope: str, after: int) -> None:
         while page := await self._database.query(partial(_read, tenant, scope, after)):

@@ -22,6 +22,7 @@ from langgraph.graph import END, START, StateGraph
 from langgraph.types import Command, Send, interrupt
 
 from agentflow.checkpoint import Save, Saver, open_checkpointer
+from agentflow.checkpoint.holding import HeldBack
 from agentflow.database.writer import Call
 from agentflow.errors import ConflictError, InvalidInputError, SerializationError
 from tests.integration.graphs import State, chain, logs
@@ -173,6 +174,49 @@ async def test_what_is_held_back_is_read_and_kept_by_closing(database_url: str) 
     assert line(saver).get_state(CONFIG).values["log"] == ["a", "b", "c", "d"]
     await saver.aclose()
     assert stored_log(database_url) == ["a", "b", "c", "d"]
+
+
+class _Asked:
+    """A lock that tells when another thread asks for it."""
+
+    def __init__(self, lock: Any, came: threading.Event) -> None:
+        self._lock, self._came, self._owner = lock, came, threading.get_ident()
+
+    def __enter__(self) -> None:
+        if threading.get_ident() != self._owner:
+            self._came.set()
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+async def test_reader_between_two_checkpoints_waits_for_the_second(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first is not held any more then, and the second not yet."""
+    found: list[Any] = []
+    readers: list[threading.Thread] = []
+    came = threading.Event()
+    with open_checkpointer(database_url, save="exit") as saver:
+        held, hold = saver._intake._held, HeldBack.hold
+        monkeypatch.setattr(held, "lock", _Asked(held.lock, came))
+
+        def read() -> None:
+            found.append(saver.get_tuple(CONFIG))
+            came.set()
+
+        def watched(self: HeldBack, *args: Any) -> None:
+            readers.append(threading.Thread(target=read))
+            if len(readers) == 3:  # that of the input, of the first node, and now
+                readers[-1].start()
+                came.wait()
+            hold(self, *args)
+
+        monkeypatch.setattr(HeldBack, "hold", watched)
+        await line(saver).ainvoke({"log": []}, CONFIG, durability="sync")
+        readers[2].join()
+    assert found[0] is not None, "what was accepted before is not there"
 
 
 async def test_update_by_hand_is_stored_at_once(database_url: str) -> None:

@@ -172,6 +172,24 @@ def test_even_an_exit_in_an_operation_leaves_nobody_waiting(
     assert database.submit(insert("b")).result(timeout=30) == "b"
 
 
+def test_writer_that_no_thread_can_be_had_for_is_started_by_the_next_operation(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Database(sqlite_url, Settings())
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="new thread"):
+            opened.submit(insert("refused"))
+    assert opened.submit(insert("second")).result(timeout=30) == "second"
+    assert names(opened) == ["second"], "what was refused is not written behind its caller's back"
+    opened.close()
+
+
+def refuse(_: threading.Thread) -> None:
+    """Fail as a process does that has all the threads it may have."""
+    raise RuntimeError("can't start new thread")
+
+
 def test_closing_writes_what_is_queued_and_refuses_what_comes_later(database_url: str) -> None:
     database = Database(database_url, Settings())
     go_on = held(database)

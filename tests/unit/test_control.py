@@ -115,6 +115,60 @@ async def test_guard_loses_the_lease_when_its_time_is_up() -> None:
     assert control.is_lost
 
 
+def test_lease_is_lost_in_peace_while_its_event_loop_is_closed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The thread that notices watches over other leases as well."""
+    control = held()
+
+    async def main() -> asyncio.AbstractEventLoop:
+        task = asyncio.ensure_future(asyncio.Event().wait())
+        control.attach(task)  # type: ignore[arg-type]  # of whatever result
+        return asyncio.get_running_loop()
+
+    loop = asyncio.run(main())
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "is_closed", lambda: False)  # as it was a moment ago
+        control.lose()
+    assert control.is_lost
+
+
+async def test_leases_that_no_thread_can_be_had_for_are_kept_once_there_is_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    length = timedelta(seconds=FAR)
+    async with AgentFlow("memory://") as app:
+        with LeaseKeeper(app._store, lease=length, heartbeat=length) as keeper:
+            with monkeypatch.context() as patched:
+                patched.setattr(threading.Thread, "start", refuse)
+                with pytest.raises(RuntimeError, match="new thread"):
+                    keeper.hold(LEASE, AttemptControl(), since=monotonic())
+            control = AttemptControl()
+            task = asyncio.create_task(asyncio.Event().wait())
+            control.attach(task)  # type: ignore[arg-type]  # of whatever result
+            keeper.hold(LEASE, control, since=monotonic() - FAR)
+            await asyncio.wait([task], timeout=FAR)
+            assert control.is_lost
+
+
+def refuse(_: threading.Thread) -> None:
+    """Fail as a process does that has all the threads it may have."""
+    raise RuntimeError("can't start new thread")
+
+
+async def test_node_that_no_thread_can_be_had_for_is_not_called_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    called: list[str] = []
+    with on_loop(1) as threads, entered(held()):
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", refuse)
+            with pytest.raises(RuntimeError, match="new thread"):
+                threads.submit(called.append, "refused")
+        await asyncio.to_thread(called.append, "second")
+    assert called == ["second"]
+
+
 async def test_call_of_a_node_that_takes_too_long_is_what_stops_the_attempt() -> None:
     control, looks, call, other = held(), [], UUID(int=1), UUID(int=2)
     control.on_change(lambda: looks.append(control.next_look))
