@@ -10,11 +10,11 @@ import socket
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import Context, copy_context
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from langgraph.checkpoint.base import BaseCheckpointSaver
 
@@ -76,6 +76,64 @@ class _Here:
     driver: Driver
 
 
+class _Begin(Protocol):
+    def __call__(
+        self, claimed: ClaimedRun, *, since: float, stored: asyncio.Event | None = None
+    ) -> _Active | None: ...
+
+
+class _Early:
+    """An attempt that reads and prepares while its claim is being committed.
+
+    A commit takes about as long as that does, on another processor or a server's disk.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        begin: _Begin,
+    ) -> None:
+        self.since = monotonic()
+        self._loop = loop
+        self._begin = begin
+        self._stored = asyncio.Event()
+        self._claimed: ClaimedRun | None = None
+        self._active: _Active | None = None
+        self._is_known = False
+        """Whether it is known what became of the claim."""
+
+    def foretell(self, claimed: ClaimedRun) -> None:
+        """Begin with what is about to be committed; called by the writer's thread."""
+        # A loop that was closed drives nothing any more.
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._start, claimed)
+
+    def _start(self, claimed: ClaimedRun) -> None:
+        if self._claimed is None and not self._is_known:
+            self._claimed = claimed
+            self._active = self._begin(claimed, since=self.since, stored=self._stored)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the worker has it among those that it drives."""
+        return self._active is not None
+
+    def confirm(self, claimed: ClaimedRun) -> bool:
+        """Let it go on if it has begun with the claim that was committed."""
+        self._is_known = True
+        if self._active is None or self._claimed is not claimed:
+            return False
+        self._stored.set()
+        return True
+
+    async def withdraw(self) -> None:
+        """End it, if it has begun: its claim was not stored, or another one was."""
+        self._is_known = True
+        if self._active is not None:
+            self._active.control.lose()
+            await asyncio.wait([self._active.task])
+
+
 class Worker:
     """Drives runs of the registered graphs; made by `AgentFlow.worker`.
 
@@ -128,7 +186,7 @@ class Worker:
             queues=self._queues,
             graphs=frozenset(graphs),
         )
-        self._offered: set[asyncio.Task[Any]] = set()
+        self._offered: dict[asyncio.Task[Any], _Early] = {}
         self._has_more = True
         """Whether there may be runs that it has not claimed yet."""
         self._active: dict[Lease, _Active] = {}
@@ -165,9 +223,9 @@ class Worker:
                 if self._sweep_every is not None:
                     aside.append(group.create_task(self._sweep_now_and_then(self._sweep_every)))
                 was_told = False
-                with self._open_to_offers(group, driver) as here:
+                with self._open_to_offers(group, driver):
                     while not self._is_stopping:
-                        pause = await self._turn(here, was_told=was_told)
+                        pause = await self._turn(was_told=was_told)
                         self._check_load(threads)
                         if not self._is_stopping:
                             was_told = await listener.wait(pause)
@@ -178,16 +236,16 @@ class Worker:
             await self._store.remove_worker(self._tenant, self._instance)
 
     @contextmanager
-    def _open_to_offers(self, group: asyncio.TaskGroup, driver: Driver) -> Iterator[_Here]:
-        self._here = here = _Here(asyncio.get_running_loop(), copy_context(), group, driver)
+    def _open_to_offers(self, group: asyncio.TaskGroup, driver: Driver) -> Iterator[None]:
+        self._here = _Here(asyncio.get_running_loop(), copy_context(), group, driver)
         self._offers.join(self)
         try:
-            yield here
+            yield
         finally:
             self._offers.leave(self)
             self._here = None
 
-    async def _turn(self, here: _Here, *, was_told: bool) -> float:
+    async def _turn(self, *, was_told: bool) -> float:
         """Do what there is to do, and return for how many seconds there is no more.
 
         Who was told of something claims at once. Else, and now and then in any case, the store is
@@ -196,7 +254,7 @@ class Worker:
         poll = self._settings.poll_interval.total_seconds()
         try:
             if was_told and monotonic() < self._looked_at + poll:
-                await self._claim(here)
+                await self._claim()
                 return max(0.0, self._looked_at + poll - monotonic())
             due = await self._store.next_due(
                 self._tenant, queues=self._queues, graphs=list(self._graphs)
@@ -204,7 +262,7 @@ class Worker:
             self._looked_at = self._answered_at = monotonic()
             self._has_more = due.is_claimable
             if due.is_claimable:
-                await self._claim(here)
+                await self._claim()
             if due.deadline is not None and due.deadline <= _NOW:
                 await self._store.fire_due(self._tenant, limit=_FIRED_AT_ONCE)
         except Exception as exc:  # noqa: BLE001 -- the runs that are being driven must go on
@@ -216,7 +274,8 @@ class Worker:
     def _room(self) -> int:
         """Return how many runs there is room for."""
         is_alone = any(active.control.is_isolated for active in self._active.values())
-        return 0 if is_alone else self._concurrency - len(self._active) - len(self._offered)
+        coming = sum(1 for early in self._offered.values() if not early.has_begun)
+        return 0 if is_alone else self._concurrency - len(self._active) - coming
 
     @property
     def claimant(self) -> Claimant:
@@ -230,21 +289,25 @@ class Worker:
             return None
         if self._is_stopping or self._has_more or self._room() <= 0:
             return None
-        task = here.loop.create_task(self._take_offered(verb))
-        self._offered.add(task)
-        task.add_done_callback(self._offered.discard)
+        early = _Early(here.loop, self._begin)
+        task = here.loop.create_task(self._take_offered(verb, early))
+        self._offered[task] = early
+        task.add_done_callback(self._offered.pop)
         # Whoever offered it may not wait for it any more.
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
         return task
 
-    async def _take_offered(self, verb: Verb[H]) -> H:
-        since = monotonic()
-        handed = await verb(self._claims_as)
+    async def _take_offered(self, verb: Verb[H], early: _Early) -> H:
+        try:
+            handed = await verb(replace(self._claims_as, foretell=early.foretell))
+        except BaseException:
+            await early.withdraw()
+            raise
         claimed = handed.claimed
-        if claimed is not None and self._here is not None:
-            self._claimed += 1
-            self._begin(self._here, claimed, since)
-        elif claimed is not None:
+        if claimed is not None and early.confirm(claimed):
+            return handed
+        await early.withdraw()
+        if claimed is not None and self._begin(claimed, since=early.since) is None:
             await self._give_back(claimed.lease)  # the worker has been told to go meanwhile
         return handed
 
@@ -318,7 +381,7 @@ class Worker:
         if tasks := [active.task for active in self._active.values()]:
             await asyncio.wait(tasks, timeout=timeout)
 
-    async def _claim(self, here: _Here) -> None:
+    async def _claim(self) -> None:
         await self._end_isolation()
         if (room := self._room()) <= 0:
             return
@@ -334,12 +397,11 @@ class Worker:
             lease=self._settings.lease,
             opening=self._claims_as.opening,
         )
-        self._claimed += len(claimed)
         self._has_more = len(claimed) == room
         for run in claimed:
             if run.isolation is not None:
                 self._alone_until = since + run.isolation.total_seconds()
-            self._begin(here, run, since)
+            self._begin(run, since=since)
 
     async def _report(self) -> None:
         """Tell the store, time and again, that this worker lives."""
@@ -375,23 +437,35 @@ class Worker:
                 counts = {"threads": report.threads, "checkpoints": report.checkpoints}
                 logger.info("swept", extra=counts)
 
-    def _begin(self, here: _Here, claimed: ClaimedRun, since: float) -> None:
+    def _begin(
+        self, claimed: ClaimedRun, *, since: float, stored: asyncio.Event | None = None
+    ) -> _Active | None:
+        """Drive a claimed run from now on; `None` if the worker has gone."""
+        if (here := self._here) is None:
+            return None
+        self._claimed += 1
         control = AttemptControl()
         control.is_isolated = claimed.isolation is not None
         if self._is_stopping:
             control.drain()  # claimed while the worker was being told to stop
-        driving = self._drive(here.driver, claimed, control, since)
+        driving = self._drive(here.driver, claimed, control, since, stored)
         # Nothing of the context of whoever has offered it.
         task = here.group.create_task(driving, context=here.context.copy())
-        self._active[claimed.lease] = _Active(control, task)
+        self._active[claimed.lease] = active = _Active(control, task)
+        return active
 
     async def _drive(
-        self, driver: Driver, claimed: ClaimedRun, control: AttemptControl, since: float
+        self,
+        driver: Driver,
+        claimed: ClaimedRun,
+        control: AttemptControl,
+        since: float,
+        stored: asyncio.Event | None,
     ) -> None:
         run = claimed.run
         registered = self._graphs[run.graph, run.version]
         try:
-            await driver.attempt(registered, claimed, control, since=since)
+            await driver.attempt(registered, claimed, control, since=since, stored=stored)
         except Exception:
             # A defect here must not take the other runs with it; this one's lease will expire.
             logger.exception("attempt ended unexpectedly", extra={"run_id": run.id})

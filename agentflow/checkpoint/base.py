@@ -43,12 +43,11 @@ from agentflow.checkpoint.key_check import check_keys
 from agentflow.checkpoint.loading import Listing, Reader
 from agentflow.checkpoint.maintenance import MaintenanceVerbs
 from agentflow.checkpoint.policy import Save, SavePolicy
-from agentflow.checkpoint.recent import NotNotedError, RecentRead
+from agentflow.checkpoint.recent import NotNotedError, RecentRead, Writes
 from agentflow.checkpoint.retention import Retention
 from agentflow.checkpoint.retraction import Retraction, retract
 from agentflow.checkpoint.rows import (
     FoundCheckpoint,
-    FoundThread,
     Head,
     HeadKey,
     Rows,
@@ -129,6 +128,7 @@ class Saver(MaintenanceVerbs, BaseCheckpointSaver[str]):
         self._lease: Lease | None = None
         self._check: Callable[[], None] | None = None
         self._is_input_followed = False
+        self._begun: asyncio.Event | None = None
         self._recent: RecentRead | None = None
         """What was read last under the lease."""
         self._use(codec)
@@ -157,6 +157,7 @@ class Saver(MaintenanceVerbs, BaseCheckpointSaver[str]):
         check: Callable[[], None] | None = None,
         taken: TakenThread | None = None,
         is_input_followed: bool = False,
+        begun: asyncio.Event | None = None,
     ) -> Saver:
         """Return a copy whose writes are made under `lease`.
 
@@ -167,10 +168,11 @@ class Saver(MaintenanceVerbs, BaseCheckpointSaver[str]):
             is_input_followed: Whether `aput` returns at once with a checkpoint of an input, for
                 which LangGraph waits only before the one that follows: it is durable no later than
                 that. What goes wrong with it goes wrong with that, too.
+            begun: Set when the lease is durable, if it is not yet; `aput` waits for that.
         """
         clone = copy.copy(self)
         clone._lease, clone._check = lease, check
-        clone._is_input_followed = is_input_followed
+        clone._is_input_followed, clone._begun = is_input_followed, begun
         clone._recent = taken.kept.recent if taken and isinstance(taken.kept, _Kept) else None
         return clone
 
@@ -232,10 +234,10 @@ class Saver(MaintenanceVerbs, BaseCheckpointSaver[str]):
             token = lease.token
             while (taken := _take(rows, thread, token, is_read=is_read))[0].token > token:
                 token = FencingToken(taken[0].token + 1)
-            state, head = taken
-            recent = RecentRead.of_head(rows, (*thread, ""), head)
+            state, head, writes = taken
         finally:
             session.close()
+        recent = None if head is None else RecentRead.of_head((*thread, ""), head, writes)
         return TakenThread(
             token=token,
             is_new=not state.seq,
@@ -297,6 +299,8 @@ class Saver(MaintenanceVerbs, BaseCheckpointSaver[str]):
         new_versions: ChannelVersions,
     ) -> RunnableConfig:
         """Store a checkpoint; see `put`."""
+        if self._begun is not None:
+            await self._begun.wait()
         is_followed = self._is_input_followed and metadata.get("source") == "input"
         saved, future = self._accept_checkpoint(
             config, checkpoint, metadata, new_versions, is_followed=is_followed
@@ -631,9 +635,9 @@ class Saver(MaintenanceVerbs, BaseCheckpointSaver[str]):
 
 def _take(
     rows: Rows, thread: ThreadKey, token: int, *, is_read: bool
-) -> tuple[ThreadState, FoundCheckpoint | FoundThread | None]:
+) -> tuple[ThreadState, FoundCheckpoint | None, Writes]:
     if is_read:
         return rows.take_at_head(thread, token)
     state = rows.set_lease(thread, token, is_leased=True)
     assert state is not None  # only one that is given back may have none
-    return state, None
+    return state, None, {}

@@ -8,7 +8,7 @@ gets objects of his own.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Protocol, Self
 
 from agentflow.checkpoint.layout import Part
@@ -26,7 +26,7 @@ _MAX_BYTES = 1024 * 1024
 
 Found = FoundCheckpoint | FoundThread | None
 Values = dict[tuple[int, int], list[ValueRow]]
-Writes = dict[tuple[int, str, str], list[Logged]]
+Writes = Mapping[tuple[int, str, str], list[Logged]]
 Stretches = dict[tuple[int, int, int], ValueRow]
 
 
@@ -53,9 +53,9 @@ class NotNotedError(Exception):
 class RecentRead:
     """Notes what rows answer while one checkpoint is read, and can answer the same again."""
 
-    def __init__(self, rows: CheckpointRows) -> None:
-        """Ask `rows`."""
-        self._rows: CheckpointRows | None = rows
+    def __init__(self, rows: CheckpointRows | None = None) -> None:
+        """Ask `rows`, or nobody."""
+        self._rows = rows
         self._key: HeadKey | None = None
         self._found: Found = None
         self._values: Values | None = None
@@ -63,16 +63,13 @@ class RecentRead:
         self._stretches: Stretches | None = None
 
     @classmethod
-    def of_head(cls, rows: CheckpointRows, key: HeadKey, found: Found) -> Self | None:
+    def of_head(cls, key: HeadKey, head: FoundCheckpoint, writes: Writes) -> Self | None:
         """Note the head of a namespace, which was found, and its writes; no values of other rows.
 
-        `None` if there is no head, or it is too large to be kept.
+        `None` if it is too large to be kept.
         """
-        if not isinstance(found, FoundCheckpoint):
-            return None
-        read = cls(rows)
-        read._key, read._found = key, found
-        read.list_writes([found])
+        read = cls()
+        read._key, read._found, read._writes = key, head, writes
         return read if read.end() else None
 
     @property

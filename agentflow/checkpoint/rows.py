@@ -499,11 +499,18 @@ class Rows(DeletionVerbs, ObjectVerbs):
 
     def take_at_head(
         self, thread: ThreadKey, token: int
-    ) -> tuple[ThreadState, FoundCheckpoint | FoundThread | None]:
-        """Take a thread as `set_lease` does, and find the head of its own namespace."""
+    ) -> tuple[ThreadState, FoundCheckpoint | None, Mapping[tuple[int, str, str], list[Logged]]]:
+        """Take a thread as `set_lease` does, and find the head of its own namespace.
+
+        Returns:
+            The thread's state, the head, and the head's writes as `list_writes` has them.
+        """
         state = self.set_lease(thread, token, is_leased=True)
         assert state is not None  # only one that is given back may have none
-        return state, self.find_checkpoint((*thread, ""), None)
+        found = self.find_checkpoint((*thread, ""), None)
+        if not isinstance(found, FoundCheckpoint):
+            return state, None, {}
+        return state, found, self.list_writes([found])
 
     @abstractmethod
     def raise_tokens(self, by: int) -> None:

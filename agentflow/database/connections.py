@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
-from sqlalchemy.engine import URL
+from sqlalchemy.engine import URL, Connection
 from sqlalchemy.pool import PoolProxiedConnection
 
 from agentflow.config import Settings
@@ -50,8 +50,10 @@ class Connections:
         self._autocommit = self.engine if self.dialect == "sqlite" else make_engine(url, settings)
         if self._autocommit is not self.engine:
             sa.event.listen(self._autocommit, "connect", _commit_each_statement)
+        self._transacting: Connection | None = None
+        """The writer's for transactions, kept from one to the next."""
         self._own: PoolProxiedConnection | None = None
-        """The writer's, kept from batch to batch."""
+        """The writer's for all else, kept from batch to batch."""
         self._session: Session | None = None
         self._is_patient = True
         """Whether the writer's connection waits."""
@@ -69,18 +71,18 @@ class Connections:
         session: Session | None = None
         self._inside.append(None)
         try:
-            with self.engine.connect().execution_options(agentflow_write=True) as connection:
-                transaction = connection.begin()
-                session = Session(_driver(connection.connection), self.dialect, connection)
-                try:
-                    yield session
-                except BaseException:
-                    transaction.rollback()
-                    raise
-                finally:
-                    session.close()
-                is_committing = True
-                transaction.commit()
+            connection = self._for_transactions()
+            transaction = connection.begin()
+            session = Session(_driver(connection.connection), self.dialect, connection)
+            try:
+                yield session
+            except BaseException:
+                transaction.rollback()
+                raise
+            finally:
+                session.close()
+            is_committing = True
+            transaction.commit()
         except self._all_errors as exc:
             # Of the bare driver's statements the errors come as they are.
             original = exc.orig if isinstance(exc, sa.exc.DBAPIError) else exc
@@ -97,6 +99,49 @@ class Connections:
             raise error from exc
         finally:
             self._inside.pop()
+            self._keep_if_sound(session)
+
+    def _for_transactions(self) -> Connection:
+        if self._transacting is None:
+            connection = self.engine.connect().execution_options(agentflow_write=True)
+            try:
+                self._plan_once(connection.connection)
+            except BaseException:
+                connection.invalidate()
+                connection.close()
+                raise
+            self._transacting = connection
+        return self._transacting
+
+    def _keep_if_sound(self, session: Session | None) -> None:
+        """Give the connection of transactions up, unless the last one has come to its end."""
+        connection = self._transacting
+        if connection is None:
+            return
+        is_broken = session is None or (self.dialect != "sqlite" and session.is_broken)
+        if is_broken or connection.invalidated or connection.in_transaction():
+            self._end_transacting()
+
+    def _end_transacting(self) -> None:
+        connection, self._transacting = self._transacting, None
+        if connection is not None:
+            if self.dialect != "sqlite" and not connection.invalidated:
+                connection.invalidate()  # it is set up as readers would not have it
+            connection.close()
+
+    def _plan_once(self, pooled: PoolProxiedConnection) -> None:
+        """Have PostgreSQL plan each of the writer's statements once, and not five times more.
+
+        They all find their rows by indexes, whatever the values. By itself PostgreSQL would plan
+        each of the first executions, which takes longer than they do.
+        """
+        if self.dialect == "sqlite" or pooled.info.get("is_pooled"):
+            return
+        raw = _driver(pooled)
+        raw.prepare_threshold = 1
+        raw.execute("SET plan_cache_mode = force_generic_plan")
+        if not raw.autocommit:
+            raw.commit()
 
     def run_committing(self, function: Callable[[Session], T], *, is_patient: bool = True) -> T:
         """Call `function` with the writer's session, on which each statement commits by itself.
@@ -108,6 +153,7 @@ class Connections:
         """
         if self._own is None or self._session is None:
             self._own = self._connect()
+            self._plan_once(self._own)
             self._session = Session(_driver(self._own), self.dialect)
             self._is_patient = True
         if is_patient is not self._is_patient:
@@ -187,7 +233,10 @@ class Connections:
         session, self._session = self._session, None
         if own is not None and session is not None:
             session.close()
+            if self.dialect != "sqlite":
+                own.invalidate()  # it is set up as readers would not have it
             own.close()
+        self._end_transacting()
 
     @property
     def is_torn(self) -> bool:
@@ -211,6 +260,11 @@ class Connections:
             elif session is not None:
                 session.close()
                 own.close()
+        transacting, self._transacting = self._transacting, None
+        if transacting is not None and is_server:
+            transacting.detach()
+        elif transacting is not None:
+            transacting.close()
         for engine in {self.engine, self._autocommit}:
             engine.dispose(close=not is_server)
 

@@ -8,6 +8,7 @@ types of their parameters and columns, is Core's as everywhere else.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
@@ -81,14 +82,19 @@ class Prepared:
 
 def row_of(names: Sequence[str], values: Parameters) -> sa.Row[Any]:
     """Return a row with these columns; those that have no value are empty."""
-    only = tuple(values.get(name) for name in names)
-    result: IteratorResult[Any] = IteratorResult(SimpleResultMetaData(names), iter([only]))
+    only = tuple(map(values.get, names))
+    result: IteratorResult[Any] = IteratorResult(_metadata(tuple(names)), iter([only]))
     return result.one()
+
+
+@cache
+def _metadata(names: tuple[str, ...]) -> SimpleResultMetaData:
+    return SimpleResultMetaData(names)
 
 
 def changed(row: sa.Row[Any], values: Parameters) -> sa.Row[Any]:
     """Return a row as it will be when some of its columns are changed."""
-    return row_of(row._fields, {**row._mapping, **values})
+    return row_of(row._fields, {**dict(zip(row._fields, row, strict=True)), **values})
 
 
 class _Compiled(NamedTuple):

@@ -1,10 +1,10 @@
 """What happens in an attempt.
 
 The order is fixed. The thread's token is raised in the checkpointer before anything is read; the
-beginning of the attempt is noted before the first step; all checkpoints are flushed before the run
-store hears of an outcome. What an attempt is owed is worked out from what is durable alone: the
-input is sent only if no checkpoint carries the run's id, an answer only to a question that is still
-open, and nothing at all is driven that has ended.
+beginning of the attempt is noted, and durable, before the first step; all checkpoints are flushed
+before the run store hears of an outcome. What an attempt is owed is worked out from what is durable
+alone: the input is sent only if no checkpoint carries the run's id, an answer only to a question
+that is still open, and nothing at all is driven that has ended.
 """
 
 from __future__ import annotations
@@ -104,8 +104,12 @@ class Attempt:
         registered: RegisteredGraph,
         claimed: ClaimedRun,
         control: AttemptControl,
+        stored: asyncio.Event | None = None,
     ) -> None:
-        """Drive `claimed` as far as `control` lets it go."""
+        """Drive `claimed` as far as `control` lets it go.
+
+        Its claim is durable when `stored` is set, if that is given.
+        """
         self._store = store
         self._registered = registered
         self._run = claimed.run
@@ -116,13 +120,18 @@ class Attempt:
             # The attempts of the graph are used up; those to undo it are others.
             self._policies = RetryPolicies(graph=RetryPolicy())
         self._control = control
+        self._stored = stored
+        # Otherwise nodes that the input itself triggers run beside its checkpoint.
+        is_input_followed = START in registered.graph.nodes
+        self._may_prepare = is_input_followed and claimed.reason == "start"
+        """Whether LangGraph waits for a checkpoint before it calls any code of the graph's."""
         self._saver = (
             saver.with_lease(
                 claimed.lease,
                 check=control.check,
                 taken=claimed.thread,
-                # Nodes that the input itself triggers run beside its checkpoint.
-                is_input_followed=START in registered.graph.nodes,
+                is_input_followed=is_input_followed,
+                begun=stored,
             )
             if isinstance(saver, Saver)
             else saver
@@ -170,6 +179,7 @@ class Attempt:
             if task.cancelled():
                 await self._settle_stop(span)
         except ExceptionGroup as raised:
+            await self._until_stored()
             await self._settle_failure(raised.exceptions[0], span)
         except asyncio.CancelledError:
             await asyncio.shield(self._settlement.give_back())
@@ -181,12 +191,16 @@ class Attempt:
 
     async def _work(self, span: Span) -> None:
         config = self._config(span)
-        before = await self._beginning(config)
-        waits = await self._waits(before)
-        self._asked.learn(waits.values())
-        await self._begin_metering(waits)
-        questions = await open_questions(self._saver, before, waits)
-        self._started = started = await self._start(before, questions)
+        try:
+            before = await self._beginning(config)
+            waits = await self._waits(before)
+            self._asked.learn(waits.values())
+            await self._begin_metering(waits)
+            questions = await open_questions(self._saver, before, waits)
+            self._started = started = await self._start(before, questions)
+        finally:
+            if not self._may_prepare or self._registered.context is not None:
+                await self._until_stored()
         self._control.is_isolated = started.is_isolated
         _show(span, before)
         if started.stop is not None:
@@ -221,6 +235,11 @@ class Attempt:
             pass  # the journal has all of them, or the meter
         await self._settlement.flush()
         await self._conclude(await self._state(config), span)
+
+    async def _until_stored(self) -> None:
+        """Wait until the beginning of the attempt is durable, if it is stored with its claim."""
+        if self._stored is not None:
+            await self._stored.wait()
 
     async def _beginning(self, config: RunnableConfig) -> StateSnapshot:
         """Bring the thread to where the run is to go on, and read it."""

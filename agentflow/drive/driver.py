@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import signal
 import threading
@@ -60,6 +61,7 @@ class Driver:
         control: AttemptControl,
         *,
         since: float,
+        stored: asyncio.Event | None = None,
     ) -> IncompatibleGraphError | UnknownVersionError | None:
         """Drive a claimed run until it parks, ends, or has to be given up.
 
@@ -71,6 +73,9 @@ class Driver:
             claimed: The run, and the lease to drive it under.
             control: How to stop it; not used before.
             since: When the claim was asked for, by `monotonic`.
+            stored: Set when the claim is durable, if it is not yet. Before that no code of the
+                graph's is called and no outcome is settled; whoever finds that it was not stored
+                has `control` lose the lease.
 
         Returns:
             Why the run is paused, if it cannot go on with the graph.
@@ -92,7 +97,7 @@ class Driver:
                     held = replace(claimed, lease=lease)
                 elif isinstance(self._saver, Saver):
                     self._saver.observe_taken(lease, claimed.thread)
-                attempt = Attempt(self._store, self._saver, registered, held, control)
+                attempt = Attempt(self._store, self._saver, registered, held, control, stored)
                 await attempt.run(span)
                 return attempt.refused
             except FencedError as exc:

@@ -75,36 +75,31 @@ _of_thread = (
     runs.c.tenant == sa.bindparam("of_tenant"),
     runs.c.thread_id == sa.bindparam("of_thread"),
 )
-LOOK_AT_NEW = Prepared(
-    sa.select(
-        sa.or_(
-            sa.exists(
-                sa.select(sa.literal_column("1")).where(
-                    *_of_thread,
-                    runs.c.status.in_([sa.literal_column(f"'{status}'") for status in UNFINISHED]),
-                )
-            ),
-            sa.exists(
-                sa.select(sa.literal_column("1")).where(
-                    runs.c.tenant == sa.bindparam("of_tenant"),
-                    runs.c.run_id == sa.bindparam("run_id"),
-                )
-            ),
-        ).label("is_behind"),
+OFFERED_NEW = (
+    sa.or_(
         sa.exists(
             sa.select(sa.literal_column("1")).where(
-                *_of_thread, runs.c.rollback == sa.literal_column("'pending'")
+                *_of_thread,
+                runs.c.status.in_([sa.literal_column(f"'{status}'") for status in UNFINISHED]),
             )
-        ).label("has_rollback"),
-        is_paused(sa.bindparam("of_tenant"), sa.bindparam("graph"), sa.bindparam("queue")).label(
-            "is_paused"
         ),
-    )
+        sa.exists(
+            sa.select(sa.literal_column("1")).where(
+                runs.c.tenant == sa.bindparam("of_tenant"),
+                runs.c.run_id == sa.bindparam("run_id"),
+            )
+        ),
+    ).label("is_behind"),
+    sa.exists(
+        sa.select(sa.literal_column("1")).where(
+            *_of_thread, runs.c.rollback == sa.literal_column("'pending'")
+        )
+    ).label("has_rollback"),
+    is_paused(sa.bindparam("of_tenant"), sa.bindparam("graph"), sa.bindparam("queue")).label(
+        "is_paused"
+    ),
 )
-"""The same of a run that is going to be stored, whose thread is locked; a known one is behind.
-
-A statement of its own: that which locks the thread sees nothing of what it has waited for.
-"""
+"""The same of a run that is going to be stored, whose thread is locked; a known one is behind."""
 
 
 class Asking(NamedTuple):

@@ -7,7 +7,7 @@ checkpointer, and the attempt is noted. Where they share one, all of it is one t
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import NamedTuple, Protocol
@@ -53,6 +53,17 @@ class Claimant:
     queues: Collection[str] = field(default=())
     graphs: Collection[Graph] = field(default=())
     """What it takes where it did not ask for a run, but is offered one."""
+    foretell: Callable[[ClaimedRun], None] | None = None
+    """Told of an offered run whose attempt begins with its claim, before that is durable.
+
+    It is called in the transaction, possibly again if that is tried again, and must not raise. What
+    it was told of has become durable if the verb returns the same object.
+    """
+
+    def foretold(self, claimed: ClaimedRun) -> None:
+        """Tell of what is about to be stored."""
+        if self.foretell is not None and claimed.started is not None:
+            self.foretell(claimed)
 
     def wants(self, queue: str, graph: Graph) -> bool:
         """Whether it takes a run of this queue and graph."""

@@ -14,7 +14,7 @@ from agentflow.database.tables import runs
 from agentflow.errors import IdempotencyConflictError, ThreadBusyError
 from agentflow.storage.base import OnBusy, OnExisting
 from agentflow.storage.claims import offer
-from agentflow.storage.due import LOOK_AT_NEW
+from agentflow.storage.due import OFFERED_NEW
 from agentflow.storage.endings import cancel_or_ask
 from agentflow.storage.events import GENESIS
 from agentflow.storage.holding import Hold
@@ -22,7 +22,7 @@ from agentflow.storage.letters import requeue
 from agentflow.storage.opening import Claimant, Created
 from agentflow.storage.payloads import Payloads
 from agentflow.storage.rows import UNFINISHED, find_run, get_run, insert_run, to_run
-from agentflow.storage.tokens import lock_thread
+from agentflow.storage.tokens import lock_thread, take_for_new_run
 from agentflow.types import FencingToken, NewEvent, RunSpec, RunStatus
 
 _COLUMNS = tuple(column.name for column in runs.c)
@@ -97,9 +97,13 @@ def _create(
     connection: Connection,
 ) -> Created | None:
     """Insert a run, claimed if it can be; `None` if there is one of this id."""
-    is_offered = claimant is not None and on_busy == "enqueue"
     # Under the lock the runs of a thread are numbered in the order in which they are committed.
-    thread = lock_thread(connection, tenant, spec.thread_id, is_taken=is_offered)
+    if claimant is not None and on_busy == "enqueue":
+        thread, look = take_for_new_run(
+            connection, tenant, spec.thread_id, OFFERED_NEW, _to_look_at(spec)
+        )
+    else:
+        thread, look = lock_thread(connection, tenant, spec.thread_id), None
     now = thread.now
     if on_busy != "enqueue":
         if find_run(connection, tenant, spec.run_id, lock=False) is not None:
@@ -108,30 +112,23 @@ def _create(
     new = {**row, "created_at": now, **_times(payloads.time(now), spec)}
     made, log = row_of(_COLUMNS, new), [_submitted(spec)]
     held: Hold | None = None
-    if is_offered and claimant is not None:
+    if claimant is not None and look is not None:
         token = FencingToken(thread.token)
-        look = _look(connection, tenant, spec)
         held = offer(connection, payloads, made, look, now, claimant, token)
-    if held is None:
+    if claimant is None or held is None:
         is_new = insert_run(connection, payloads, new, now, log)
         return Created(to_run(made, payloads), is_new=True) if is_new else None
     new |= {"status": RunStatus.RUNNING.value, **held.changes}
     if not insert_run(connection, payloads, new, now, [*log, *held.log]):
         # Stored meanwhile, on another thread: on this one, which is locked, it would be known.
         raise IdempotencyConflictError(spec.run_id, "thread")
+    claimant.foretold(held.claimed)
     return Created(held.claimed.run, is_new=True, claimed=held.claimed)
 
 
-def _look(connection: Connection, tenant: str, spec: RunSpec) -> sa.Row[Any]:
-    """Look whether a run can be claimed whose thread is locked."""
-    named = {
-        "of_tenant": tenant,
-        "of_thread": spec.thread_id,
-        "run_id": spec.run_id,
-        "graph": spec.graph,
-        "queue": spec.queue,
-    }
-    return LOOK_AT_NEW.one(connection, named)
+def _to_look_at(spec: RunSpec) -> dict[str, str]:
+    """Return what tells whether a run can be claimed whose thread is locked."""
+    return {"run_id": spec.run_id, "graph": spec.graph, "queue": spec.queue}
 
 
 def _submitted(spec: RunSpec) -> NewEvent:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -62,8 +63,12 @@ _LEAST_TOKEN = sa.select(sa.func.coalesce(sa.func.max(epochs.c.token), 0)).scala
 
 
 @cache
-def _lock_thread(dialect: str, step: int) -> Prepared:
-    """Return the statement that makes or locks the row of a thread, and raises its token."""
+def _lock_thread(dialect: str, step: int, *look: sa.ColumnElement[Any]) -> Prepared:
+    """Return the statement that makes or locks the row of a thread, and raises its token.
+
+    On PostgreSQL it may look at something else as well, and say whether the row was made: then
+    nobody else has had it locked, and what it finds is what stands there.
+    """
     new: dict[str, Any] = {
         "tenant": sa.bindparam("of_tenant"),
         "thread_id": sa.bindparam("of_thread"),
@@ -75,19 +80,55 @@ def _lock_thread(dialect: str, step: int) -> Prepared:
         insert_of(dialect, leases)
         .values(new)
         .on_conflict_do_update(index_elements=["tenant", "thread_id"], set_={"token": known})
-        .returning(leases.c.token, StoreNow().label("now"))
+        .returning(
+            leases.c.token,
+            StoreNow().label("now"),
+            *((sa.literal_column("xmax = 0").label("is_new"), *look) if look else ()),
+        )
     )
 
 
-def lock_thread(
-    connection: Connection, tenant: str, thread_id: str, *, is_taken: bool = False
-) -> sa.Row[Any]:
-    """Lock a thread against claims and submissions; return its `token`, and what time it is.
-
-    `is_taken` gives it the next token first.
-    """
+def lock_thread(connection: Connection, tenant: str, thread_id: str) -> sa.Row[Any]:
+    """Lock a thread against claims and submissions; return its `token`, and what time it is."""
     named: dict[str, Any] = {"of_tenant": tenant, "of_thread": thread_id}
-    return _lock_thread(connection.dialect.name, int(is_taken)).one(connection, named)
+    return _lock_thread(connection.dialect.name, 0).one(connection, named)
+
+
+def take_for_new_run(
+    connection: Connection,
+    tenant: str,
+    thread_id: str,
+    look: Sequence[sa.ColumnElement[Any]],
+    parameters: Mapping[str, Any],
+) -> tuple[sa.Row[Any], sa.Row[Any]]:
+    """Lock a thread as `lock_thread` does, give it the next token, and look at something.
+
+    Args:
+        connection: The transaction's.
+        tenant: Whose thread.
+        thread_id: The thread.
+        look: What is looked at, by `of_tenant`, `of_thread` and other parameters.
+        parameters: The other ones.
+
+    Returns:
+        What `lock_thread` returns, and what `look` has found under the lock.
+    """
+    named = {"of_tenant": tenant, "of_thread": thread_id, **parameters}
+    dialect = connection.dialect.name
+    if dialect == "postgresql":
+        # Each statement is a round trip.
+        thread = _lock_thread(dialect, 1, *look).one(connection, named)
+        if thread.is_new:
+            return thread, thread
+    else:
+        thread = _lock_thread(dialect, 1).one(connection, named)
+    # A statement of its own: that which locked the thread sees nothing of what it has waited for.
+    return thread, _look(*look).one(connection, named)
+
+
+@cache
+def _look(*look: sa.ColumnElement[Any]) -> Prepared:
+    return Prepared(sa.select(*look))
 
 
 def take_thread(connection: Connection, row: sa.Row[Any]) -> FencingToken | None:

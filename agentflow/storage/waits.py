@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from agentflow.database.engine import StoreNow
-from agentflow.database.prepared import On, Prepared, changed
+from agentflow.database.prepared import On, Prepared, changed, row_of
 from agentflow.database.tables import runs, waits
 from agentflow.errors import (
     AlreadyResolvedError,
@@ -48,6 +49,7 @@ from agentflow.types import (
 
 _FEW = 20
 """How many waits of its run a decision hands on at most to who goes on with it."""
+_COLUMNS = tuple(column.name for column in waits.c)
 _OF_WAIT = (waits.c.tenant == sa.bindparam("of_tenant"), waits.c.wait_id == sa.bindparam("of_id"))
 _FIND_WAIT = Prepared(sa.select(waits).where(*_OF_WAIT))
 _LOCK_WAIT = Prepared(sa.select(waits).where(*_OF_WAIT).with_for_update())
@@ -80,17 +82,43 @@ _LIST_OF_RUN = Prepared(
     .order_by(waits.c.seq)
     .limit(sa.bindparam("count", type_=sa.Integer))
 )
+_seen = runs.alias("seen")
+_others = waits.alias("others")
 _LOCK_RUN_OF_WAIT, _LOCK_RUN_TO_OFFER = (
     Prepared(
-        sa.select(runs, StoreNow().label("now"), *beside)
-        .where(
-            runs.c.tenant == sa.bindparam("of_tenant"),
-            runs.c.run_id == sa.select(waits.c.run_id).where(*_OF_WAIT).scalar_subquery(),
+        sa.select(
+            runs,
+            StoreNow().label("now"),
+            _seen.c.event_seq.label("seen"),
+            *(column.label(f"wait_{column.name}") for column in waits.c),
+            *beside,
         )
+        .join_from(
+            waits, runs, sa.and_(runs.c.tenant == waits.c.tenant, runs.c.run_id == waits.c.run_id)
+        )
+        .join(_seen, _seen.c.seq == runs.c.seq)
+        .where(*_OF_WAIT)
         .with_for_update(of=runs)
     )
-    for beside in ((), (*OFFERED, lockable_token(runs)))
+    for beside in (
+        (),
+        (
+            *OFFERED,
+            lockable_token(runs),
+            sa.select(sa.func.count())
+            .select_from(_others)
+            .where(_others.c.tenant == runs.c.tenant, _others.c.run_id == runs.c.run_id)
+            .correlate(runs)
+            .scalar_subquery()
+            .label("asked"),
+        ),
+    )
 )
+"""Lock the run of a wait, and read the wait.
+
+If the statement had to wait for the run, it sees the wait as it was before; then the run has other
+events than those that it has `seen`.
+"""
 
 
 def list_of_run(
@@ -131,12 +159,10 @@ def resolve_wait(
     if run is None:
         raise NotFoundError("approval", wait_id)
     now = run.now
-    few: Sequence[sa.Row[Any]] = []
-    if claimant is not None:
-        # Waits change only with their run locked.
-        few = list_of_run(connection, tenant, run.run_id, after=0, count=_FEW + 1)
-    row = next((each for each in few if each.wait_id == wait_id), None)
-    if row is None:
+    # Waits change only with their run locked.
+    if run.seen == run.event_seq:
+        row = row_of(_COLUMNS, {name: run._mapping[f"wait_{name}"] for name in _COLUMNS})
+    else:
         row = get_wait(connection, tenant, wait_id, lock=True)
     stored = to_approval(row, payloads)
     is_known = bool(idempotency_key) and idempotency_key == row.idempotency_key
@@ -168,15 +194,20 @@ def resolve_wait(
         proposal_hash=stored.proposal_hash,
     )
     if row.kind == "effect":
-        _wake(connection, payloads, run, resolved, resolve, None)
+        _wake(connection, payloads, run, resolved, resolve, None, lambda: None)
         run = get_run(connection, tenant, run.run_id, lock=True)
         _answer_doubt(connection, payloads, run, row, decision, now, by=by, comment=comment)
         return Resolved(to_approval(get_wait(connection, tenant, wait_id), payloads))
-    approval = to_approval(answered, payloads)
-    claimed = _wake(connection, payloads, run, resolved, resolve, claimant)
-    if claimed is not None and len(few) <= _FEW:
-        claimed = replace(claimed, waits=_with_others(approval, few, payloads))
-    return Resolved(approval, claimed)
+    approval = replace(
+        stored,
+        status=WaitStatus.RESOLVED,
+        decision=payloads.load(waits.c.decision, answered),
+        decided_by=by,
+        decided_at=now,
+        comment=payloads.load(waits.c.comment, answered),
+    )
+    others = partial(_with_others, connection, payloads, run, approval)
+    return Resolved(approval, _wake(connection, payloads, run, resolved, resolve, claimant, others))
 
 
 def _wake(
@@ -186,8 +217,12 @@ def _wake(
     resolved: NewEvent,
     resolve: Beside,
     claimant: Claimant | None,
+    others: Callable[[], tuple[Approval, ...] | None],
 ) -> ClaimedRun | None:
-    """Store a decision, and queue the run if it waits, or give it to `claimant` at once."""
+    """Store a decision, and queue the run if it waits, or give it to `claimant` at once.
+
+    Then `others` reads what it has asked.
+    """
     if run.status != RunStatus.WAITING:
         change_run(connection, run, payloads, run.now, log=[resolved], beside=[resolve])
         return None
@@ -197,7 +232,7 @@ def _wake(
     if claimant is not None and run.thread_token is not None:
         token = FencingToken(run.thread_token + 1)
         held = offer(connection, payloads, queued, run, run.now, claimant, token)
-    if held is None:
+    if claimant is None or held is None:
         change_run(
             connection,
             run,
@@ -209,6 +244,8 @@ def _wake(
             **wake,
         )
         return None
+    claimed = replace(held.claimed, waits=others())
+    claimant.foretold(claimed)
     change_run(
         connection,
         queued,
@@ -219,13 +256,18 @@ def _wake(
         beside=[resolve, set_beside(held.claimed.lease)],
         **{**wake, **held.changes},
     )
-    return held.claimed
+    return claimed
 
 
 def _with_others(
-    approval: Approval, rows: Sequence[sa.Row[Any]], payloads: Payloads
+    connection: Connection, payloads: Payloads, run: sa.Row[Any], approval: Approval
 ) -> tuple[Approval, ...] | None:
-    """Return all waits of a run, of which one was answered just now, if they can be read."""
+    """Return all waits of a run, of which one was answered just now, if they are few and sound."""
+    if run.asked == 1 and run.seen == run.event_seq:
+        return (approval,)
+    rows = list_of_run(connection, run.tenant, run.run_id, after=0, count=_FEW + 1)
+    if len(rows) > _FEW:
+        return None
     with suppress(CodecError):
         return tuple(
             approval if row.wait_id == approval.id else to_approval(row, payloads) for row in rows

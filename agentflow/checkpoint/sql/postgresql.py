@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
 from agentflow.checkpoint.rows import (
     CheckpointRow,
     FoundCheckpoint,
-    FoundThread,
+    Logged,
     ThreadChange,
     ThreadKey,
     ThreadState,
 )
-from agentflow.checkpoint.sql.rows import TAKE_THREAD, THREAD_WIDTH, C, SqlRows, thread_state
+from agentflow.checkpoint.sql.rows import (
+    TAKE_THREAD,
+    THREAD_WIDTH,
+    C,
+    SqlRows,
+    head,
+    thread_state,
+)
 from agentflow.checkpoint.sql.statements import (
     CHECKPOINTS,
     MAX_PARAMETERS,
@@ -37,12 +44,18 @@ _INSERTS = (CHECKPOINTS, VALUES, WRITES)
 _WIDTHS = (len(_THREAD_COLUMNS), *(len(insert.columns) for insert in _INSERTS))
 
 
+_WRITES_OF_HEAD = ", ".join(
+    f"ARRAY(SELECT l.{column} FROM agentflow_writes l WHERE l.thread = c.thread AND l.ns = c.ns "
+    "AND l.checkpoint_id = c.checkpoint_id ORDER BY l.seq)"
+    for column in ("seq", "data")
+)
+_ROOT = "''"
 _TAKE_AT_HEAD = (
     f"WITH taken AS ({TAKE_THREAD}) "
-    f"SELECT taken.id, taken.token, taken.is_leased, taken.seq, seen.seq, c.seq, {C} FROM taken "
+    f"SELECT taken.id, taken.token, taken.is_leased, taken.seq, seen.seq, {_WRITES_OF_HEAD}, "
+    f"c.seq, {C} FROM taken "
     "LEFT JOIN agentflow_threads seen ON seen.id = taken.id "
-    "LEFT JOIN agentflow_checkpoints c ON c.thread = taken.id AND c.ns = '' AND c.seq = "
-    "(SELECT max(h.seq) FROM agentflow_checkpoints h WHERE h.thread = taken.id AND h.ns = '')"
+    f"LEFT JOIN {head('postgresql', 'taken.id', _ROOT)}"
 )
 
 
@@ -75,18 +88,21 @@ class PostgresRows(SqlRows):
 
     def take_at_head(
         self, thread: ThreadKey, token: int
-    ) -> tuple[ThreadState, FoundCheckpoint | FoundThread | None]:
+    ) -> tuple[ThreadState, FoundCheckpoint | None, Mapping[tuple[int, str, str], list[Logged]]]:
         rows = self._session.commit_by(_TAKE_AT_HEAD, (*thread, token))
         if not rows:
             return super().take_at_head(thread, token)
         state = thread_state(rows[0][:THREAD_WIDTH])
-        seen, head_seq, *columns = rows[0][THREAD_WIDTH:]
+        seen, numbers, logged, head_seq, *columns = rows[0][THREAD_WIDTH:]
         if seen != state.seq and state.seq:
             # Somebody wrote it while the statement waited for its row: of that it sees nothing.
-            return state, self.find_checkpoint((*thread, ""), None)
-        if columns[0] is None:
-            return state, FoundThread(state)
-        return state, FoundCheckpoint(*thread, state, CheckpointRow(*columns), head_seq)
+            return super().take_at_head(thread, token)
+        if head_seq is None:
+            return state, None, {}
+        head = CheckpointRow(*columns)
+        writes = [Logged(seq, "", data) for seq, data in zip(numbers, logged, strict=True)]
+        place = (head.thread, head.ns, head.checkpoint_id)
+        return state, FoundCheckpoint(*thread, state, head, head_seq), {place: writes}
 
 
 @cache

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import cache
 from typing import Any
 
 from agentflow.checkpoint.layout import WHOLE, Part
@@ -38,6 +39,7 @@ from agentflow.checkpoint.sql.statements import (
     VALUES,
     WRITES,
     Insert,
+    extreme,
     fetch_for,
     given_table,
     insert_sql,
@@ -114,9 +116,7 @@ class SqlRows(SqlDeletionVerbs, SqlObjectVerbs, Rows):
             self._session,
             places,
             ("thread bigint", "ns text"),
-            f"SELECT {C} FROM {{given}} JOIN agentflow_checkpoints c "
-            "ON c.thread = w.thread AND c.ns = w.ns AND c.seq = (SELECT max(h.seq) "
-            "FROM agentflow_checkpoints h WHERE h.thread = w.thread AND h.ns = w.ns)",
+            f"SELECT {C} FROM {{given}} JOIN {head(self._session.dialect, 'w.thread', 'w.ns')}",
         )
         return [CheckpointRow(*row) for row in rows]
 
@@ -185,7 +185,8 @@ class SqlRows(SqlDeletionVerbs, SqlObjectVerbs, Rows):
     ) -> FoundCheckpoint | FoundThread | None:
         tenant, thread_id, ns = key
         if checkpoint_id is None:
-            rows = self._session.fetch(_FIND_HEAD, (ns, ns, tenant, thread_id))
+            sql = _find_head(self._session.dialect)
+            rows = self._session.fetch(sql, (ns, tenant, thread_id))
         else:
             rows = self._session.fetch(_FIND_BY_ID, (ns, checkpoint_id, ns, tenant, thread_id))
         if not rows:
@@ -280,11 +281,14 @@ class SqlRows(SqlDeletionVerbs, SqlObjectVerbs, Rows):
             self._session,
             list(wanted),
             ("thread bigint", "series bigint", "place bigint"),
-            "SELECT w.place, v.thread, v.series, v.start, v.data "
-            "FROM {given} JOIN agentflow_values v "
-            "ON v.thread = w.thread AND v.series = w.series AND v.start = (SELECT max(b.start) "
-            "FROM agentflow_values b WHERE b.thread = w.thread AND b.series = w.series "
-            "AND b.start <= w.place)",
+            "SELECT w.place, v.thread, v.series, v.start, v.data FROM {given} JOIN "
+            + extreme(
+                self._session.dialect,
+                "agentflow_values",
+                "v",
+                "{}.thread = w.thread AND {}.series = w.series AND {}.start <= w.place",
+                "start",
+            ),
         )
         found = ((row[0], ValueRow(*row[1:])) for row in rows)
         return {(row.thread, row.series, place): row for place, row in found}
@@ -320,10 +324,16 @@ class SqlRows(SqlDeletionVerbs, SqlObjectVerbs, Rows):
                 followed,
                 columns,
                 "SELECT w.thread, w.ns, w.id, s.seq, s.checkpoint_id, s.parent_writes "
-                "FROM {given} JOIN agentflow_checkpoints s "
-                "ON s.thread = w.thread AND s.ns = w.ns AND s.seq = (SELECT min(n.seq) "
-                "FROM agentflow_checkpoints n WHERE n.thread = w.thread AND n.ns = w.ns "
-                "AND n.seq > w.seq) WHERE s.parent_id = w.id AND s.parent_writes IS NOT NULL",
+                "FROM {given} JOIN "
+                + extreme(
+                    self._session.dialect,
+                    "agentflow_checkpoints",
+                    "s",
+                    "{}.thread = w.thread AND {}.ns = w.ns AND {}.seq > w.seq",
+                    "seq",
+                    is_last=False,
+                )
+                + " WHERE s.parent_id = w.id AND s.parent_writes IS NOT NULL",
             )
         found: dict[tuple[int, str, str], list[Logged]] = {}
         for row in logged:
@@ -457,11 +467,6 @@ _REPLACE_VALUE = (
     "UPDATE agentflow_values SET data = ? WHERE thread = ? AND series = ? AND start = ?"
 )
 _HEAD_SEQ = "(SELECT max(h.seq) FROM agentflow_checkpoints h WHERE h.thread = t.id AND h.ns = ?)"
-_FIND_HEAD = (
-    f"SELECT {_THREAD}, c.seq, {C} FROM agentflow_threads t LEFT JOIN agentflow_checkpoints c "
-    f"ON c.thread = t.id AND c.ns = ? AND c.seq = {_HEAD_SEQ} "
-    "WHERE t.tenant = ? AND t.thread_id = ?"
-)
 _FIND_BY_ID = (
     f"SELECT {_THREAD}, {_HEAD_SEQ}, {C} FROM agentflow_threads t "
     "LEFT JOIN agentflow_checkpoints c ON c.thread = t.id AND c.checkpoint_id = ? AND c.ns = ? "
@@ -480,3 +485,19 @@ _LINE = (
     "JOIN agentflow_threads t ON t.id = l.thread ORDER BY l.depth"
 )
 _PAGE = 500
+
+
+def head(dialect: str, thread: str, ns: str) -> str:
+    """Return the right side of a join with the head `c` of a thread's namespace."""
+    return extreme(
+        dialect, "agentflow_checkpoints", "c", f"{{}}.thread = {thread} AND {{}}.ns = {ns}", "seq"
+    )
+
+
+@cache
+def _find_head(dialect: str) -> str:
+    return (
+        f"SELECT {_THREAD}, c.seq, {C} FROM (SELECT CAST(? AS text) AS ns) w "
+        "CROSS JOIN agentflow_threads t "
+        f"LEFT JOIN {head(dialect, 't.id', 'w.ns')} WHERE t.tenant = ? AND t.thread_id = ?"
+    )

@@ -106,6 +106,37 @@ def fetch_for(
     return found
 
 
+@cache
+def extreme(
+    dialect: str, table: str, alias: str, where: str, column: str, *, is_last: bool = True
+) -> str:
+    """Return the right side of a join with one row: that with the highest, or lowest, number.
+
+    PostgreSQL is told how to find it: without statistics of the table, it would take an index that
+    leads to all rows of a thread, and look for the number of each.
+
+    Args:
+        dialect: SQLAlchemy's name of the database.
+        table: Where the rows are.
+        alias: What the row is called in the query.
+        where: Which rows it is one of, with `{}` before the names of the table's columns.
+        column: Has the number.
+        is_last: Whether it is the highest.
+    """
+    inner = where.replace("{}", "e")
+    if dialect == "sqlite":
+        aggregate = "max" if is_last else "min"
+        return (
+            f"{table} {alias} ON {where.replace('{}', alias)} "
+            f"AND {alias}.{column} = (SELECT {aggregate}(e.{column}) FROM {table} e "
+            f"WHERE {inner})"
+        )
+    order = f"e.{column} {'DESC' if is_last else 'ASC'}"
+    return (
+        f"LATERAL (SELECT * FROM {table} e WHERE {inner} ORDER BY {order} LIMIT 1) {alias} ON TRUE"
+    )
+
+
 @lru_cache(maxsize=500)
 def given_table(columns: tuple[str, ...], count: int, dialect: str) -> str:
     """Return a table `w` with `count` rows of parameters."""
