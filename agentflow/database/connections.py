@@ -107,7 +107,6 @@ class Connections:
             try:
                 self._plan_once(connection.connection)
             except BaseException:
-                connection.invalidate()
                 connection.close()
                 raise
             self._transacting = connection
@@ -139,9 +138,17 @@ class Connections:
             return
         raw = _driver(pooled)
         raw.prepare_threshold = 1
-        raw.execute("SET plan_cache_mode = force_generic_plan")
-        if not raw.autocommit:
-            raw.commit()
+        try:
+            raw.execute("SET plan_cache_mode = force_generic_plan")
+            if not raw.autocommit:
+                raw.commit()
+        except self._errors as exc:
+            # It comes from the pool, and may have been dead for long.
+            pooled.invalidate()
+            error = unavailable(self.url, exc, "unreachable")
+            if error is None:
+                raise
+            raise error from exc
 
     def run_committing(self, function: Callable[[Session], T], *, is_patient: bool = True) -> T:
         """Call `function` with the writer's session, on which each statement commits by itself.
@@ -152,8 +159,9 @@ class Connections:
                 once; if it would have to, it fails, like any other statement that comes too late.
         """
         if self._own is None or self._session is None:
-            self._own = self._connect()
-            self._plan_once(self._own)
+            own = self._connect()
+            self._plan_once(own)
+            self._own = own
             self._session = Session(_driver(self._own), self.dialect)
             self._is_patient = True
         if is_patient is not self._is_patient:
