@@ -96,10 +96,10 @@ class LeaseKeeper:
             if control.next_look < self._looks_at:
                 self._changed.notify()
 
-    def drop(self, lease: Lease) -> None:
-        """Stop keeping a lease."""
+    def drop(self, lease: Lease, control: AttemptControl) -> None:
+        """Stop keeping a lease for an attempt."""
         with self._changed:
-            if self._is_held(lease):
+            if self._is_held(lease, control):
                 del self._held[lease.run_id]
 
     def _safe_until(self, since: float) -> float:
@@ -128,14 +128,14 @@ class LeaseKeeper:
         control.look()
         if control.is_lost:
             logger.warning("lease not extended in time", extra={"run_id": entry.lease.run_id})
-            self.drop(entry.lease)
+            self.drop(entry.lease, entry.control)
         elif control.overdue is not None:
             # Nor extended any more: should the attempt be unable to give it up, it expires.
             logger.warning(
                 "node timed out",
                 extra={"run_id": entry.lease.run_id, "node": control.overdue.node},
             )
-            self.drop(entry.lease)
+            self.drop(entry.lease, entry.control)
 
     def _serve(self) -> None:
         asyncio.run(self._beat())
@@ -161,12 +161,12 @@ class LeaseKeeper:
             return
         for entry in held:
             beat = report.get(entry.lease.run_id)
-            if beat is not None and self._is_held(entry.lease):
+            if beat is not None and self._is_held(entry.lease, entry.control):
                 self._tell(entry, beat, asked_at)
 
     def _tell(self, entry: _Held, beat: Heartbeat, asked_at: float) -> None:
         if beat.lost:
-            self.drop(entry.lease)
+            self.drop(entry.lease, entry.control)
             # It is as well if the outcome was written just before.
             if not entry.control.is_settling:
                 logger.warning("lease lost", extra={"run_id": entry.lease.run_id})
@@ -176,7 +176,9 @@ class LeaseKeeper:
         if beat.stop is not None:
             entry.control.stop(beat.stop)
 
-    def _is_held(self, lease: Lease) -> bool:
+    def _is_held(self, lease: Lease, control: AttemptControl) -> bool:
         """Whether the attempt still runs; it may have ended while the store was being asked."""
         current = self._held.get(lease.run_id)
-        return current is not None and current.lease.token == lease.token
+        if current is None or current.control is not control:
+            return False
+        return current.lease.token == lease.token

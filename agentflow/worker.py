@@ -129,9 +129,10 @@ class _Early:
     async def withdraw(self) -> None:
         """End it, if it has begun: its claim was not stored, or another one was."""
         self._is_known = True
-        if self._active is not None:
-            self._active.control.lose()
-            await asyncio.wait([self._active.task])
+        active, self._active = self._active, None
+        if active is not None:
+            active.control.lose()
+            await asyncio.wait([active.task])
 
 
 class Worker:
@@ -471,7 +472,10 @@ class Worker:
             logger.exception("attempt ended unexpectedly", extra={"run_id": run.id})
         finally:
             had_room = self._room() > 0
-            del self._active[claimed.lease]
+            # One that was withdrawn may still have been ending when its lease was claimed again.
+            active = self._active.get(claimed.lease)
+            if active is not None and active.control is control:
+                del self._active[claimed.lease]
             if not had_room and self._listener is not None:
                 self._listener.wake()
 

@@ -128,7 +128,6 @@ class Saver(MaintenanceVerbs, BaseCheckpointSaver[str]):
         self._lease: Lease | None = None
         self._check: Callable[[], None] | None = None
         self._is_input_followed = False
-        self._begun: asyncio.Event | None = None
         self._recent: RecentRead | None = None
         """What was read last under the lease."""
         self._use(codec)
@@ -157,7 +156,6 @@ class Saver(MaintenanceVerbs, BaseCheckpointSaver[str]):
         check: Callable[[], None] | None = None,
         taken: TakenThread | None = None,
         is_input_followed: bool = False,
-        begun: asyncio.Event | None = None,
     ) -> Saver:
         """Return a copy whose writes are made under `lease`.
 
@@ -168,11 +166,10 @@ class Saver(MaintenanceVerbs, BaseCheckpointSaver[str]):
             is_input_followed: Whether `aput` returns at once with a checkpoint of an input, for
                 which LangGraph waits only before the one that follows: it is durable no later than
                 that. What goes wrong with it goes wrong with that, too.
-            begun: Set when the lease is durable, if it is not yet; `aput` waits for that.
         """
         clone = copy.copy(self)
         clone._lease, clone._check = lease, check
-        clone._is_input_followed, clone._begun = is_input_followed, begun
+        clone._is_input_followed = is_input_followed
         clone._recent = taken.kept.recent if taken and isinstance(taken.kept, _Kept) else None
         return clone
 
@@ -219,7 +216,7 @@ class Saver(MaintenanceVerbs, BaseCheckpointSaver[str]):
         """Take a thread as `acquire` does, in the open transaction of a claim on this database.
 
         A thread that has seen a higher token than the lease's is taken under a higher one still.
-        To be called by the database's writer; `observe_taken` follows when it is durable.
+        To be called by the database's writer; who drives the run calls `observe_taken`.
 
         Args:
             connection: The transaction's.
@@ -246,7 +243,7 @@ class Saver(MaintenanceVerbs, BaseCheckpointSaver[str]):
         )
 
     def observe_taken(self, lease: Lease, taken: TakenThread) -> None:
-        """Remember how a thread was found, now that it was durably taken."""
+        """Remember how a thread was found by the claim that takes it."""
         assert isinstance(taken.kept, _Kept)
         thread = thread_key(self._tenant, lease.thread_id)
         self._observe_held(thread, taken.kept.state)
@@ -299,8 +296,6 @@ class Saver(MaintenanceVerbs, BaseCheckpointSaver[str]):
         new_versions: ChannelVersions,
     ) -> RunnableConfig:
         """Store a checkpoint; see `put`."""
-        if self._begun is not None:
-            await self._begun.wait()
         is_followed = self._is_input_followed and metadata.get("source") == "input"
         saved, future = self._accept_checkpoint(
             config, checkpoint, metadata, new_versions, is_followed=is_followed

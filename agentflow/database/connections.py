@@ -118,7 +118,8 @@ class Connections:
         if connection is None:
             return
         is_broken = session is None or (self.dialect != "sqlite" and session.is_broken)
-        if is_broken or connection.invalidated or connection.in_transaction():
+        # One whose commit has failed is not in a transaction, but cannot begin another one either.
+        if is_broken or connection.invalidated or connection.get_transaction() is not None:
             self._end_transacting()
 
     def _end_transacting(self) -> None:

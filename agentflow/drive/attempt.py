@@ -121,17 +121,13 @@ class Attempt:
             self._policies = RetryPolicies(graph=RetryPolicy())
         self._control = control
         self._stored = stored
-        # Otherwise nodes that the input itself triggers run beside its checkpoint.
-        is_input_followed = START in registered.graph.nodes
-        self._may_prepare = is_input_followed and claimed.reason == "start"
-        """Whether LangGraph waits for a checkpoint before it calls any code of the graph's."""
         self._saver = (
             saver.with_lease(
                 claimed.lease,
                 check=control.check,
                 taken=claimed.thread,
-                is_input_followed=is_input_followed,
-                begun=stored,
+                # Nodes that the input itself triggers run beside its checkpoint.
+                is_input_followed=START in registered.graph.nodes,
             )
             if isinstance(saver, Saver)
             else saver
@@ -179,7 +175,6 @@ class Attempt:
             if task.cancelled():
                 await self._settle_stop(span)
         except ExceptionGroup as raised:
-            await self._until_stored()
             await self._settle_failure(raised.exceptions[0], span)
         except asyncio.CancelledError:
             await asyncio.shield(self._settlement.give_back())
@@ -198,9 +193,10 @@ class Attempt:
             await self._begin_metering(waits)
             questions = await open_questions(self._saver, before, waits)
             self._started = started = await self._start(before, questions)
-        finally:
-            if not self._may_prepare or self._registered.context is not None:
-                await self._until_stored()
+        except Exception:
+            await self._until_stored()
+            raise
+        await self._until_stored()
         self._control.is_isolated = started.is_isolated
         _show(span, before)
         if started.stop is not None:
@@ -237,7 +233,10 @@ class Attempt:
         await self._conclude(await self._state(config), span)
 
     async def _until_stored(self) -> None:
-        """Wait until the beginning of the attempt is durable, if it is stored with its claim."""
+        """Wait until the beginning of the attempt is durable, if it is stored with its claim.
+
+        So far it has only read. If it is not stored, the control interrupts this.
+        """
         if self._stored is not None:
             await self._stored.wait()
 

@@ -73,9 +73,8 @@ class Driver:
             claimed: The run, and the lease to drive it under.
             control: How to stop it; not used before.
             since: When the claim was asked for, by `monotonic`.
-            stored: Set when the claim is durable, if it is not yet. Before that no code of the
-                graph's is called and no outcome is settled; whoever finds that it was not stored
-                has `control` lose the lease.
+            stored: Set when the claim is durable, if it is not yet; nothing but reading is done
+                before. Whoever finds that it was not stored has `control` lose the lease.
 
         Returns:
             Why the run is paused, if it cannot go on with the graph.
@@ -91,7 +90,7 @@ class Driver:
                 if claimed.thread is None:
                     acquired = await acquire(self._store, self._saver, lease)
                     if acquired != lease:
-                        self._keeper.drop(lease)
+                        self._keeper.drop(lease, control)
                         lease = acquired
                         self._keeper.hold(lease, control, since=since)
                     held = replace(claimed, lease=lease)
@@ -107,7 +106,7 @@ class Driver:
                 fail_span(span, type(exc).__name__)
                 logger.warning("store unavailable", extra={"run_id": claimed.run.id})
             finally:
-                self._keeper.drop(lease)
+                self._keeper.drop(lease, control)
                 control.end()
                 self._threads.forsake(control)
         return None

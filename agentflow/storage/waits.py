@@ -245,7 +245,9 @@ def _wake(
         )
         return None
     claimed = replace(held.claimed, waits=others())
-    claimant.foretold(claimed)
+    if claimed.waits is not None:
+        # Otherwise the attempt reads them from the database, where they are as they were.
+        claimant.foretold(claimed)
     change_run(
         connection,
         queued,

@@ -21,8 +21,12 @@ import psycopg
 import pytest
 from langgraph.checkpoint.base import CheckpointTuple, empty_checkpoint
 from langgraph.checkpoint.memory import InMemorySaver
+from sqlalchemy.engine import Connection
+from sqlalchemy.exc import IntegrityError
 
 from agentflow.checkpoint import Saver, open_checkpointer
+from agentflow.config import Settings
+from agentflow.database import Database
 from agentflow.database.connections import GROW_WAL_AFTER
 from agentflow.errors import StoreUnavailableError
 from tests.fault.forkserver import ForkServer
@@ -434,6 +438,24 @@ def test_parent_and_child_of_a_fork_go_on_apart(
         for thread, steps in {"before": 6, "parent": 5, "child": 10}.items():
             assert books[thread].step == steps - 1
             assert_kept(saver, thread, books[thread])
+
+
+async def test_transaction_whose_commit_is_refused_leaves_the_next_one_alone(
+    postgres_url: str,
+) -> None:
+    database = Database(postgres_url, Settings())
+
+    def fail_at_the_end(connection: Connection) -> None:
+        column = "number int UNIQUE DEFERRABLE INITIALLY DEFERRED"
+        connection.exec_driver_sql(f"CREATE TABLE once ({column})")
+        connection.exec_driver_sql("INSERT INTO once VALUES (1), (1)")
+
+    try:
+        with pytest.raises(IntegrityError):
+            await database.write(fail_at_the_end)
+        assert await database.write(lambda each: each.exec_driver_sql("SELECT 1").scalar()) == 1
+    finally:
+        await asyncio.to_thread(database.close)
 
 
 async def test_connections_stay_few_however_many_runs_there_are(postgres_url: str) -> None:

@@ -68,17 +68,12 @@ async def app(database_url: str, called: list[str]) -> AsyncIterator[AgentFlow]:
 def waiting(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Set when an attempt has done all that it may before its claim is durable."""
     waits = threading.Event()
-    put, until_stored = Saver.aput, Attempt._until_stored
-
-    async def noted_put(saver: Saver, *args: Any) -> Any:
-        waits.set()
-        return await put(saver, *args)
+    until_stored = Attempt._until_stored
 
     async def noted(attempt: Attempt) -> None:
         waits.set()
         await until_stored(attempt)
 
-    monkeypatch.setattr(Saver, "aput", noted_put)
     monkeypatch.setattr(Attempt, "_until_stored", noted)
     return waits
 
@@ -99,7 +94,7 @@ async def test_submission_is_prepared_but_not_begun_before_it_is_durable(
     waiting: threading.Event,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    accept = Saver._accept_checkpoint
+    accept = Saver._accept_writes
     loop = asyncio.get_running_loop()
     before: list[str] = []
 
@@ -113,12 +108,12 @@ async def test_submission_is_prepared_but_not_begun_before_it_is_durable(
             asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result(LIMIT)
         before.extend(called)
 
-    monkeypatch.setattr(Saver, "_accept_checkpoint", noted)
+    monkeypatch.setattr(Saver, "_accept_writes", noted)
     at_next_commit(look)
     handle = await app.submit("g", {})
     await handle.wait(until="parked")
     assert before == []
-    assert called[:3] == ["put", "put", "begin"]
+    assert called[:2] == ["put", "begin"], "what the input writes comes first"
 
 
 async def test_decision_is_prepared_but_not_handed_on_before_it_is_durable(
@@ -178,6 +173,56 @@ async def test_claim_that_is_not_stored_leaves_nothing(
     handle = await app.submit("g", {}, run_id="r")
     await handle.wait(until="parked")
     assert called == ["begin", "ask"]
+
+
+async def test_attempt_that_fails_before_its_claim_is_refused_ends(
+    app: AgentFlow, called: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = threading.Event()
+
+    async def fail_to_read(attempt: Attempt, waits: object) -> None:
+        failed.set()
+        raise OSError("cannot read what was used")
+
+    def refuse() -> None:
+        assert failed.wait(LIMIT)
+        raise RuntimeError("no commit")
+
+    monkeypatch.setattr(Attempt, "_begin_metering", fail_to_read)
+    at_next_commit(refuse)
+    async with asyncio.timeout(LIMIT):
+        with pytest.raises(RuntimeError, match="no commit"):
+            await app.submit("g", {}, run_id="r")
+    monkeypatch.undo()
+    (worker,) = app._offers._takers
+    assert isinstance(worker, Worker)
+    assert not worker._active
+    handle = await app.submit("g", {}, run_id="r")
+    await handle.wait(until="parked")
+    assert called == ["begin", "ask"]
+
+
+async def test_run_that_has_asked_much_is_claimed_once_for_each_decision(
+    database_url: str, waiting: threading.Event
+) -> None:
+    """What it has asked is not handed on, and not read before the decision is there."""
+    many = 24
+
+    async def ask_often(state: State) -> State:
+        for number in range(many):
+            request_approval({"number": number})
+        return {"log": ["answered"]}
+
+    async with AgentFlow(database_url) as app:
+        app.register(chain(("ask", ask_often)), name="g")
+        async with app.worker():
+            handle = await app.submit("g", {})
+            for _ in range(many):
+                await handle.wait(until="parked")
+                (approval,) = (each for each in await handle.approvals() if not each.decided_at)
+                await app.approvals.decide(approval, "approve", by="ada")
+            assert await handle.result() == {"log": ["answered"]}
+        assert (await app.get_run(handle.id)).claims == 1 + many
 
 
 async def test_worker_that_is_told_to_go_during_the_commit_gives_the_run_back(
