@@ -306,9 +306,14 @@ class Worker:
             raise
         claimed = handed.claimed
         if claimed is not None and early.confirm(claimed):
+            self._claimed += 1
             return handed
         await early.withdraw()
-        if claimed is not None and self._begin(claimed, since=early.since) is None:
+        if claimed is None:
+            return handed
+        if self._begin(claimed, since=early.since) is not None:
+            self._claimed += 1
+        else:
             await self._give_back(claimed.lease)  # the worker has been told to go meanwhile
         return handed
 
@@ -398,6 +403,7 @@ class Worker:
             lease=self._settings.lease,
             opening=self._claims_as.opening,
         )
+        self._claimed += len(claimed)
         self._has_more = len(claimed) == room
         for run in claimed:
             if run.isolation is not None:
@@ -444,7 +450,6 @@ class Worker:
         """Drive a claimed run from now on; `None` if the worker has gone."""
         if (here := self._here) is None:
             return None
-        self._claimed += 1
         control = AttemptControl()
         control.is_isolated = claimed.isolation is not None
         if self._is_stopping:

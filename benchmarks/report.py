@@ -95,6 +95,9 @@ Designs that were tried:
   step took 0.98 ms instead of 1.30 ms. The event loop stands still for the length of a commit, so
   it is done only while commits are short and nobody else writes.
 - **One row of the thread without a join on PostgreSQL** (kept): 35 µs of 350 µs at the server.
+- **The head found by `ORDER BY` and `LIMIT` in a `LATERAL` on PostgreSQL** (kept). Compared with
+  the highest number in a subquery, it was looked for with each checkpoint of its thread as long as
+  the server had no statistics of the table: 17 to 30 ms of 1,500 checkpoints, and now 0.1 ms.
 - **Tables without row ids, and an index of runs only where there is one** (dropped): 5 µs of 59 µs
   for the statement, on SQLite.
 - **One statement instead of a transaction** (kept). Five calls of the driver became one, since each
@@ -170,14 +173,14 @@ each part that asks the database has two changes of threads, of 0.2 ms each:
 | part | ms | round trips, with the commit | at first |
 |---|---|---|---|
 | what is submitted is checked and encoded | 0.7 | | |
-| stored, claimed, its thread taken, its start noted: one transaction | 4.8 | 6 | 33 |
-| the attempt reads the new thread, LangGraph does again and prepares | 2.5 | 0 | 4 |
-| two checkpoints, that of the input and the first | 1.6 | 1 | 3 |
-| the node is called | 0.5 | | |
+| stored, claimed, its thread taken, its start noted; beside the commit it is read | 4.5 | 5 | 33 |
+| LangGraph reads the new thread and prepares | 1.8 | 0 | 4 |
+| two checkpoints, that of the input and the first | 1.7 | 1 | 3 |
+| the node is called | 0.7 | | |
 
 A decision is the same way, without the checkpoints: the wait is resolved in the transaction, which
-reads the thread's head and what the run has asked as well (7 round trips, 6 ms), and the attempt
-reads both (2 ms) before LangGraph does (2 ms). DBOS's `send` and `recv` are two commits.
+reads the thread's head as well, and beside whose last statement the attempt reads what it needs (5
+round trips, 8 ms), before LangGraph does (2.3 ms). DBOS's `send` and `recv` are two commits.
 
 Designs that were tried:
 
@@ -196,10 +199,22 @@ Designs that were tried:
   after the other, which took 1.5 ms more.
 - **psycopg's pipeline mode** for `BEGIN` with the first statement and the last ones with `COMMIT`
   (dropped): two round trips instead of five took 0.95 ms instead of 0.84 ms, since its own part
-  costs more than they do.
+  costs more than they do; after a pause of 25 ms, `BEGIN` with the first statement took 1.55 ms
+  instead of 1.36 ms.
+- **A wait read with the lock of its run, a new thread looked at where its row is made, and the
+  thread's head together with its writes** (kept): one round trip less each, which take 0.4 to
+  0.5 ms after a pause.
+- **Plans made once** (kept). psycopg prepares a statement when it comes for the sixth time, and
+  PostgreSQL plans the next five executions anew: the first eleven decisions beside a new worker
+  took 13 to 18 ms, and those after them 10 ms; now it is the first two.
+- **An attempt that reads while its claim is being committed** (kept): 0.3 to 0.9 ms, as far as it
+  waits for the server and not for the interpreter. What LangGraph does before its first checkpoint
+  could be done then as well (dropped), but it calls routes and reducers, before it is known
+  whether there is a run.
+- **The first checkpoint after a pause in the event loop's thread** (dropped): no difference.
 
 Not tried: a worker that looks only every second where it hears of others by `NOTIFY`, since an
-expired lease would be found too late; beginning the attempt before its claim is durable.
+expired lease would be found too late.
 """
 
 

@@ -243,7 +243,10 @@ class Saver(MaintenanceVerbs, BaseCheckpointSaver[str]):
         )
 
     def observe_taken(self, lease: Lease, taken: TakenThread) -> None:
-        """Remember how a thread was found by the claim that takes it."""
+        """Remember how a thread was found by the claim that takes it, durable or about to be.
+
+        What is written later is compared with the thread in the database again.
+        """
         assert isinstance(taken.kept, _Kept)
         thread = thread_key(self._tenant, lease.thread_id)
         self._observe_held(thread, taken.kept.state)

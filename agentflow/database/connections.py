@@ -98,8 +98,10 @@ class Connections:
                 raise
             raise error from exc
         finally:
-            self._inside.pop()
-            self._keep_if_sound(session)
+            try:
+                self._keep_if_sound(session)
+            finally:
+                self._inside.pop()
 
     def _for_transactions(self) -> Connection:
         if self._transacting is None:
@@ -124,16 +126,20 @@ class Connections:
 
     def _end_transacting(self) -> None:
         connection, self._transacting = self._transacting, None
-        if connection is not None:
-            if self.dialect != "sqlite" and not connection.invalidated:
-                connection.invalidate()  # it is set up as readers would not have it
-            connection.close()
+        if connection is None:
+            return
+        if self.dialect == "sqlite":
+            # A transaction whose commit has failed is still open, and SQLAlchemy forgets it.
+            _driver(connection.connection).rollback()
+        elif not connection.invalidated:
+            connection.invalidate()  # it is set up as readers would not have it
+        connection.close()
 
     def _plan_once(self, pooled: PoolProxiedConnection) -> None:
-        """Have PostgreSQL plan each of the writer's statements once, and not five times more.
+        """Have PostgreSQL plan each of the writer's statements for whatever values it gets.
 
-        They all find their rows by indexes, whatever the values. By itself PostgreSQL would plan
-        each of the first executions, which takes longer than they do.
+        They find their rows by indexes, whatever the values. By itself it would plan each of the
+        first ten executions, which takes longer than they do.
         """
         if self.dialect == "sqlite" or pooled.info.get("is_pooled"):
             return
@@ -270,10 +276,10 @@ class Connections:
                 session.close()
                 own.close()
         transacting, self._transacting = self._transacting, None
-        if transacting is not None and is_server:
-            transacting.detach()
-        elif transacting is not None:
+        if transacting is not None and not is_server:
             transacting.close()
+        elif transacting is not None and not transacting.invalidated:
+            transacting.detach()
         for engine in {self.engine, self._autocommit}:
             engine.dispose(close=not is_server)
 

@@ -177,7 +177,8 @@ class Attempt:
         except ExceptionGroup as raised:
             await self._settle_failure(raised.exceptions[0], span)
         except asyncio.CancelledError:
-            await asyncio.shield(self._settlement.give_back())
+            has_begun = self._stored is None or self._stored.is_set()
+            await asyncio.shield(self._settlement.give_back(counts=has_begun))
             raise
         finally:
             await self._settlement.release_thread()

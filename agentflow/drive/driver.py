@@ -73,8 +73,8 @@ class Driver:
             claimed: The run, and the lease to drive it under.
             control: How to stop it; not used before.
             since: When the claim was asked for, by `monotonic`.
-            stored: Set when the claim is durable, if it is not yet; nothing but reading is done
-                before. Whoever finds that it was not stored has `control` lose the lease.
+            stored: Set when the claim is durable, if it is not yet; the graph is not driven before.
+                Whoever finds that it was not stored has `control` lose the lease.
 
         Returns:
             Why the run is paused, if it cannot go on with the graph.

@@ -28,6 +28,7 @@ from agentflow.errors import (
     DeadlineExceededError,
     FencedError,
     IncompatibleGraphError,
+    NotFoundError,
     StoreUnavailableError,
     UnknownVersionError,
 )
@@ -129,17 +130,17 @@ class Settlement:
         )
         span.set_attribute(RUN_STATUS, "queued")
 
-    async def give_back(self) -> None:
+    async def give_back(self, *, counts: bool) -> None:
         """Queue the run again, because whoever drives it is going away.
 
-        The attempt counts, since the run itself may be the reason: a node that calls `sys.exit`
-        takes its worker with it.
+        The attempt counts once a node may have run, since that may be the reason: one that calls
+        `sys.exit` takes its worker with it.
         """
         try:
             await self.flush_quietly()
             await self.release_thread()
-            await self._store.release_run(self._held_to_the_end(), reason="drain", counts=True)
-        except (FencedError, StoreUnavailableError) as exc:
+            await self._store.release_run(self._held_to_the_end(), reason="drain", counts=counts)
+        except (FencedError, StoreUnavailableError, NotFoundError) as exc:
             logger.warning(
                 "run was not given back",
                 extra={"run_id": self._run.id, "error": type(exc).__name__},

@@ -19,6 +19,7 @@ from typing import Any
 
 import psycopg
 import pytest
+import sqlalchemy as sa
 from langgraph.checkpoint.base import CheckpointTuple, empty_checkpoint
 from langgraph.checkpoint.memory import InMemorySaver
 from sqlalchemy.engine import Connection
@@ -441,14 +442,18 @@ def test_parent_and_child_of_a_fork_go_on_apart(
 
 
 async def test_transaction_whose_commit_is_refused_leaves_the_next_one_alone(
-    postgres_url: str,
+    database_url: str,
 ) -> None:
-    database = Database(postgres_url, Settings())
+    database = Database(database_url, Settings())
+    if database_url.startswith("sqlite"):
+        engine = database._connections.engine
+        sa.event.listen(engine, "connect", lambda raw, _: raw.execute("PRAGMA foreign_keys=ON"))
 
     def fail_at_the_end(connection: Connection) -> None:
-        column = "number int UNIQUE DEFERRABLE INITIALLY DEFERRED"
-        connection.exec_driver_sql(f"CREATE TABLE once ({column})")
-        connection.exec_driver_sql("INSERT INTO once VALUES (1), (1)")
+        reference = "id int REFERENCES parents DEFERRABLE INITIALLY DEFERRED"
+        connection.exec_driver_sql("CREATE TABLE parents (id int PRIMARY KEY)")
+        connection.exec_driver_sql(f"CREATE TABLE children ({reference})")
+        connection.exec_driver_sql("INSERT INTO children VALUES (1)")
 
     try:
         with pytest.raises(IntegrityError):
