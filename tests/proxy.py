@@ -22,6 +22,8 @@ from typing import Any, Literal, Self
 from sqlalchemy.engine import make_url
 
 _LIMIT = 30.0
+_AGAIN = 0.01
+"""Seconds between two attempts to get a port back."""
 _SILENCE = 0.2
 """Seconds after which a server that has not ended its reply waits for its client."""
 _READY = b"Z"
@@ -152,9 +154,16 @@ class Proxy:
         await self._listen()
 
     async def _listen(self) -> None:
-        if self._listener is None:
-            self._listener = await asyncio.start_server(self._connect, "127.0.0.1", self.port)
-            self.port = self._listener.sockets[0].getsockname()[1]
+        async with asyncio.timeout(_LIMIT):
+            while self._listener is None:
+                try:
+                    self._listener = await asyncio.start_server(
+                        self._connect, "127.0.0.1", self.port
+                    )
+                except OSError:
+                    # Somebody else's connection has been given the port while nobody listened.
+                    await asyncio.sleep(_AGAIN)
+        self.port = self._listener.sockets[0].getsockname()[1]
 
     async def _listen_for_orders(self) -> None:
         self._control = await asyncio.start_server(self._obey, "127.0.0.1", 0)
