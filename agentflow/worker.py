@@ -83,10 +83,7 @@ class _Begin(Protocol):
 
 
 class _Early:
-    """An attempt that reads and prepares while its claim is being committed.
-
-    A commit takes about as long as that does, on another processor or a server's disk.
-    """
+    """An attempt that reads while its claim is being committed."""
 
     def __init__(
         self,

@@ -127,7 +127,7 @@ def test_what_workers_ask_again_and_again_is_found_by_an_index(
 def _plan(connection: Connection, sql: str, values: Any) -> list[str]:
     explain = "EXPLAIN QUERY PLAN" if connection.dialect.name == "sqlite" else "EXPLAIN"
     if isinstance(values, list) and connection.dialect.name == "postgresql":
-        # As the writer has it planned: once, whatever the values.
+        # As it is planned once it has come often enough: whatever the values.
         session = Session.inside(connection)
         session.execute("SET LOCAL plan_cache_mode = force_generic_plan")
         session.execute(f"PREPARE asked AS {sql}")
