@@ -7,10 +7,12 @@ outcome that comes too late) changes nothing here and is left to `effects`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from typing import Any, NamedTuple
 
+from sqlalchemy import LargeBinary
 from sqlalchemy.engine import Connection
 
 from agentflow.database.session import Session
@@ -25,17 +27,18 @@ from agentflow.types import Lease, NewEvent, RunStatus
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 
-_RUN = (
-    "SELECT status, token, lease_expires_at, event_seq, event_hash, thread_id, graph, {now} "
-    "FROM agentflow_runs WHERE tenant = ? AND run_id = ?{lock}"
-)
+_NOW = {
+    "sqlite": "CAST((julianday('now') - 2440587.5) * 86400000000 AS INTEGER)",
+    "postgresql": "CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000000 AS BIGINT)",
+}
+_LOCK = {"sqlite": "", "postgresql": " FOR UPDATE OF r"}
+_HELD = "r.status, r.token, r.lease_expires_at, r.event_seq, r.event_hash, r.thread_id, r.graph"
+_WIDTH = 8
+"""How many columns tell of the run: these, and the time."""
 _READ_RUN = {
-    "sqlite": _RUN.format(
-        now="CAST((julianday('now') - 2440587.5) * 86400000000 AS INTEGER)", lock=""
-    ),
-    "postgresql": _RUN.format(
-        now="CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000000 AS BIGINT)", lock=" FOR UPDATE"
-    ),
+    dialect: f"SELECT {_HELD}, {now} FROM agentflow_runs r "  # noqa: S608 -- names of its own
+    f"WHERE r.tenant = ? AND r.run_id = ?{_LOCK[dialect]}"
+    for dialect, now in _NOW.items()
 }
 _COLUMNS = (
     *("tenant", "effect_id", "scope", "key_hash", "kind", "name", "compensate", "ns", "task_id"),
@@ -47,19 +50,37 @@ _INSERT = (
     "token, worker, intended_at, run_id, thread_id, graph) "
     f"VALUES ({', '.join('?' * (len(_COLUMNS) + 6))}) ON CONFLICT DO NOTHING"
 )
-_MARKED = tuple(column.name for column in effects.c if column.name not in UNMARKED[effects])
+_MARKED = tuple(column for column in effects.c if column.name not in UNMARKED[effects])
+# A mark says whether a payload is there, and not what it is.
+_OF_EFFECT = ", ".join(
+    f"CASE WHEN e.{column.name} IS NOT NULL THEN 1 END"
+    if isinstance(column.type, LargeBinary)
+    else f"e.{column.name}"
+    for column in _MARKED
+)
+_READ_BOTH = {
+    dialect: f"SELECT {_HELD}, {now}, {_OF_EFFECT} "  # noqa: S608 -- names of its own
+    "FROM agentflow_runs r JOIN agentflow_effects e ON e.tenant = r.tenant "
+    "AND e.run_id = r.run_id AND e.token = r.token "
+    "WHERE r.tenant = ? AND r.run_id = ? AND e.effect_id = ? "
+    f"AND e.status = 'intended' AND e.kind = 'effect'{_LOCK[dialect]}"
+    for dialect, now in _NOW.items()
+}
 _TOLD = ("name", "node", "attempt")
+# What was read of it may be older than the lock of its run: the attempt tells.
 _FINISH = (
-    "UPDATE agentflow_effects "  # noqa: S608 -- names of its own
-    "SET status = ?, outcome = ?, ended_at = ?, ended_seq = ? "
+    "UPDATE agentflow_effects SET status = ?, outcome = ?, ended_at = ?, ended_seq = ? "
     "WHERE tenant = ? AND effect_id = ? AND status = 'intended' AND run_id = ? AND token = ? "
-    f"AND kind = 'effect' RETURNING {', '.join(_MARKED)}"
+    "AND attempt = ?"
 )
-_LOG = (
-    "INSERT INTO agentflow_events (tenant, run_id, seq, type, at, data, prev_hash, hash) "
-    "VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
-)
+_LOG = "INSERT INTO agentflow_events (tenant, run_id, seq, type, at, data, prev_hash, hash)"
+_EVENT = "?, ?, ?, ?, ?, ?, ?, ?"
 _ADVANCE = "UPDATE agentflow_runs SET event_seq = ?, event_hash = ? WHERE tenant = ? AND run_id = ?"
+_TOGETHER = (
+    "WITH changed AS ({change} RETURNING tenant), "  # noqa: S608 -- names of its own
+    f"logged AS ({_LOG} SELECT {_EVENT} FROM changed) "
+    f"{_ADVANCE} AND EXISTS (SELECT FROM changed)"
+)
 
 
 class _Held(NamedTuple):
@@ -77,15 +98,14 @@ def begin(
 ) -> dict[str, Any] | None:
     """Insert an intent and return its columns; `None` if that is not all there is to it."""
     session = Session.inside(connection)
-    run = _held(session, lease)
+    found = session.fetch(_READ_RUN[session.dialect], (lease.tenant, lease.run_id))
+    run = _held(found, lease)
     if run is None:
         return None
     timeout = row["timeout"]
     plain = {**row, "timeout": None if timeout is None else timeout // _MICROSECOND}
     values = [plain[name] for name in _COLUMNS]
     mine = (lease.token, lease.worker, run.now, lease.run_id, run.thread_id, run.graph)
-    if session.execute(_INSERT, [*values, *mine]) != 1:
-        return None
     at = _EPOCH + run.now * _MICROSECOND
     whole = {
         **row,
@@ -96,8 +116,8 @@ def begin(
         "thread_id": run.thread_id,
         "graph": run.graph,
     }
-    _append(session, payloads, lease, run, at, "intended", whole)
-    return whole
+    entry = _entry(payloads, lease, run, at, "intended", whole)
+    return whole if _write(session, _INSERT, [*values, *mine], run, entry) else None
 
 
 def finish(
@@ -110,25 +130,24 @@ def finish(
 ) -> bool:
     """Record an outcome; `False` if that is not all there is to it."""
     session = Session.inside(connection)
-    run = _held(session, lease)
+    key = (lease.tenant, lease.run_id, effect_id)
+    found = session.fetch(_READ_BOTH[session.dialect], key)
+    run = _held(found, lease)
     if run is None:
         return False
-    key = (lease.tenant, effect_id, lease.run_id, lease.token)
-    found = session.fetch(_FINISH, (status.value, sealed, run.now, run.seq + 1, *key))
-    if not found:
-        return False
+    row = {column.name: value for column, value in zip(_MARKED, found[0][_WIDTH:], strict=True)}
+    ended = {"status": status.value, "outcome": sealed, "ended_at": run.now}
+    ended["ended_seq"] = run.seq + 1
     at = _EPOCH + run.now * _MICROSECOND
-    whole = dict(zip(_MARKED, found[0], strict=True))
-    _append(session, payloads, lease, run, at, status.value, whole)
-    return True
+    entry = _entry(payloads, lease, run, at, status.value, {**row, **ended})
+    which = (lease.tenant, effect_id, lease.run_id, lease.token, row["attempt"])
+    return _write(session, _FINISH, [*ended.values(), *which], run, entry)
 
 
-def _held(session: Session, lease: Lease) -> _Held | None:
-    found = session.fetch(_READ_RUN[session.dialect], (lease.tenant, lease.run_id))
+def _held(found: Sequence[Sequence[Any]], lease: Lease) -> _Held | None:
     if not found:
         return None
-    status, token, expires_at, *rest = found[0]
-    seq, event_hash, thread_id, graph, now = rest
+    status, token, expires_at, seq, event_hash, thread_id, graph, now, *_ = found[0]
     is_held = (
         status == RunStatus.RUNNING.value
         and token == lease.token
@@ -138,20 +157,39 @@ def _held(session: Session, lease: Lease) -> _Held | None:
     return _Held(seq, event_hash, thread_id, graph, now) if is_held else None
 
 
-def _append(
-    session: Session,
+def _entry(
     payloads: Payloads,
     lease: Lease,
     run: _Held,
     at: datetime,
     what: str,
     row: Mapping[str, Any],
-) -> None:
-    """Append the event about an effect that has become what `row` says."""
+) -> Mapping[str, Any]:
+    """Return the event about an effect that becomes what `row` says."""
     end = {"tenant": lease.tenant, "event_seq": run.seq, "event_hash": run.hash}
     facts = {"effect": row["effect_id"], **{name: row[name] for name in _TOLD}}
     event = NewEvent(type=f"effect.{what}", data=facts, marks=effect_marks(payloads, row))
     (entry,), _ = chain_events(payloads, end, lease.run_id, [event], at)
+    return entry
+
+
+def _write(
+    session: Session, change: str, values: Sequence[Any], run: _Held, entry: Mapping[str, Any]
+) -> bool:
+    """Change an effect, and only then append the event about it; say whether that was done."""
     head = (entry["tenant"], entry["run_id"], entry["seq"], entry["type"], run.now)
-    session.execute(_LOG, (*head, entry["data"], entry["prev_hash"], entry["hash"]))
-    session.execute(_ADVANCE, (entry["seq"], entry["hash"], lease.tenant, lease.run_id))
+    event = (*head, entry["data"], entry["prev_hash"], entry["hash"])
+    end = (entry["seq"], entry["hash"], entry["tenant"], entry["run_id"])
+    if session.dialect != "sqlite":
+        # A way to a server and back takes longer than any of the three.
+        return session.execute(_together(change), [*values, *event, *end]) == 1
+    if session.execute(change, values) != 1:
+        return False
+    session.execute(f"{_LOG} VALUES ({_EVENT})", event)
+    session.execute(_ADVANCE, end)
+    return True
+
+
+@cache
+def _together(change: str) -> str:
+    return _TOGETHER.format(change=change)
