@@ -204,10 +204,9 @@ Designs that were tried:
 - **A wait read with the lock of its run, a new thread looked at where its row is made, and the
   thread's head together with its writes** (kept): one round trip less each, which take 0.4 to
   0.5 ms after a pause.
-- **Plans made once** (dropped). psycopg prepares a statement when it comes for the sixth time, and
+- **Plans made once** (kept). psycopg prepares a statement when it comes for the sixth time, and
   PostgreSQL plans the next five executions anew: the first eleven decisions beside a new worker
-  took 13 to 18 ms, and those after them 10 ms. With plans for whatever values, and at once, it was
-  the first two; but one effect in each node left 0.38 of the steps instead of 0.45 to 0.49.
+  took 13 to 18 ms, and those after them 10 ms; now it is the first two.
 - **An attempt that reads while its claim is being committed** (kept): 0.3 to 0.9 ms, as far as it
   waits for the server and not for the interpreter. What LangGraph does before its first checkpoint
   could be done then as well (dropped), but it calls routes and reducers, before it is known

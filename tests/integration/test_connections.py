@@ -29,6 +29,7 @@ from agentflow.checkpoint import Saver, open_checkpointer
 from agentflow.config import Settings
 from agentflow.database import Database
 from agentflow.database.connections import GROW_WAL_AFTER
+from agentflow.database.session import Session
 from agentflow.errors import StoreUnavailableError
 from tests.fault.forkserver import ForkServer
 from tests.fault.savers import (
@@ -459,6 +460,24 @@ async def test_transaction_whose_commit_is_refused_leaves_the_next_one_alone(
         with pytest.raises(IntegrityError):
             await database.write(fail_at_the_end)
         assert await database.write(lambda each: each.exec_driver_sql("SELECT 1").scalar()) == 1
+    finally:
+        await asyncio.to_thread(database.close)
+
+
+async def test_statements_of_the_writer_are_planned_once(postgres_url: str) -> None:
+    planned = "SELECT generic_plans, custom_plans FROM pg_prepared_statements ORDER BY statement"
+    database = Database(postgres_url, Settings())
+
+    def count(session: Session, times: int) -> Any:
+        for _ in range(times):
+            session.fetch("SELECT CAST(? AS bigint)", [1])
+        return session.fetch(planned)[0]
+
+    try:
+        of_transactions = await database.write(lambda each: count(Session.inside(each), 4))
+        assert of_transactions == (3, 0), "the first one is not prepared"
+        # A reader's are planned for the values that they get.
+        assert await database.query(lambda session: count(session, 10)) == (0, 5)
     finally:
         await asyncio.to_thread(database.close)
 
