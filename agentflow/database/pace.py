@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import time
 
-_LIMIT = 0.002
-"""Seconds that most of it must not take; a superstep of LangGraph's alone takes a quarter of it."""
+_LIMIT = 0.005
+"""Seconds that most of it must not take.
+
+So long another thread may keep the interpreter from a loop anyway (`sys.getswitchinterval`).
+"""
 _SLOWNESS = 4
 """How much more often than not it may take longer for a while."""
 _PAUSE = 1.0
