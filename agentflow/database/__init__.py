@@ -191,7 +191,7 @@ class Database:
         if self._reads_files and self._is_ready and self._pace.is_quick():
             began = time.monotonic()
             try:
-                outcome = self._query(function, is_patient=False)
+                outcome = self._glance(function)
             except StoreUnavailableError:
                 self._pace.took(time.monotonic() - began, has_failed=True)
             else:
@@ -208,8 +208,12 @@ class Database:
         with translated(self._url), snapshot(self._connections.engine) as connection:
             return function(connection)
 
-    def _query(self, function: Callable[[Session], T], *, is_patient: bool = True) -> T:
-        with self._connections.reading(is_patient=is_patient) as session:
+    def _query(self, function: Callable[[Session], T]) -> T:
+        with self._connections.reading() as session:
+            return function(session)
+
+    def _glance(self, function: Callable[[Session], T]) -> T:
+        with self._connections.glancing() as session:
             return function(session)
 
     def _persistently(self, attempt: Callable[[], T]) -> T:

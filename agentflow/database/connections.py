@@ -8,6 +8,7 @@ known of the outcome.
 from __future__ import annotations
 
 import sqlite3
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
@@ -57,6 +58,8 @@ class Connections:
         self._session: Session | None = None
         self._is_patient = True
         """Whether the writer's connection waits."""
+        self._glances: deque[tuple[PoolProxiedConnection, Session]] = deque()
+        """Of a file, for queries that wait for nothing; as many as were needed at once."""
         self._batches = 0
         self._is_grown = False
         self._inside: list[None] = []
@@ -174,13 +177,13 @@ class Connections:
         if is_patient is not self._is_patient:
             set_patience(_driver(self._own), self.dialect, self._settings, is_patient=is_patient)
             self._is_patient = is_patient
-        self._batches += 1
-        is_due = self._batches % GROW_WAL_AFTER == 0 and not self._is_grown
-        if is_due and self.dialect == "sqlite" and not self.is_memory:
+        if is_patient and self.is_log_short:
+            self._batches = 0
             # Nothing depends on it; a full disk or a lock will show where something does.
             with suppress(sqlite3.Error, OSError):
                 grow_wal(_driver(self._own))
                 self._is_grown = True
+        self._batches += 1
         self._inside.append(None)
         try:
             return function(self._session)
@@ -193,14 +196,49 @@ class Connections:
             self._inside.pop()
 
     @contextmanager
-    def reading(self, *, is_patient: bool = True) -> Iterator[Session]:
-        """Open a connection for single queries; see `run_committing`."""
+    def reading(self) -> Iterator[Session]:
+        """Open a connection for single queries."""
         pooled = self._connect()
         session = Session(_driver(pooled), self.dialect)
+        try:
+            with self._querying(pooled):
+                yield session
+        finally:
+            session.close()
+            pooled.close()
+
+    @contextmanager
+    def glancing(self) -> Iterator[Session]:
+        """Open a connection for single queries that wait for nothing; see `run_committing`.
+
+        It is kept for the next time: to open one takes longer than most queries of a file do.
+        """
+        pooled, session = self._glances.pop() if self._glances else self._new_glance()
+        is_sound = False
+        try:
+            with self._querying(pooled):
+                yield session
+            is_sound = True
+        finally:
+            if is_sound:
+                self._glances.append((pooled, session))
+            else:
+                _give_up(pooled, session)
+
+    def _new_glance(self) -> tuple[PoolProxiedConnection, Session]:
+        pooled = self._connect()
+        set_patience(_driver(pooled), self.dialect, self._settings, is_patient=False)
+        return pooled, Session(_driver(pooled), self.dialect)
+
+    def _end_glances(self) -> None:
+        while self._glances:
+            _give_up(*self._glances.pop())
+
+    @contextmanager
+    def _querying(self, pooled: PoolProxiedConnection) -> Iterator[None]:
         self._inside.append(None)
         try:
-            with self._patience(pooled, is_patient=is_patient):
-                yield session
+            yield
         except self._errors as exc:
             error = self._translate(exc, pooled)
             if error is None:
@@ -208,19 +246,6 @@ class Connections:
             raise error from exc
         finally:
             self._inside.pop()
-            session.close()
-            pooled.close()
-
-    @contextmanager
-    def _patience(self, pooled: PoolProxiedConnection, *, is_patient: bool) -> Iterator[None]:
-        if is_patient:
-            yield
-            return
-        set_patience(_driver(pooled), self.dialect, self._settings, is_patient=False)
-        try:
-            yield
-        finally:
-            set_patience(_driver(pooled), self.dialect, self._settings, is_patient=True)
 
     def _connect(self) -> PoolProxiedConnection:
         try:
@@ -241,6 +266,12 @@ class Connections:
             if pooled is self._own:
                 self._own = None
         return unavailable(self.url, exc, "unknown" if is_broken else None)
+
+    @property
+    def is_log_short(self) -> bool:
+        """Whether whoever writes next, and has the time, should make the log of a file longer."""
+        is_due = self._batches >= GROW_WAL_AFTER and not self._is_grown
+        return is_due and self.dialect == "sqlite" and not self.is_memory
 
     def end_writing(self) -> None:
         """Give up the writer's connection; a new one is made when it is needed."""
@@ -280,11 +311,14 @@ class Connections:
             transacting.close()
         elif transacting is not None and not transacting.invalidated:
             transacting.detach()
+        if not is_server:
+            self._end_glances()
         for engine in {self.engine, self._autocommit}:
             engine.dispose(close=not is_server)
 
     def dispose(self) -> None:
         """Close all connections."""
+        self._end_glances()
         self.engine.dispose()
         self._autocommit.dispose()
 
@@ -293,6 +327,12 @@ def _driver(pooled: PoolProxiedConnection) -> Any:
     connection = pooled.driver_connection
     assert connection is not None
     return connection
+
+
+def _give_up(pooled: PoolProxiedConnection, session: Session) -> None:
+    session.close()
+    pooled.invalidate()  # nobody else is to get one that does not wait
+    pooled.close()
 
 
 def _commit_each_statement(connection: Any, _record: Any) -> None:

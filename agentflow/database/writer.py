@@ -199,7 +199,8 @@ class GroupCommitWriter:
 
     def _may_write_here(self, operation: Operation) -> bool:
         is_urgent = operation.commits_itself() and not operation.is_patient and self._was_reached
-        return is_urgent and self._company.lacks(operation) and self._pace().is_quick()
+        is_quick = self._pace().is_quick() and not self._connections.is_log_short
+        return is_urgent and self._company.lacks(operation) and is_quick
 
     def _pace(self) -> Pace:
         """Return that of callers like this one: a thread of a caller's own would wait anyway."""

@@ -29,6 +29,7 @@ from agentflow.checkpoint import Saver, open_checkpointer
 from agentflow.config import Settings
 from agentflow.database import Database
 from agentflow.database.connections import GROW_WAL_AFTER
+from agentflow.database.engine import grow_wal
 from agentflow.database.session import Session
 from agentflow.errors import StoreUnavailableError
 from tests.fault.forkserver import ForkServer
@@ -529,12 +530,23 @@ def test_processes_that_write_one_file_at_once_never_find_it_locked(
             assert_kept(saver, thread, books[thread])
 
 
-async def test_log_of_a_busy_file_is_long_before_it_is_full(tmp_path: Path) -> None:
+async def test_log_of_a_busy_file_is_long_before_it_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def log_size(steps: int) -> int:
         async with open_checkpointer(f"sqlite:///{tmp_path}/a.db") as saver:
-            for number in range(steps):
-                await saver.aput(at(f"{steps}-{number}"), empty_checkpoint(), {}, {})
+            config = at(str(steps))
+            for _ in range(steps):
+                config = await saver.aput(config, empty_checkpoint(), {}, {})
             return (tmp_path / "a.db-wal").stat().st_size
 
-    few, many = await log_size(GROW_WAL_AFTER // 2), await log_size(GROW_WAL_AFTER)
+    growing: list[str] = []
+
+    def grow(connection: Any) -> None:
+        growing.append(threading.current_thread().name)
+        grow_wal(connection)
+
+    monkeypatch.setattr("agentflow.database.connections.grow_wal", grow)
+    few, many = await log_size(GROW_WAL_AFTER // 2), await log_size(GROW_WAL_AFTER + 1)
     assert few < 1000 * 4096 <= many
+    assert growing == ["agentflow-writer"], "an event loop does not wait for that"

@@ -186,19 +186,25 @@ async def test_interrupted_commit_is_finished_by_the_writer(
         assert await ids(saver) == [f"c{number:03}" for number in range(ENOUGH + 2)]
 
 
+def watch_readers(saver: Saver, monkeypatch: pytest.MonkeyPatch, readers: list[int]) -> None:
+    """Note in which threads connections for queries are used."""
+    connections = saver._database._connections
+    for way in (connections.glancing, connections.reading):
+
+        def watched(way: Any = way) -> Any:
+            readers.append(threading.get_ident())
+            return way()
+
+        monkeypatch.setattr(connections, way.__name__, watched)
+
+
 async def test_file_is_read_in_the_thread_of_the_loop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     readers: list[int] = []
     async with open_checkpointer(f"sqlite:///{tmp_path}/a.db") as saver:
         head = await put(saver, 0)
-        query = saver._database._query
-
-        def watched(function: Any, **how: Any) -> Any:
-            readers.append(threading.get_ident())
-            return query(function, **how)
-
-        monkeypatch.setattr(saver._database, "_query", watched)
+        watch_readers(saver, monkeypatch, readers)
         assert await saver.aget_tuple(head) is not None
     assert readers == [threading.get_ident()]
 
@@ -210,13 +216,7 @@ async def test_slow_file_is_read_in_another_thread(
     readers: list[int] = []
     async with open_checkpointer(f"sqlite:///{tmp_path}/a.db") as saver:
         head = await put(saver, 0)
-        query = saver._database._query
-
-        def watched(function: Any, **how: Any) -> Any:
-            readers.append(threading.get_ident())
-            return query(function, **how)
-
-        monkeypatch.setattr(saver._database, "_query", watched)
+        watch_readers(saver, monkeypatch, readers)
         for _ in range(5):
             assert await saver.aget_tuple(head) is not None
     assert readers[0] == threading.get_ident() != readers[-1]

@@ -266,6 +266,29 @@ def test_parent_and_child_of_a_fork_both_write(database_url: str) -> None:
     subprocess.run(command, check=True, timeout=60, cwd=Path.cwd())
 
 
+def test_child_of_a_fork_closes_what_it_inherits_of_a_file(sqlite_url: str) -> None:
+    program = f"""
+import asyncio
+{FORK.partition("child = ")[0]}
+def opened():
+    asyncio.run(saver.aget_tuple({{"configurable": {{"thread_id": "before"}}}}))
+    descriptors = [f"/proc/self/fd/{{each}}" for each in os.listdir("/proc/self/fd")]
+    names = [os.readlink(each) for each in descriptors if os.path.exists(each)]
+    return sum(name.endswith(".db") for name in names)
+
+before = opened()
+child = os.fork()
+if child == 0:
+    put(saver, "child")
+    os._exit(opened() - before)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+saver.close()
+"""
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program, sqlite_url], check=True, timeout=60
+    )
+
+
 def test_child_of_a_fork_waits_for_no_lock_that_its_parent_held(sqlite_url: str) -> None:
     program = f"""
 import faulthandler, threading
