@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from langgraph.checkpoint.base import BaseCheckpointSaver
 
@@ -22,6 +22,7 @@ from agentflow.checkpoint import Saver, SweepReport
 from agentflow.config import Settings
 from agentflow.control import AttemptControl, monotonic
 from agentflow.drive import Driver, RegisteredGraph
+from agentflow.early import Active, Early
 from agentflow.errors import AgentflowError, FencedError
 from agentflow.lease import LeaseKeeper
 from agentflow.listener import Listener
@@ -61,12 +62,6 @@ class WorkerStats:
 
 
 @dataclass(frozen=True, slots=True)
-class _Active:
-    control: AttemptControl
-    task: asyncio.Task[None]
-
-
-@dataclass(frozen=True, slots=True)
 class _Here:
     """Where a worker runs."""
 
@@ -74,62 +69,6 @@ class _Here:
     context: Context
     group: asyncio.TaskGroup
     driver: Driver
-
-
-class _Begin(Protocol):
-    def __call__(
-        self, claimed: ClaimedRun, *, since: float, stored: asyncio.Event | None = None
-    ) -> _Active | None: ...
-
-
-class _Early:
-    """An attempt that reads while its claim is being committed."""
-
-    def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        begin: _Begin,
-    ) -> None:
-        self.since = monotonic()
-        self._loop = loop
-        self._begin = begin
-        self._stored = asyncio.Event()
-        self._claimed: ClaimedRun | None = None
-        self._active: _Active | None = None
-        self._is_known = False
-        """Whether it is known what became of the claim."""
-
-    def foretell(self, claimed: ClaimedRun) -> None:
-        """Begin with what is about to be committed; called by the writer's thread."""
-        # A loop that was closed drives nothing any more.
-        with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._start, claimed)
-
-    def _start(self, claimed: ClaimedRun) -> None:
-        if self._claimed is None and not self._is_known:
-            self._claimed = claimed
-            self._active = self._begin(claimed, since=self.since, stored=self._stored)
-
-    @property
-    def has_begun(self) -> bool:
-        """Whether the worker has it among those that it drives."""
-        return self._active is not None
-
-    def confirm(self, claimed: ClaimedRun) -> bool:
-        """Let it go on if it has begun with the claim that was committed."""
-        self._is_known = True
-        if self._active is None or self._claimed is not claimed:
-            return False
-        self._stored.set()
-        return True
-
-    async def withdraw(self) -> None:
-        """End it, if it has begun: its claim was not stored, or another one was."""
-        self._is_known = True
-        active, self._active = self._active, None
-        if active is not None:
-            active.control.lose()
-            await asyncio.wait([active.task])
 
 
 class Worker:
@@ -184,10 +123,10 @@ class Worker:
             queues=self._queues,
             graphs=frozenset(graphs),
         )
-        self._offered: dict[asyncio.Task[Any], _Early] = {}
+        self._offered: dict[asyncio.Task[Any], Early] = {}
         self._has_more = True
         """Whether there may be runs that it has not claimed yet."""
-        self._active: dict[Lease, _Active] = {}
+        self._active: dict[Lease, Active] = {}
         """A run may begin anew while its last attempt is still ending."""
         self._claimed = 0
         self._answered_at = monotonic()
@@ -287,7 +226,7 @@ class Worker:
             return None
         if self._is_stopping or self._has_more or self._room() <= 0:
             return None
-        early = _Early(here.loop, self._begin)
+        early = Early(here.loop, self._begin)
         task = here.loop.create_task(self._take_offered(verb, early))
         self._offered[task] = early
         task.add_done_callback(self._offered.pop)
@@ -295,7 +234,7 @@ class Worker:
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
         return task
 
-    async def _take_offered(self, verb: Verb[H], early: _Early) -> H:
+    async def _take_offered(self, verb: Verb[H], early: Early) -> H:
         try:
             handed = await verb(replace(self._claims_as, foretell=early.foretell))
         except BaseException:
@@ -443,7 +382,7 @@ class Worker:
 
     def _begin(
         self, claimed: ClaimedRun, *, since: float, stored: asyncio.Event | None = None
-    ) -> _Active | None:
+    ) -> Active | None:
         """Drive a claimed run from now on; `None` if the worker has gone."""
         if (here := self._here) is None:
             return None
@@ -454,7 +393,7 @@ class Worker:
         driving = self._drive(here.driver, claimed, control, since, stored)
         # Nothing of the context of whoever has offered it.
         task = here.group.create_task(driving, context=here.context.copy())
-        self._active[claimed.lease] = active = _Active(control, task)
+        self._active[claimed.lease] = active = Active(control, task)
         return active
 
     async def _drive(
