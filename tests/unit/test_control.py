@@ -151,6 +151,21 @@ async def test_leases_that_no_thread_can_be_had_for_are_kept_once_there_is_one(
             assert control.is_lost
 
 
+async def test_attempt_that_ends_late_leaves_its_lease_to_the_next_one() -> None:
+    length = timedelta(seconds=FAR)
+    ended, control = AttemptControl(), AttemptControl()
+    async with AgentFlow("memory://") as app:
+        with LeaseKeeper(app._store, lease=length, heartbeat=length) as keeper:
+            for each in (ended, control):
+                keeper.hold(LEASE, each, since=monotonic())
+            keeper.drop(LEASE, ended)
+            task = asyncio.create_task(asyncio.Event().wait())
+            control.attach(task)  # type: ignore[arg-type]  # of whatever result
+            control.watch(uuid4(), "node", 0)
+            await asyncio.wait([task], timeout=FAR)
+            assert task.cancelled(), "nobody looks after it"
+
+
 def refuse(_: threading.Thread) -> None:
     """Fail as a process does that has all the threads it may have."""
     raise RuntimeError("can't start new thread")
