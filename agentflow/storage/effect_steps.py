@@ -31,7 +31,8 @@ _NOW = {
     "sqlite": "CAST((julianday('now') - 2440587.5) * 86400000000 AS INTEGER)",
     "postgresql": "CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000000 AS BIGINT)",
 }
-_LOCK = {"sqlite": "", "postgresql": " FOR UPDATE OF r"}
+# Of both rows: what is read of one that is not locked may be older than the lock of the other.
+_LOCK = {"sqlite": "", "postgresql": " FOR UPDATE"}
 _HELD = "r.status, r.token, r.lease_expires_at, r.event_seq, r.event_hash, r.thread_id, r.graph"
 _WIDTH = 8
 """How many columns tell of the run: these, and the time."""
@@ -67,11 +68,9 @@ _READ_BOTH = {
     for dialect, now in _NOW.items()
 }
 _TOLD = ("name", "node", "attempt")
-# What was read of it may be older than the lock of its run: the attempt tells.
 _FINISH = (
     "UPDATE agentflow_effects SET status = ?, outcome = ?, ended_at = ?, ended_seq = ? "
-    "WHERE tenant = ? AND effect_id = ? AND status = 'intended' AND run_id = ? AND token = ? "
-    "AND attempt = ?"
+    "WHERE tenant = ? AND effect_id = ?"
 )
 _LOG = "INSERT INTO agentflow_events (tenant, run_id, seq, type, at, data, prev_hash, hash)"
 _EVENT = "?, ?, ?, ?, ?, ?, ?, ?"
@@ -140,8 +139,7 @@ def finish(
     ended["ended_seq"] = run.seq + 1
     at = _EPOCH + run.now * _MICROSECOND
     entry = _entry(payloads, lease, run, at, status.value, {**row, **ended})
-    which = (lease.tenant, effect_id, lease.run_id, lease.token, row["attempt"])
-    return _write(session, _FINISH, [*ended.values(), *which], run, entry)
+    return _write(session, _FINISH, [*ended.values(), lease.tenant, effect_id], run, entry)
 
 
 def _held(found: Sequence[Sequence[Any]], lease: Lease) -> _Held | None:
