@@ -36,6 +36,12 @@ GROW_WAL_AFTER = 32
 """So many batches tell a process that writes a lot from one that writes a little and ends."""
 
 
+_PLANS = (
+    "SELECT set_config('plan_cache_mode', 'force_generic_plan', FALSE), "
+    "set_config('enable_seqscan', 'off', FALSE), set_config('jit', 'off', FALSE)"
+)
+
+
 class Connections:
     """Connects on first use; sessions are for one thread at a time."""
 
@@ -142,14 +148,16 @@ class Connections:
         """Have PostgreSQL plan each of the writer's statements for whatever values it gets.
 
         They find their rows by indexes, whatever the values. By itself it would plan each of the
-        first ten executions, which takes longer than they do.
+        first ten executions, which takes longer than they do. A plan stays until the rows are
+        counted again, so that no table may be read as a whole because it was small. Reading one
+        that has no index counts as costly, and what is costly would be compiled each time.
         """
         if self.dialect == "sqlite" or pooled.info.get("is_pooled"):
             return
         raw = _driver(pooled)
         raw.prepare_threshold = 1
         try:
-            raw.execute("SET plan_cache_mode = force_generic_plan")
+            raw.execute(_PLANS)
             if not raw.autocommit:
                 raw.commit()
         except self._errors as exc:

@@ -8,8 +8,8 @@ cannot be reached, what may be sent again is sent again, until the deadline.
 
 A run that is alone pays for the change of threads in each step, and nobody shares its commits. So
 what only one owner has written for a while is committed by the thread that submits it; if that is
-an event loop's, as long as it takes no longer than the engine's own part of a step. Whatever goes
-wrong there is left to the writer's thread.
+an event loop's, as long as that mostly takes no longer than another thread may keep the loop from
+the interpreter anyway (`pace`). Whatever goes wrong there is left to the writer's thread.
 """
 
 from __future__ import annotations

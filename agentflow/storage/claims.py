@@ -67,14 +67,21 @@ def claim_runs(
         "at": payloads.time(now),
         **named(open_queues, open_graphs),
     }
-    lock_expired, lock_queued = asking(len(open_queues), len(open_graphs)).lock_due
+    asked = asking(len(open_queues), len(open_graphs))
+    expired = [(asked.lock_expired, wanted)]
+    queued = [(asked.lock_queued, {**wanted, "queue": queue}) for queue in open_queues]
     # Expired runs first: somebody has been waiting for them already.
-    queries = [lock_queued] if expiry is None or expiry > now else [lock_expired, lock_queued]
+    kinds = [queued] if expiry is None or expiry > now else [expired, queued]
     claimed: list[ClaimedRun] = []
-    for query in queries:
+    for kind in kinds:
         seen, place = 0, {"priority": _HIGHEST, "after": -1}
         while (room := limit - len(claimed)) > 0 and seen < _LOOK_AT_MOST:
-            rows = query.all(connection, {**wanted, **place, "room": room})
+            locked = [
+                row
+                for query, of in kind
+                for row in query.all(connection, {**of, **place, "room": room})
+            ]
+            rows = sorted(locked, key=lambda row: (-row.priority, row.seq))[:room]
             for row in rows:
                 if is_suspect(row) and claimed:
                     continue  # to be claimed alone, as soon as it is the first

@@ -105,17 +105,21 @@ OFFERED_NEW = (
 class Asking(NamedTuple):
     """What workers ask about runs of so many queues and so many graphs."""
 
-    lock_due: tuple[Prepared, ...]
-    """Lock what is due behind a place in the order: expired runs, and queued ones."""
+    lock_expired: Prepared
+    """Lock expired runs behind a place in the order."""
+    lock_queued: Prepared
+    """Lock queued runs of one `queue`, behind a place in the order."""
     next_due: Prepared
 
 
 @lru_cache(maxsize=100)
 def asking(queues: int, graphs: int) -> Asking:
     """Return what workers ask of so many queues and so many graphs."""
-    is_wanted = sa.and_(
+    is_in_queues = sa.or_(
+        sa.false(), *(runs.c.queue == sa.bindparam(f"queue_{i}") for i in range(queues))
+    )
+    is_wanted_anywhere = sa.and_(
         runs.c.tenant == sa.bindparam("tenant"),
-        sa.or_(sa.false(), *(runs.c.queue == sa.bindparam(f"queue_{i}") for i in range(queues))),
         sa.or_(
             sa.false(),
             *(
@@ -128,7 +132,14 @@ def asking(queues: int, graphs: int) -> Asking:
         ),
         runs.c.paused_at.is_(None),
     )
-    due = [sa.and_(is_wanted, each, ~IS_BEHIND) for each in (is_expired(_now), _IS_QUEUED)]
+    is_wanted = sa.and_(is_wanted_anywhere, is_in_queues)
+    expired, queued = (
+        sa.and_(is_wanted, each, ~IS_BEHIND) for each in (is_expired(_now), _IS_QUEUED)
+    )
+    # Of all queues together, an index would not give them in their order.
+    queued_in_one = sa.and_(
+        is_wanted_anywhere, runs.c.queue == sa.bindparam("queue"), _IS_QUEUED, ~IS_BEHIND
+    )
     is_behind_place = sa.or_(
         runs.c.priority < sa.bindparam("priority"),
         sa.and_(
@@ -136,22 +147,24 @@ def asking(queues: int, graphs: int) -> Asking:
             runs.c.seq > sa.bindparam("after"),
         ),
     )
+    lock_expired, lock_queued = (
+        Prepared(
+            sa.select(runs)
+            .where(each, is_behind_place)
+            .order_by(runs.c.priority.desc(), runs.c.seq)
+            .limit(sa.bindparam("room", type_=sa.Integer))
+            .with_for_update(of=runs, skip_locked=True)
+        )
+        for each in (expired, queued_in_one)
+    )
     return Asking(
-        lock_due=tuple(
-            Prepared(
-                sa.select(runs)
-                .where(each, is_behind_place)
-                .order_by(runs.c.priority.desc(), runs.c.seq)
-                .limit(sa.bindparam("room", type_=sa.Integer))
-                .with_for_update(of=runs, skip_locked=True)
-            )
-            for each in due
-        ),
+        lock_expired=lock_expired,
+        lock_queued=lock_queued,
         next_due=Prepared(
             sa.select(
-                sa.or_(*(sa.exists(sa.select(runs.c.seq).where(each)) for each in due)).label(
-                    "is_claimable"
-                ),
+                sa.or_(
+                    *(sa.exists(sa.select(runs.c.seq).where(each)) for each in (expired, queued))
+                ).label("is_claimable"),
                 _soonest(
                     runs.c.lease_expires_at,
                     "status = 'running'",

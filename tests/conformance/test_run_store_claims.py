@@ -38,6 +38,19 @@ from tests.conformance.runs import (
 Q, R, W, F = RunStatus.QUEUED, RunStatus.RUNNING, RunStatus.WAITING, RunStatus.FAILED
 
 
+async def test_order_is_that_of_all_queues_together(store: RunStore) -> None:
+    for name, priority in (("a1", 0), ("b2", 5), ("a3", 5), ("b4", 0), ("a5", 0), ("b6", 9)):
+        queue = {"a": "default", "b": "mail"}[name[0]]
+        await create(store, name, priority=priority, queue=queue)
+    queues = ["mail", "default", "none"]
+    first, then = (
+        await claim_all(store, limit=3, queues=queues),
+        await claim_all(store, queues=queues),
+    )
+    assert [c.run.id for c in first] == ["b6", "b2", "a3"]
+    assert [c.run.id for c in then] == ["a1", "b4", "a5"]
+
+
 async def test_higher_priority_is_claimed_first_then_the_older(store: RunStore) -> None:
     for name, priority in (("a", 0), ("b", 5), ("c", 0), ("d", 5), ("e", -1)):
         await create(store, name, priority=priority)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -122,6 +122,22 @@ def test_what_workers_ask_again_and_again_is_found_by_an_index(
         assert used, plan
         for line in used:
             assert any(name in line for name in SMALL), (sql, line)
+
+
+def test_first_of_many_queued_runs_is_found_without_sorting_them(crowded: Connection) -> None:
+    """However many queues a worker asks for: their order is that of the index."""
+    crowded.exec_driver_sql("UPDATE agentflow_runs SET status = 'queued' WHERE status = 'waiting'")
+    crowded.commit()
+    if crowded.dialect.name == "postgresql":
+        crowded.exec_driver_sql("ANALYZE agentflow_runs")
+    statement = due.asking(2, 1).lock_queued.compiled(crowded)
+    graph = due.named((), [("g", "1")])
+    place = {"priority": 2**31 - 1, "after": -1, "room": 2}
+    at = datetime(2026, 1, 1, tzinfo=UTC)
+    values = statement.bind({"tenant": "", "queue": "default", "at": at, **graph, **place})
+    plan = "\n".join(_plan(crowded, statement.text, values))
+    assert "agentflow_runs_due" in plan
+    assert not re.search(r"Sort|TEMP B-TREE", plan), plan
 
 
 def _plan(connection: Connection, sql: str, values: Any) -> list[str]:

@@ -26,6 +26,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.exc import IntegrityError
 
 from agentflow.checkpoint import Saver, open_checkpointer
+from agentflow.checkpoint.operations import Short
 from agentflow.config import Settings
 from agentflow.database import Database
 from agentflow.database.connections import GROW_WAL_AFTER
@@ -443,6 +444,9 @@ def test_parent_and_child_of_a_fork_go_on_apart(
             assert_kept(saver, thread, books[thread])
 
 
+PLANS = "SHOW plan_cache_mode"
+
+
 async def test_transaction_whose_commit_is_refused_leaves_the_next_one_alone(
     database_url: str,
 ) -> None:
@@ -460,6 +464,10 @@ async def test_transaction_whose_commit_is_refused_leaves_the_next_one_alone(
     try:
         with pytest.raises(IntegrityError):
             await database.write(fail_at_the_end)
+        if not database_url.startswith("sqlite"):
+            # Nor does a reader get a connection that was set up for the writer.
+            mode = await database.read(lambda each: each.exec_driver_sql(PLANS).scalar())
+            assert mode == "auto"
         assert await database.write(lambda each: each.exec_driver_sql("SELECT 1").scalar()) == 1
     finally:
         await asyncio.to_thread(database.close)
@@ -476,7 +484,9 @@ async def test_statements_of_the_writer_are_planned_once(postgres_url: str) -> N
 
     try:
         of_transactions = await database.write(lambda each: count(Session.inside(each), 4))
-        assert of_transactions == (3, 0), "the first one is not prepared"
+        by_itself = database.submit(Short(lambda rows: count(rows._session, 4)))  # type: ignore[attr-defined]  # of all that are SQL
+        for planned_so in (of_transactions, await database.settled(by_itself)):
+            assert planned_so == (3, 0), "the first one is not prepared"
         # A reader's are planned for the values that they get.
         assert await database.query(lambda session: count(session, 10)) == (0, 5)
     finally:
