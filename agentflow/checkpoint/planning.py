@@ -124,6 +124,8 @@ class ThreadPlan:
             self._pending.setdefault((put.key[2], put.checkpoint_id), []).append(put)
             return None
         if put.was_sent and self._is_written(put):
+            # So are the writes before it in the batch: they were in the same commit.
+            self._pending.pop((put.ns, put.parent_id or ""), None)
             return None
         if not self._may_follow(put):
             return conflict(put.key[1])

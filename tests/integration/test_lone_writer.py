@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import empty_checkpoint
 
 from agentflow.checkpoint import open_checkpointer
 from agentflow.checkpoint.base import Saver
 from agentflow.database.writer import GroupCommitWriter, Operation
+from agentflow.errors import StoreUnavailableError
 from agentflow.failpoints import arm, disarm
 from tests.proxy import Proxy
 from tests.servers import PostgresServer
@@ -70,6 +72,32 @@ async def put(saver: Saver, number: int, thread: str = "t") -> RunnableConfig:
     saved = await saver.aput(place, made, {"source": "loop", "step": number}, {"n": f"{number}"})
     await asyncio.gather(*accepted)
     return saved
+
+
+@pytest.mark.parametrize("before", [1, ENOUGH], ids=["in the writer's thread", "in its own"])
+async def test_writes_that_were_stored_with_their_successor_are_not_stored_behind_it(
+    database_url: str, before: int
+) -> None:
+    """The reply to their commit is lost, and both are sent again."""
+    async with open_checkpointer(database_url) as saver:
+        for number in range(before):
+            await put(saver, number)
+
+        def lose() -> None:
+            disarm()
+            raise StoreUnavailableError("the database", "the reply is lost", "unknown")
+
+        arm("database.after_commit", lose)
+        await put(saver, before)
+        assert await ids(saver) == [f"c{number:03}" for number in range(before + 1)]
+        rows = sa.text("SELECT count(*) FROM agentflow_writes")
+        assert await saver._database.read(lambda each: each.execute(rows).scalar()) == 0
+        parent: RunnableConfig = {
+            "configurable": {"thread_id": "t", "checkpoint_id": f"c{before - 1:03}"}
+        }
+        found = await saver.aget_tuple(parent)
+        assert found is not None
+        assert found.pending_writes == [(f"task-{before}", "n", before)]
 
 
 async def ids(saver: Saver) -> list[str]:
