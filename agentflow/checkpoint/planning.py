@@ -25,6 +25,7 @@ from agentflow.checkpoint.records import (
     pack_record,
     pack_writes,
     unpack_record,
+    unpack_writes,
 )
 from agentflow.checkpoint.rows import (
     CheckpointRow,
@@ -123,9 +124,8 @@ class ThreadPlan:
         if isinstance(put, PlannedWrites):
             self._pending.setdefault((put.key[2], put.checkpoint_id), []).append(put)
             return None
-        if put.was_sent and self._is_written(put):
-            # So are the writes before it in the batch: they were in the same commit.
-            self._pending.pop((put.ns, put.parent_id or ""), None)
+        if put.was_sent and (stored := self._written(put)) is not None:
+            self._drop_carried(put, stored)
             return None
         if not self._may_follow(put):
             return conflict(put.key[1])
@@ -227,14 +227,31 @@ class ThreadPlan:
         found = self._rows.find_checkpoint(put.key, seen.checkpoint_id)
         return isinstance(found, FoundCheckpoint) and found.row.parent_id == put.parent_id
 
-    def _is_written(self, put: PlannedCheckpoint) -> bool:
-        """Whether this very put is stored: the reply to its commit was lost, and it came again."""
+    def _written(self, put: PlannedCheckpoint) -> CheckpointRow | None:
+        """Return what is stored of this very put, which has come again, if it is stored."""
         found = self._rows.find_checkpoint(put.key, put.checkpoint_id)
         if not isinstance(found, FoundCheckpoint) or found.row.attempt != put.attempt:
-            return False
+            return None
         stored = unpack_record(put.codec, found.row, Place(*put.key))
-        is_same: bool = [stored.body, stored.metadata] == put.codec.deserialize(put.head)
-        return is_same
+        is_same = [stored.body, stored.metadata] == put.codec.deserialize(put.head)
+        return found.row if is_same else None
+
+    def _drop_carried(self, put: PlannedCheckpoint, stored: CheckpointRow) -> None:
+        """Drop the writes that came again with a put which carries them since it was stored."""
+        parent = (put.ns, put.parent_id or "")
+        pending = self._pending.pop(parent, [])
+        if pending and stored.parent_writes is not None:
+            place = Place(*put.key)
+            calls = unpack_writes(
+                put.codec,
+                stored.parent_writes,
+                place.of(f"the writes before checkpoint {put.checkpoint_id!r}"),
+                place.context_of_carried(stored.seq, put.checkpoint_id),
+            )
+            carried = [_places_of(call) for call in calls]
+            pending = [each for each in pending if _places_of(each.call) not in carried]
+        if pending:
+            self._pending[parent] = pending
 
     def _advance(self, put: PlannedCheckpoint) -> Exception | None:
         head = self._heads[put.ns]
@@ -378,6 +395,12 @@ class ThreadPlan:
             was_there=True,
             base=row.base,
         )
+
+
+def _places_of(call: Call) -> tuple[str, str, list[tuple[int, str]]]:
+    """Return what a call has written, but for the values."""
+    task_id, path, items = call
+    return task_id, path, [(index, channel) for index, channel, _ in items]
 
 
 def _shared(written: Written, blocks: Mapping[bytes, tuple[int, int, int]]) -> Written:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 
-import psycopg
 import pytest
 
 from agentflow import AgentFlow, request_approval
@@ -12,6 +11,7 @@ from agentflow.errors import AlreadyResolvedError
 from agentflow.failpoints import arm, disarm
 from agentflow.types import Approval
 from tests.integration.graphs import State, chain
+from tests.integration.locks import wait_for_lock
 
 pytestmark = pytest.mark.postgres
 
@@ -41,10 +41,7 @@ async def test_who_had_to_wait_for_the_run_sees_what_was_decided_meanwhile(
                 second.approvals.decide(approval, "reject", by="bob"), loop
             )
             late.append(asyncio.wrap_future(deciding, loop=loop))
-            with psycopg.connect(postgres_url, autocommit=True) as server:
-                query = "SELECT count(*) FROM pg_locks WHERE NOT granted"
-                while (server.execute(query).fetchone() or (0,))[0] == 0:
-                    assert not deciding.done()
+            wait_for_lock(postgres_url, deciding)
 
         arm("database.before_commit", decide_too)
         if is_offered:

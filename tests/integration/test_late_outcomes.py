@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 from datetime import timedelta
 
-import psycopg
 import pytest
 
 from agentflow.failpoints import arm, disarm
 from agentflow.journal import EffectStatus, Outcome
 from tests.conformance.runs import EXPIRED, claim, open_store, running, types_of_events
 from tests.conformance.test_run_store_effects import DONE, new
+from tests.integration.locks import wait_for_lock
 
 pytestmark = pytest.mark.postgres
 
@@ -38,10 +38,7 @@ async def test_who_had_to_wait_for_the_run_sees_what_came_too_late_meanwhile(
             second.finish_effect(owner, effect.id, DONE), loop
         )
         ending.append(asyncio.wrap_future(waiting, loop=loop))
-        with psycopg.connect(postgres_url, autocommit=True) as server:
-            query = "SELECT count(*) FROM pg_locks WHERE NOT granted"
-            while (server.execute(query).fetchone() or (0,))[0] == 0:
-                assert not waiting.done()
+        wait_for_lock(postgres_url, waiting)
 
     arm("database.before_commit", end_too)
     assert not await first.finish_effect(zombie, effect.id, late)

@@ -100,6 +100,28 @@ async def test_writes_that_were_stored_with_their_successor_are_not_stored_behin
         assert found.pending_writes == [(f"task-{before}", "n", before)]
 
 
+async def test_writes_that_come_again_with_what_was_there_before_them_are_stored(
+    database_url: str,
+) -> None:
+    """A checkpoint that is put twice says nothing of what is written in between."""
+    async with open_checkpointer(database_url) as saver:
+        parent = await put(saver, 0)
+        again: Any = ({**empty_checkpoint(), "id": "c001"}, {"source": "loop", "step": 1}, {})
+        await saver.aput(parent, *again)
+
+        def fail() -> None:
+            disarm()
+            raise StoreUnavailableError("the database", "it was not asked", "unknown")
+
+        arm("database.before_commit", fail)
+        written = asyncio.ensure_future(saver.aput_writes(parent, [("n", 2)], "task-2"))
+        await saver.aput(parent, *again)
+        await written
+        found = await saver.aget_tuple(parent)
+        assert found is not None
+        assert found.pending_writes == [("task-2", "n", 2)]
+
+
 async def ids(saver: Saver) -> list[str]:
     """List the checkpoints, the oldest first."""
     place: RunnableConfig = {"configurable": {"thread_id": "t"}}
